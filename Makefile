@@ -1,0 +1,57 @@
+# Two commands do all the set-up: `make build` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INPUT ?=
+OUT ?= $(if $(INPUT),my-db,quickstart-db)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install build test test-fast lint format types check bench clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make the virtual environment and install the project into it.
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV) || exit 1; }
+	@echo "installing retrodb and what it needs (torch alone is several GB: a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+build: $(STAMP)  ## Build a database: the quickstart one, or INPUT="a.jsonl.gz b/" OUT=my-db ARGS="--metric ip".
+ifeq ($(strip $(INPUT)),)
+	@$(BIN)/python -m retrodb.corpus.quickstart quickstart-corpus.jsonl
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/retrodb build quickstart-corpus.jsonl --out $(OUT) $(ARGS)
+else
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/retrodb build $(INPUT) --out $(OUT) $(ARGS)
+endif
+
+test: $(STAMP)  ## Run all tests.
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)  ## Run the tests that build no database.
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(STAMP)  ## Check formatting and style.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+format: $(STAMP)  ## Format, and fix what can be fixed.
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP)  ## Check types.
+	@$(BIN)/mypy
+
+check: lint types test  ## Everything CI checks but the build.
+
+bench: $(STAMP)  ## Measure the build against the bare encoder: INPUT=corpus.jsonl.gz.
+	@$(BIN)/python benchmarks/build.py $(INPUT)
+
+clean:  ## Remove the quickstart database and caches; the environment stays.
+	@rm -rf quickstart-db quickstart-corpus.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis

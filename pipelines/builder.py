@@ -1,0 +1,229 @@
+"""One build under way: what every stage shares, from comparing fingerprints to recording shards."""
+
+import platform
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import apache_beam as beam
+
+from retrodb import __version__
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import InputFile
+from retrodb.manifest import TABLES, Manifest, Shard, StageState, fingerprint
+from retrodb.pipelines import stages
+from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, one_wave
+from retrodb.pipelines.ingredients import Ingredients
+from retrodb.pipelines.integrity import DAMAGE_REPORT, damaged_shards
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.tasks import Task
+from retrodb.storage import TEMPORARY_PREFIX, Storage
+
+_PACKAGES: Final = ("apache-beam", "autofaiss", "faiss-cpu", "numpy", "pyarrow", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """A stage as the builder sees it.
+
+    ``tasks`` are all of the stage's tasks; ``damaged`` the shards to make again if it is done already; ``small`` the
+    total weight below which worker processes cost more than they bring; ``rewritten_later`` the tables that a later
+    stage finishes, whose bytes here say nothing yet.
+    """
+
+    stage: str
+    parts: dict[str, Any]
+    tasks: Sequence[Task]
+    damaged: Collection[int]
+    pipeline: Callable[[beam.Pipeline, ReceiptBook, Sequence[Task]], object]
+    unit: str
+    small: int
+    waves: Waves = one_wave
+    rewritten_later: tuple[str, ...] = ()
+
+
+@dataclass
+class Builder:
+    """One build under way. ``manifest`` is what exists at this moment."""
+
+    inputs: Sequence[InputFile]
+    storage: Storage
+    config: BuildConfig
+    run: RunSettings
+    progress: Progress
+    ingredients: Ingredients
+    manifest: Manifest = field(init=False)
+    executor: Executor = field(init=False)
+    damage: dict[str, set[int]] = field(init=False)
+    done: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        found = Manifest.load(self.storage)
+        self.manifest = found or Manifest()
+        self.executor = Executor(self.run, self.progress)
+        self.damage = damaged_shards(self.storage, self.manifest)
+
+    # -- what every stage shares -----------------------------------------------------------------------------------
+
+    def book(self, stage: str, parts: Mapping[str, Any]) -> ReceiptBook:
+        return ReceiptBook(self.storage, stage, fingerprint(parts))
+
+    def is_current(self, stage: str, parts: Mapping[str, Any]) -> bool:
+        """Whether the manifest has this stage, made from just these parts."""
+        state = self.manifest.stages.get(stage)
+        return state is not None and state.fingerprint == fingerprint(parts)
+
+    def run_stage(self, work: StageWork) -> dict[int, Receipt] | None:
+        """Do what a stage still lacks.
+
+        Returns:
+            The receipts of all its tasks, to be recorded by the caller; or None where the stage was done, and at most
+            some damaged shards had to be made again.
+        """
+        current = self.is_current(work.stage, work.parts)
+        if current and not work.damaged:
+            return None
+        book = self.book(work.stage, work.parts)
+        tasks = list(work.tasks)
+        if current:
+            self.progress.note(f"{work.stage}: repairing {_count(work.damaged, 'damaged shard')}")
+            self.storage.delete_folder(book.folder)
+            tasks = [part for task in tasks if (part := task.restricted(work.damaged)) is not None]
+        else:
+            self.begin(work.stage, work.parts)
+        receipts = self.executor.complete(
+            book, tasks, lambda pipeline, some: work.pipeline(pipeline, book, some), work.unit, work.small, work.waves
+        )
+        if not current:
+            return receipts
+        self.record_repair(work.stage, receipts, work.rewritten_later)
+        self.storage.delete_folder(book.folder)
+        self.progress.end(f"{_count(receipts, 'shard')} repaired")
+        return None
+
+    def begin(self, stage: str, parts: Mapping[str, Any]) -> None:
+        """Before a stage runs afresh: what depends on it leaves the manifest, then the disk. Says what changed."""
+        if self.is_current(stage, parts):
+            return
+        reasons = stages.why_rebuilt(self.manifest, stage, parts)
+        if reasons:
+            self.progress.note(f"{stage}: made again, because {'; '.join(reasons)}")
+        gone_stages = stages.downstream(stage)
+        gone_tables = [table for name in gone_stages for table in stages.STAGE_TABLES[name]]
+        if any(name in self.manifest.stages for name in gone_stages):
+            old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
+            self.manifest = self.manifest.without(gone_stages, gone_tables)
+            self.manifest.save(self.storage)
+            for shard in old:
+                self.storage.delete(shard.path)
+        for table in gone_tables:
+            self.damage.pop(table, None)
+        forget_other_receipts(self.book(stage, parts), gone_stages)
+
+    def replace_template(self, recorded: Shard, made: Shard) -> None:
+        """A damaged quantiser was trained again. Other bytes than before undo every index shard and what follows."""
+        self.damage["index"].discard(recorded.number)
+        if made == recorded:
+            self.done.append("index")
+            return
+        gone = stages.downstream("index")
+        tables = [table for name in gone for table in stages.STAGE_TABLES[name]]
+        self.manifest = self.manifest.without(gone, tables)
+        self.manifest.save(self.storage)
+
+    def record(
+        self,
+        stage: str,
+        parts: dict[str, Any],
+        tables: Mapping[str, Sequence[Shard]],
+        counts: dict[str, int],
+        details: dict[str, Any],
+        **changes: Any,
+    ) -> None:
+        """A stage is done: now, and only now, its shards exist."""
+        state = StageState(fingerprint(parts), parts, counts, details)
+        manifest = replace(self.manifest.with_stage(stage, state, tables), **changes)
+        self.manifest = replace(
+            manifest,
+            config=self.config.model_dump(mode="json"),
+            versions=_versions(),
+            fingerprints={
+                **manifest.fingerprints,
+                "stages": {name: state.fingerprint for name, state in manifest.stages.items()},
+            },
+        )
+        self.manifest.save(self.storage)
+        self.storage.delete_folder(self.book(stage, parts).folder)
+        self.done.append(stage)
+
+    def record_repair(self, stage: str, receipts: Mapping[int, Receipt], ignore: Sequence[str] = ()) -> None:
+        """Damaged shards were made again. The same bytes change nothing; other bytes undo what depends on them."""
+        made = {table: shard for receipt in receipts.values() for table, shard in receipt.shards.items()}
+        changed = False
+        tables: dict[str, list[Shard]] = {}
+        for table in made:
+            if table in ignore:
+                continue
+            new = {r.shards[table].number: r.shards[table] for r in receipts.values() if table in r.shards}
+            old = {shard.number: shard for shard in self.manifest.shards(table)}
+            changed = changed or any(old.get(number) != shard for number, shard in new.items())
+            tables[table] = list({**old, **new}.values())
+        if changed:
+            after = stages.downstream(stage)[1:]
+            gone = [table for name in after for table in stages.STAGE_TABLES[name]]
+            for table in gone:
+                self.damage.pop(table, None)
+            self.manifest = self.manifest.without(after, gone).with_stage(stage, self.manifest.stages[stage], tables)
+            self.manifest.save(self.storage)
+        if stage not in self.done:
+            self.done.append(stage)
+
+    def clean_up(self) -> None:
+        """Remove what no finished stage recorded: leftovers of killed writers, of earlier settings, of damage."""
+        recorded = {shard.path for shards in self.manifest.tables.values() for shard in shards}
+        for table in TABLES:
+            for name in self.storage.list_files(table):
+                if f"{table}/{name}" not in recorded and _is_ours(name):
+                    self.storage.delete(f"{table}/{name}")
+        for name in self.storage.list_files(""):
+            if name.startswith(TEMPORARY_PREFIX):
+                self.storage.delete(name)
+        self.storage.delete(DAMAGE_REPORT)
+        if set(self.manifest.stages) == set(stages.STAGE_TABLES):
+            self.storage.delete_folder(WORK_FOLDER)
+
+
+def _is_ours(name: str) -> bool:
+    stem, _, suffix = name.partition(".")
+    named = stem.isdigit() or stem == "quantiser"
+    return name.startswith(TEMPORARY_PREFIX) or (named and suffix in ("parquet", "npy", "faiss"))
+
+
+def _versions() -> dict[str, str]:
+    found = {"retrodb": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def add_counts(receipts: Mapping[int, Receipt]) -> dict[str, int]:
+    """The counts of all tasks together."""
+    total: dict[str, int] = {}
+    for receipt in receipts.values():
+        for name, value in receipt.counts.items():
+            total[name] = total.get(name, 0) + value
+    return dict(sorted(total.items()))
+
+
+def shards_by_table(receipts: Mapping[int, Receipt], *tables: str) -> dict[str, list[Shard]]:
+    """The shards of all tasks, by table."""
+    return {table: [r.shards[table] for r in receipts.values() if table in r.shards] for table in tables}
+
+
+def _count(things: Collection[Any], what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"

@@ -1,0 +1,81 @@
+"""chunk: document shards to chunk shards; finishes the documents table, whose ``n_chunks`` only chunking knows."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+import pyarrow as pa
+from retrodb.pipelines.corpus import DOCUMENT_ROW_GROUP
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+
+from retrodb import schemas
+from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
+from retrodb.chunking.tokenizer import tokenizer_from_json
+from retrodb.manifest import Shard, shard_path
+from retrodb.storage import Storage
+
+CHUNK_ROW_GROUP = 1 << 16
+TRAINED_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """How documents are cut. ``tokenizer`` is what `load_tokenizer` takes; ``stored`` one kept in the database."""
+
+    tokenizer: str
+    stored: bool
+    chunk_tokens: int
+    keep_text: bool
+
+
+@functools.lru_cache(maxsize=2)
+def open_tokenizer(url: str, spec: str, stored: bool) -> ChunkTokenizer:
+    """The tokenizer of a database, once a process."""
+    if stored:
+        return tokenizer_from_json(Storage(url).read_bytes(spec), spec)
+    return load_tokenizer(spec)
+
+
+def _chunk(storage: Storage, settings: ChunkSettings, task: Task) -> Iterator[Receipt]:
+    number = task.number
+    documents = storage.read_table(task.payload)
+    tokenizer = open_tokenizer(storage.url, settings.tokenizer, settings.stored)
+    chunks, counts = chunk_documents(
+        documents["document_id"].to_numpy(), documents["text"].to_pylist(), tokenizer, settings.chunk_tokens, number
+    )
+    written = storage.commit_table(shard_path("chunks", number), chunks, CHUNK_ROW_GROUP)
+    finished = finished_documents(documents, pa.array(counts), settings.keep_text)
+    documents_written = storage.commit_table(shard_path("documents", number), finished, DOCUMENT_ROW_GROUP)
+    yield Receipt(
+        number,
+        {
+            "chunks": Shard.of(written, number, chunks.num_rows),
+            "documents": Shard.of(documents_written, number, finished.num_rows),
+        },
+        {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))},
+    )
+
+
+def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool) -> pa.Table:
+    """The documents with their number of chunks, and without their text where it is not to be kept."""
+    schema = schemas.documents()
+    columns = {name: documents[name] for name in schema.names}
+    columns["n_chunks"] = n_chunks
+    if not keep_text:
+        columns["text"] = pa.nulls(documents.num_rows, schema.field("text").type)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def chunk_tasks(documents: Sequence[Shard]) -> list[Task]:
+    """One task a document shard."""
+    return [Task(shard.number, shard.path, weight=shard.bytes) for shard in documents]
+
+
+def chunk_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: ChunkSettings
+) -> beam.PCollection:
+    """Tokenise and cut document shards."""
+    work = functools.partial(_chunk, book.storage, settings)
+    return pipeline | DealOut(tasks) | "chunk" >> beam.ParDo(DoTasks(book, work))

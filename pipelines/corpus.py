@@ -1,0 +1,56 @@
+"""corpus: raw files to ``documents`` and ``quarantine`` shards; and the scan that the plan of splits comes from."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import apache_beam as beam
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+
+from retrodb.corpus import FieldNames, InputFile, Split, read_split, scan
+from retrodb.manifest import Shard, shard_path
+from retrodb.storage import Storage
+
+DOCUMENT_ROW_GROUP = 1024
+
+
+def scan_tasks(files: Sequence[InputFile]) -> list[Task]:
+    """One task a file: its checksum and its decompressed size."""
+    return [Task(number, file, weight=file.size) for number, file in enumerate(files)]
+
+
+def _scan(task: Task) -> Iterator[Receipt]:
+    yield Receipt(task.number, details=scan(task.payload).as_json())
+
+
+def scan_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
+    """Scan every file once, in parallel over files."""
+    return pipeline | DealOut(tasks) | "scan" >> beam.ParDo(DoTasks(book, _scan))
+
+
+def read_tasks(splits: Sequence[Split]) -> list[Task]:
+    """One task a split; a split that is one stream may give several shards."""
+    tasks = []
+    for split in splits:
+        numbers = tuple(shard.number for shard in split.shards)
+        weight = sum(segment.end - segment.start for shard in split.shards for segment in shard.segments)
+        tasks.append(Task(numbers[0], split, numbers, weight))
+    return tasks
+
+
+def _read(storage: Storage, fields: FieldNames, task: Task) -> Iterator[Receipt]:
+    for output in read_split(task.payload, fields, wanted=set(task.numbers)):
+        shards = {}
+        for table, rows in (("documents", output.documents), ("quarantine", output.quarantine)):
+            if table == "documents" or rows.num_rows:
+                committed = storage.commit_table(shard_path(table, output.number), rows, DOCUMENT_ROW_GROUP)
+                shards[table] = Shard.of(committed, output.number, rows.num_rows)
+        yield Receipt(output.number, shards, output.counts)
+
+
+def corpus_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], fields: FieldNames
+) -> beam.PCollection:
+    """Read splits, write document and quarantine shards."""
+    work = functools.partial(_read, book.storage, fields)
+    return pipeline | DealOut(tasks) | "read" >> beam.ParDo(DoTasks(book, work))

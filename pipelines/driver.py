@@ -1,0 +1,79 @@
+"""The driver: runs, stage by stage, what the manifest says is missing, and records what became of it.
+
+For each stage it does one of three things: nothing (same fingerprint, shards intact), exactly the damaged shards, or
+all of it. In the last case the tables that depend on it leave the manifest first, so that no reader ever sees new
+shards beside old ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import InputFile
+from retrodb.lock import build_lock
+from retrodb.manifest import Manifest
+from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.ingredients import refuse_foreign, resolve
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.receipts import WORK_FOLDER
+from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
+from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
+from retrodb.storage import Storage
+
+@dataclass(frozen=True)
+class BuildOutcome:
+    """What a build came to. ``done`` are the stages that did something: empty when nothing was to do."""
+
+    manifest: Manifest
+    done: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def build(
+    inputs: Sequence[InputFile], out: Storage, config: BuildConfig, run: RunSettings, progress: Progress
+) -> BuildOutcome:
+    """Build a database, or bring it up to date, up to ``run.until``.
+
+    Args:
+        inputs: the listed input files.
+        out: where the database is or shall be.
+        config: what shapes the tables.
+        run: how it is carried out.
+        progress: is told what happens.
+
+    Raises:
+        InputError: the folder holds something else, no document is left to build from, or a setting does not fit.
+        LockedError: another build holds the database.
+        RecallError: the index stays below the recall gate.
+        WorkerError: a worker failed; what was finished is kept.
+    """
+    refuse_foreign(out)
+    ingredients = resolve(config, run)
+    existed = out.root_exists()
+    out.make_root()
+    try:
+        with build_lock(out):
+            return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+    finally:
+        if not existed:
+            out.delete_root_if_empty()
+
+
+_STEPS: dict[str, Callable[[Builder], None]] = {
+    "corpus": build_corpus,
+    "chunk": build_chunks,
+    "embed": build_embeddings,
+    "index": build_index,
+    "neighbours": build_neighbours,
+    "training": build_training,
+}
+
+
+def _run_all(builder: Builder) -> BuildOutcome:
+    for stage, step in _STEPS.items():
+        step(builder)
+        if stage == builder.run.until:
+            break
+    if builder.done or builder.storage.list_folders(WORK_FOLDER):
+        builder.clean_up()
+    return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds)

@@ -1,0 +1,114 @@
+"""embed: chunk shards to float16 vector shards, once a chunk, ever."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+from retrodb.pipelines.chunk import ChunkSettings, open_tokenizer
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+
+from retrodb.encoding import EncoderFiles, chunk_texts, resolve_encoder
+from retrodb.manifest import Shard, shard_path
+from retrodb.storage import Storage
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """The encoder, and where a chunk's text comes from: the documents, its tokens' bytes, or its own token ids."""
+
+    encoder: str
+    files_sha256: str
+    precision: str
+    device: str
+    own_tokens: bool
+    chunking: ChunkSettings
+
+
+@dataclass(frozen=True)
+class EmbedInput:
+    """One shard's chunk and document files."""
+
+    chunks: str
+    documents: str
+
+
+def shard_texts(storage: Storage, item: EmbedInput, chunking: ChunkSettings) -> list[str]:
+    """The text of every chunk of a shard: its exact source slice, widened to whole characters."""
+    chunks = storage.read_table(item.chunks, ["document_id", "start", "end"])
+    document_ids = chunks["document_id"].to_numpy()
+    starts, ends = chunks["start"].to_numpy(), chunks["end"].to_numpy()
+    if chunking.keep_text:
+        documents = storage.read_table(item.documents, ["document_id", "text"])
+        texts = dict(zip(documents["document_id"].to_pylist(), documents["text"].to_pylist(), strict=True))
+    else:
+        texts = {}
+        tokens = _token_bytes(storage, item, chunking)
+    result: list[str] = []
+    edges = np.flatnonzero(np.diff(document_ids, prepend=-1, append=-1)) if len(document_ids) else np.zeros(0, int)
+    for first, last in itertools.pairwise(edges.tolist()):
+        text = texts[int(document_ids[first])].encode() if chunking.keep_text else b"".join(tokens[first:last])
+        result += chunk_texts(text, starts[first:last], ends[first:last])
+    return result
+
+
+def _token_bytes(storage: Storage, item: EmbedInput, chunking: ChunkSettings) -> list[bytes]:
+    """The bytes of every chunk from its tokens: the text itself, since the tokenizer is lossless."""
+    tokenizer = open_tokenizer(storage.url, chunking.tokenizer, chunking.stored)
+    chunks = storage.read_table(item.chunks, ["tokens", "n_tokens"])
+    rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
+    return [tokenizer.decode(tokens[:n_tokens]) for tokens, n_tokens in rows]
+
+
+def _embed(storage: Storage, settings: EmbedSettings, task: Task) -> Iterator[Receipt]:
+    encoder = _load_encoder(settings)
+    if settings.own_tokens:
+        chunks = storage.read_table(task.payload.chunks, ["tokens", "n_tokens"])
+        rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
+        vectors = encoder.embed_own_tokens([tokens[:n_tokens] for tokens, n_tokens in rows])
+    else:
+        vectors = encoder.embed(shard_texts(storage, task.payload, settings.chunking))
+    committed = storage.commit_array(shard_path("embeddings", task.number), vectors)
+    yield Receipt(
+        task.number,
+        {"embeddings": Shard.of(committed, task.number, len(vectors))},
+        {"vectors": len(vectors)},
+    )
+
+
+def _load_encoder(settings: EmbedSettings):  # type: ignore[no-untyped-def]
+    import torch  # noqa: PLC0415 - only a worker that embeds pays for it
+
+    from retrodb.encoding.encoder import load_cached  # noqa: PLC0415
+    from retrodb.errors import MismatchError  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    encoder = load_cached(_encoder_files(settings.encoder), settings.precision, settings.device)
+    if encoder.identity.files_sha256 != settings.files_sha256:
+        raise MismatchError(
+            f"the encoder {settings.encoder!r} on this worker has files {encoder.identity.files_sha256[:12]}, "
+            f"the build was started with {settings.files_sha256[:12]}: install the same encoder everywhere."
+        )
+    return encoder
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder_files(spec: str) -> EncoderFiles:
+    return resolve_encoder(spec)
+
+
+def embed_tasks(chunks: Sequence[Shard], documents: Sequence[Shard]) -> list[Task]:
+    """One task a chunk shard."""
+    paths = {shard.number: shard.path for shard in documents}
+    return [Task(s.number, EmbedInput(s.path, paths[s.number]), weight=s.rows) for s in chunks]
+
+
+def embed_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: EmbedSettings
+) -> beam.PCollection:
+    """Embed chunk shards."""
+    work = functools.partial(_embed, book.storage, settings)
+    return pipeline | DealOut(tasks) | "embed" >> beam.ParDo(DoTasks(book, work))

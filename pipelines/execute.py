@@ -1,0 +1,120 @@
+"""Run a stage's tasks to the last receipt: resume, watch, retry what a dead worker left, and account for it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import apache_beam as beam
+
+from retrodb.config import RunSettings
+from retrodb.errors import WorkerError
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.runners import WorkerDiedError, run_local
+from retrodb.pipelines.tasks import Task
+
+_ATTEMPTS: Final = 3
+_PROGRESS_SECONDS: Final = 0.5
+
+Waves = Callable[[Sequence[Task]], Sequence[Sequence[Task]]]
+
+
+def one_wave(tasks: Sequence[Task]) -> Sequence[Sequence[Task]]:
+    """All tasks in one pipeline."""
+    return [tasks]
+
+
+PipelineBuilder = Callable[[beam.Pipeline, Sequence[Task]], object]
+
+
+@dataclass
+class Executor:
+    """Runs pipelines for one build. ``seconds`` collects how long each stage ran."""
+
+    run: RunSettings
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def complete(
+        self,
+        book: ReceiptBook,
+        tasks: Sequence[Task],
+        builder: PipelineBuilder,
+        unit: str,
+        small: int,
+        waves: Waves = one_wave,
+    ) -> dict[int, Receipt]:
+        """Do the tasks that have no receipt yet, and return the receipts of all.
+
+        Args:
+            book: where receipts are.
+            tasks: all tasks of the stage.
+            builder: applies the stage's transforms to a pipeline, for some of the tasks.
+            unit: what ``Task.weight`` counts, for the display.
+            small: below this total weight worker processes cost more than they bring.
+            waves: cuts the tasks into parts that are run one after the other, to bound a shuffle.
+
+        Raises:
+            RetrodbError: what a worker raised; or WorkerError when workers keep dying.
+        """
+        started = time.monotonic()
+        weights = {number: task.weight / len(task.receipts) for task in tasks for number in task.receipts}
+        receipts = book.read_all(weights)
+        tick = _Ticker(book, weights, self.progress)
+        self.progress.begin(book.stage, round(sum(weights.values())), tick.done(receipts), unit)
+        for attempt in range(1, _ATTEMPTS + 1):
+            missing = set(weights) - set(receipts)
+            pending = [part for task in tasks if (part := task.restricted(missing)) is not None]
+            if not pending:
+                break
+            try:
+                for wave in waves(pending):
+                    self._run_wave(wave, builder, small, tick)
+            except WorkerDiedError as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                self.progress.note(f"{book.stage}: {error} Trying what is left again.")
+            receipts |= book.read_all(set(weights) - set(receipts))
+        missing = sorted(set(weights) - set(receipts))
+        if missing:
+            raise WorkerError(f"{book.stage}: no receipt for shards {missing[:5]} after the job was done; run it again.")
+        self.seconds[book.stage] = self.seconds.get(book.stage, 0.0) + time.monotonic() - started
+        return receipts
+
+    def _run_wave(self, tasks: Sequence[Task], builder: PipelineBuilder, small: int, tick: "_Ticker") -> None:
+        worth_it = sum(task.weight for task in tasks) >= small
+        processes = min(self.run.workers, len(tasks)) if worth_it else 1
+        run_local(lambda pipeline: builder(pipeline, tasks), processes, tick)
+
+
+class _Ticker:
+    """Turns the receipts seen so far into progress, twice a second."""
+
+    def __init__(self, book: ReceiptBook, weights: Mapping[int, float], progress: Progress) -> None:
+        self._book = book
+        self._weights = weights
+        self._progress = progress
+        self._next = time.monotonic() + _PROGRESS_SECONDS
+
+    def done(self, numbers: Mapping[int, Receipt]) -> int:
+        return round(sum(self._weights.get(number, 0) for number in numbers))
+
+    def __call__(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _PROGRESS_SECONDS
+        self._progress.advance(round(sum(self._weights.get(number, 0) for number in self._book.seen())))
+
+
+def forget_other_receipts(book: ReceiptBook, stages: Sequence[str]) -> None:
+    """Remove receipts that shards about to be overwritten would make false.
+
+    Args:
+        book: the book of the stage about to run, which is kept.
+        stages: that stage and all after it.
+    """
+    keep = book.folder.removeprefix(f"{WORK_FOLDER}/")
+    for name in book.storage.list_folders(WORK_FOLDER):
+        if name != keep and name.rsplit("-", 1)[0] in stages:
+            book.storage.delete_folder(f"{WORK_FOLDER}/{name}")

@@ -1,0 +1,142 @@
+"""index: one quantiser trained on a seeded sample over all shards, then index shards added in parallel."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import apache_beam as beam
+import numpy as np
+
+from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
+from retrodb.index.engine import Metric
+from retrodb.manifest import Shard, shard_path
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, count_receipt
+from retrodb.storage import Storage
+
+TEMPLATE_NUMBER: Final = -1
+TEMPLATE_PATH: Final = "index/quantiser.faiss"
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """The index to make."""
+
+    key: str
+    metric: Metric
+    dimension: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """A shard, and which of its rows (among those that may be neighbours) train the quantiser."""
+
+    files: ShardFiles
+    rows: tuple[int, ...]
+
+
+def indexed_part(storage: Storage, files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks of a shard that may be neighbours."""
+    chunk_ids, document_ids = chunk_columns(storage, files)
+    vectors = vectors_of(storage, files, len(chunk_ids))
+    validation = validation_chunks(storage, files, document_ids)
+    return (chunk_ids[~validation], vectors[~validation]) if validation.any() else (chunk_ids, vectors)
+
+
+def sample_tasks(files: dict[int, ShardFiles], rows: dict[int, int], n: int, seed: int) -> list[Task]:
+    """One task a shard that gives training vectors."""
+    numbers = sorted(files)
+    drawn = seeded_sample([rows[number] for number in numbers], n, seed)
+    return [
+        Task(number, SampleInput(files[number], tuple(some.tolist())), (TEMPLATE_NUMBER,), len(some))
+        for number, some in zip(numbers, drawn, strict=True)
+        if len(some)
+    ]
+
+
+class _Draw(beam.DoFn):
+    """Task -> (0, (shard, its training vectors as float16 bytes))."""
+
+    def __init__(self, book: ReceiptBook) -> None:
+        self._book = book
+
+    def process(self, task: Task) -> Iterator[tuple[int, tuple[int, bytes]]]:
+        try:
+            _, vectors = indexed_part(self._book.storage, task.payload.files)
+            rows = np.array(task.payload.rows, dtype=np.int64)
+            yield 0, (task.number, np.ascontiguousarray(vectors[rows]).tobytes())
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, task.number, error) from error
+
+
+class _Train(beam.DoFn):
+    """(0, samples) -> the trained template, written once."""
+
+    def __init__(self, book: ReceiptBook, settings: IndexSettings) -> None:
+        self._book = book
+        self._settings = settings
+
+    def process(self, element: tuple[int, Iterable[tuple[int, bytes]]]) -> Iterator[int]:
+        settings = self._settings
+        try:
+            parts = [np.frombuffer(data, dtype=np.float16) for _, data in sorted(element[1])]
+            sample = np.concatenate(parts).reshape(-1, settings.dimension).astype(np.float32)
+            data = train_template(sample, settings.key, settings.metric, settings.seed)
+            write_template(self._book, data, len(sample))
+            yield TEMPLATE_NUMBER
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, TEMPLATE_NUMBER, error) from error
+
+
+def write_template(book: ReceiptBook, data: bytes, training_vectors: int) -> None:
+    """Commit the trained template, and its receipt."""
+    committed = book.storage.commit_bytes(TEMPLATE_PATH, data)
+    receipt = Receipt(
+        TEMPLATE_NUMBER, {"index": Shard.of(committed, TEMPLATE_NUMBER, 0)}, {"training_vectors": training_vectors}
+    )
+    book.write(receipt)
+    count_receipt(receipt)
+
+
+def write_untrained(book: ReceiptBook, settings: IndexSettings) -> None:
+    """The template of an index that nothing trains: done by the driver, in microseconds."""
+    empty = np.zeros((0, settings.dimension), dtype=np.float32)
+    write_template(book, train_template(empty, settings.key, settings.metric, settings.seed), 0)
+
+
+def template_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: IndexSettings
+) -> beam.PCollection:
+    """Draw the sample on all workers, train on one."""
+    return (
+        pipeline
+        | DealOut(tasks)
+        | "draw" >> beam.ParDo(_Draw(book))
+        | "gather" >> beam.GroupByKey()
+        | "train" >> beam.ParDo(_Train(book, settings))
+    )
+
+
+def _add(storage: Storage, settings: IndexSettings, task: Task) -> Iterator[Receipt]:
+    template = storage.read_bytes(TEMPLATE_PATH)
+    parts = (indexed_part(storage, files) for files in task.payload)
+    index = build_index_shard(template, parts, settings.dimension, settings.metric)
+    vectors = int(index.ntotal)
+    committed = commit_index_shard(storage, shard_path("index", task.number), index)
+    yield Receipt(task.number, {"index": Shard.of(committed, task.number, vectors)}, {"indexed": vectors})
+
+
+def add_tasks(groups: Sequence[Sequence[ShardFiles]], rows: Sequence[int]) -> list[Task]:
+    """One task a group of chunk shards."""
+    return [Task(number, tuple(group), weight=rows[number]) for number, group in enumerate(groups)]
+
+
+def add_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: IndexSettings
+) -> beam.PCollection:
+    """Add groups of shards to copies of the template."""
+    work = functools.partial(_add, book.storage, settings)
+    return pipeline | DealOut(tasks) | "add" >> beam.ParDo(DoTasks(book, work))

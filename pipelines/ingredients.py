@@ -1,0 +1,103 @@
+"""What a build is made with, checked before anything is written: the encoder, the tokenizer, the folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retrodb.chunking import ChunkTokenizer, load_tokenizer, token_type_for
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.encoding import EncoderFiles, EncoderIdentity, cpu_precision, identify, resolve_encoder
+from retrodb.errors import InputError
+from retrodb.lock import LOCK_NAME
+from retrodb.manifest import Manifest
+from retrodb.pipelines.receipts import WORK_FOLDER
+from retrodb.pipelines.stages import TokenizerIdentity
+from retrodb.storage import TEMPORARY_PREFIX, Storage
+
+TRAINED_TOKENIZER = "tokenizer.json"
+OWN_TOKENIZER = "encoder"
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """The resolved encoder and tokenizer of a build.
+
+    ``tokenizer`` is None for ``train:VOCAB``, which the chunk stage learns; ``tokenizer_spec`` is what
+    `load_tokenizer` takes.
+    """
+
+    files: EncoderFiles
+    encoder: EncoderIdentity
+    precision_given: bool
+    tokenizer_spec: str
+    tokenizer: TokenizerIdentity | None
+
+    def settled_encoder(self, manifest: Manifest) -> EncoderIdentity:
+        """``auto`` keeps the precision a database already has, so that another machine does not re-embed it."""
+        recorded = manifest.fingerprints.get("encoder")
+        if self.precision_given or not recorded:
+            return self.encoder
+        candidate = replace(self.encoder, precision=recorded["precision"])
+        return candidate if candidate.fingerprint == recorded["fingerprint"] else self.encoder
+
+
+def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
+    """Find the encoder and the tokenizer.
+
+    Raises:
+        InputError: one of them does not exist, or they do not fit the other settings.
+    """
+    files = resolve_encoder(config.encoder)
+    given = config.precision != "auto"
+    encoder = identify(files, config.precision if given else _automatic_precision(run))
+    spec = str(files.folder / "tokenizer.json") if config.tokenizer == OWN_TOKENIZER else config.tokenizer
+    if config.tokenizer == OWN_TOKENIZER and not Path(spec).is_file():
+        raise InputError(f"--tokenizer encoder: the encoder {files.name!r} has no tokenizer.json.")
+    tokenizer = None if spec.startswith("train:") else tokenizer_identity(load_tokenizer(spec), config.tokenizer)
+    lossless = tokenizer is None or tokenizer.lossless
+    if not config.text and not lossless and config.tokenizer != OWN_TOKENIZER:
+        raise InputError(
+            f"--no-text needs a lossless tokenizer, because the text to embed then comes from the tokens; "
+            f"{config.tokenizer!r} is not lossless. Keep the text, or use gpt2, train:VOCAB or encoder."
+        )
+    return Ingredients(files, encoder, given, spec, tokenizer)
+
+
+def tokenizer_identity(tokenizer: ChunkTokenizer, name: str, stored: str | None = None) -> TokenizerIdentity:
+    """What the manifest records of a tokenizer."""
+    return TokenizerIdentity(
+        name=name,
+        fingerprint=tokenizer.fingerprint,
+        vocabulary_size=tokenizer.vocabulary_size,
+        lossless=tokenizer.lossless,
+        token_type=token_type_for(tokenizer.vocabulary_size),
+        stored=stored,
+    )
+
+
+def _automatic_precision(run: RunSettings) -> str:
+    might_be_cuda = run.device == "cuda" or (run.device == "auto" and Path("/proc/driver/nvidia/version").exists())
+    if might_be_cuda:
+        from retrodb.encoding.encoder import choose_device, cuda_precision  # noqa: PLC0415 - imports torch
+
+        if choose_device(run.device) == "cuda":
+            return cuda_precision()
+    return cpu_precision()
+
+
+def refuse_foreign(storage: Storage) -> None:
+    """Refuse a folder that is not a database and not empty.
+
+    Raises:
+        InputError: it holds other things, or is a file.
+    """
+    if storage.is_a_file():
+        raise InputError(f"--out {storage.url} is a file; name a folder for the database.")
+    if Manifest.load(storage) is not None or storage.is_empty():
+        return
+    foreign = [name for name in storage.list_files("") if name != LOCK_NAME and not name.startswith(TEMPORARY_PREFIX)]
+    foreign += [name for name in storage.list_folders("") if name != WORK_FOLDER]
+    if foreign:
+        raise InputError(
+            f"--out {storage.url} is not a retrodb database and not empty (it holds {foreign[0]!r}); "
+            "name an empty or a new folder."
+        )

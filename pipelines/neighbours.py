@@ -1,0 +1,274 @@
+"""neighbours: exact truth for a seeded sample, the cheapest nprobe that reaches the gate, then every chunk's neighbours."""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import apache_beam as beam
+import numpy as np
+
+from retrodb.index import GroupedIndex, IndexFile
+from retrodb.index.engine import Metric
+from retrodb.manifest import Shard, shard_path
+from retrodb.neighbours import (
+    Exclude,
+    Exclusion,
+    Neighbours,
+    StoredDocuments,
+    StoredVectors,
+    find_neighbours,
+    to_table,
+)
+from retrodb.pipelines.index import indexed_part
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
+from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
+from retrodb.storage import Storage
+
+TRUTH_NUMBER: Final = -1
+TUNING_NUMBER: Final = -1000
+"""The receipt of nprobe p has number ``TUNING_NUMBER - p``."""
+NEIGHBOUR_ROW_GROUP: Final = 1 << 14
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How chunks are searched, and where everything is."""
+
+    index: tuple[IndexFile, ...]
+    chunks: Mapping[int, str]
+    embeddings: Mapping[int, str]
+    dimension: int
+    metric: Metric
+    k: int
+    exclude: Exclude
+    exact: bool
+    n_lists: int
+    nprobe: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Query chunks drawn for measuring recall: ids and excluded ranges int64 [q], vectors float16 [q, d]."""
+
+    chunk_ids: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    vectors: np.ndarray
+
+    @property
+    def exclusion(self) -> Exclusion:
+        return Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64))
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, chunk_ids=self.chunk_ids, first=self.first, last=self.last, vectors=self.vectors)
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Sample":
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return Sample(**{name: arrays[name] for name in ("chunk_ids", "first", "last", "vectors")})
+
+
+def draw_sample(
+    storage: Storage, files: Mapping[int, ShardFiles], rows: Mapping[int, np.ndarray], exclude: Exclude
+) -> Sample:
+    """The chunks at the given rows of each shard, as queries."""
+    parts = []
+    for number, own in sorted(rows.items()):
+        if not len(own):
+            continue
+        chunk_ids, document_ids = chunk_columns(storage, files[number])
+        exclusion = Exclusion.of_chunks(chunk_ids, document_ids, exclude).take(own)
+        vectors = np.asarray(vectors_of(storage, files[number], len(chunk_ids))[own])
+        parts.append((chunk_ids[own], exclusion.first, exclusion.last, vectors))
+    return Sample(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def sample_path(book: ReceiptBook) -> str:
+    """Where the sample of a neighbours stage lies while it runs."""
+    return f"{book.folder}/sample.npz"
+
+
+class MergeTruth(beam.CombineFn):
+    """Merges exact top lists of shards; the accumulator is one such list."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def create_accumulator(self) -> list[Any]:
+        return []
+
+    def add_input(self, accumulator: list[Any], top: Any) -> list[Any]:
+        return self._merged([*accumulator, top])
+
+    def merge_accumulators(self, accumulators: Iterable[list[Any]]) -> list[Any]:
+        return self._merged([top for accumulator in accumulators for top in accumulator])
+
+    def extract_output(self, accumulator: list[Any]) -> Any:
+        return accumulator[0] if accumulator else None
+
+    def _merged(self, tops: list[Any]) -> list[Any]:
+        return [merge_exact(tops, RECALL_AT, self._metric)] if tops else []
+
+
+class _BookDoFn(beam.DoFn):
+    def __init__(self, book: ReceiptBook, metric: Metric) -> None:
+        self._book = book
+        self._metric = metric
+        self._sample: Sample | None = None
+
+    def _queries(self) -> Sample:
+        if self._sample is None:
+            self._sample = Sample.from_bytes(self._book.storage.read_bytes(sample_path(self._book)))
+        return self._sample
+
+
+class ExactOfShard(_BookDoFn):
+    """Task -> the exact nearest of every sampled query within one shard."""
+
+    def process(self, task: Task) -> Iterator[Any]:
+        try:
+            sample = self._queries()
+            chunk_ids, vectors = indexed_part(self._book.storage, task.payload)
+            yield exact_top(sample.vectors, sample.exclusion, chunk_ids, vectors, RECALL_AT, self._metric)
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, task.number, error) from error
+
+
+class WriteTruth(_BookDoFn):
+    """The merged truth -> a receipt that holds its distances."""
+
+    def process(self, top: Any) -> Iterator[int]:
+        distances = np.asarray(top[0], dtype=np.float64)
+        rows = [[None if np.isnan(cell) else float(cell) for cell in row] for row in distances]
+        self._book.write(Receipt(TRUTH_NUMBER, details={"distances": rows}))
+        yield TRUTH_NUMBER
+
+
+def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
+    """One task a shard; together they give one receipt."""
+    return [Task(shard.number, files[shard.number], (TRUTH_NUMBER,), shard.rows) for shard in chunks]
+
+
+def truth_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], metric: Metric
+) -> beam.PCollection:
+    """Exact search of the sample over all shards."""
+    return (
+        pipeline
+        | DealOut(tasks)
+        | "compare with all" >> beam.ParDo(ExactOfShard(book, metric))
+        | "merge" >> beam.CombineGlobally(MergeTruth(metric))
+        | "write" >> beam.ParDo(WriteTruth(book, metric))
+    )
+
+
+def truth_distances(receipt: Receipt) -> np.ndarray:
+    """float32 [q, 10] of a truth receipt, NaN where missing."""
+    rows = receipt.details["distances"]
+    return np.array([[np.nan if cell is None else cell for cell in row] for row in rows], dtype=np.float32)
+
+
+class _Searching(beam.DoFn):
+    """Holds the index, the vectors and the document ids, opened once a worker."""
+
+    def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
+        self._book = book
+        self._settings = settings
+
+    def setup(self) -> None:
+        settings, storage = self._settings, self._book.storage
+        self._index = GroupedIndex(
+            storage,
+            settings.index,
+            settings.dimension,
+            settings.metric,
+            nprobe=settings.nprobe,
+            n_lists=settings.n_lists,
+            raw_is_exact=settings.exact,
+        )
+        self._documents = StoredDocuments(storage, settings.chunks)
+        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
+
+    def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
+        return find_neighbours(
+            chunk_ids,
+            vectors,
+            exclusion,
+            self._index,
+            self._vectors,
+            self._documents,
+            self._settings.k,
+            self._settings.metric,
+        )
+
+
+class TryNprobe(_Searching):
+    """Task (an nprobe) -> the recall it gives on the sample."""
+
+    def process(self, task: Task) -> Iterator[int]:
+        try:
+            sample = Sample.from_bytes(self._book.storage.read_bytes(sample_path(self._book)))
+            truth = self._book.read(TRUTH_NUMBER)
+            assert truth is not None, "tuning follows the truth"
+            self._index.nprobe = task.payload
+            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion)
+            recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
+            self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
+            yield task.number
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, task.number, error) from error
+
+
+class SearchShard(_Searching):
+    """Task (a query shard) -> its neighbours, written."""
+
+    def process(self, task: Task) -> Iterator[int]:
+        try:
+            receipt = self._search(task.number, task.payload)
+            self._book.write(receipt)
+            count_receipt(receipt)
+            yield task.number
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, task.number, error) from error
+
+    def _search(self, number: int, files: ShardFiles) -> Receipt:
+        storage = self._book.storage
+        chunk_ids, document_ids = chunk_columns(storage, files)
+        exclusion = Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude)
+        found = self._find(chunk_ids, vectors_of(storage, files, len(chunk_ids)), exclusion)
+        committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
+        counts = {
+            "queries": len(chunk_ids),
+            "found": int(found.n_valid.sum()),
+            "short": int((found.n_valid < self._settings.k).sum()),
+        }
+        return Receipt(number, {"neighbours": Shard.of(committed, number, len(chunk_ids))}, counts)
+
+
+def nprobe_tasks(nprobes: Sequence[int], queries: int) -> list[Task]:
+    """One task an nprobe."""
+    return [Task(TUNING_NUMBER - nprobe, nprobe, weight=queries) for nprobe in nprobes]
+
+
+def tuning_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: SearchSettings
+) -> beam.PCollection:
+    """Measure the recall of some nprobes on the sample."""
+    return pipeline | DealOut(tasks) | "try" >> beam.ParDo(TryNprobe(book, settings))
+
+
+def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
+    """One task a query shard."""
+    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
+
+
+def search_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: SearchSettings
+) -> beam.PCollection:
+    """Search every query shard."""
+    return pipeline | DealOut(tasks) | "search" >> beam.ParDo(SearchShard(book, settings))

@@ -1,0 +1,146 @@
+"""``--dry-run``: what a build would do, and why, without writing anything."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan
+from retrodb.encoding import EncoderIdentity
+from retrodb.index import KeyChoice, choose_key
+from retrodb.manifest import STAGES, Manifest, fingerprint
+from retrodb.pipelines import stages
+from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
+from retrodb.pipelines.integrity import damaged_shards
+from retrodb.storage import Storage
+
+SCAN_BYTES: Final = 2 << 30
+"""Inputs up to this size are read to plan exactly; larger ones are planned from their sizes on disk."""
+
+_EXPANSION: Final = {"gzip": 3.0, "zstd": 3.2}
+_BYTES_PER_TOKEN: Final = 4.3
+_BYTES_PER_STORED_CHUNK: Final = 60 + 30
+_CHUNKS_PER_CORE_SECOND: Final = {"fp32": 55.0, "bf16": 200.0, "fp16": 55.0}
+"""MiniLM on 64-token chunks: the slowest CPU measured for each precision. An order of magnitude, no promise."""
+
+
+def dry_run(
+    inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, run: RunSettings
+) -> dict[str, Any]:
+    """What each stage would do and why, with sizes and a rough time; nothing is created.
+
+    Raises:
+        InputError: as `retrodb.pipelines.driver.build` would.
+    """
+    refuse_foreign(storage)
+    manifest = Manifest.load(storage) or Manifest()
+    ingredients = resolve(config, run)
+    encoder = ingredients.settled_encoder(manifest)
+    scans, exact = _scans(inputs, manifest)
+    layout = plan(scans, config.shard_bytes)
+    n_chunks = _expected_chunks(manifest, scans, config)
+    choice = choose_key(n_chunks, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
+    parts = _all_parts(manifest, scans, config, ingredients, encoder, choice)
+    actions = _actions(storage, manifest, parts, layout, run.until)
+    return {
+        "database": storage.url,
+        "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
+        "stages": actions,
+        "splits": len(layout.splits),
+        "shards": layout.n_shards,
+        "index": {"key": choice.key, "reason": choice.reason},
+        "estimates": _estimates(layout, exact, n_chunks, config, run, encoder, choice, actions),
+    }
+
+
+def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[ScannedFile], bool]:
+    known = {entry.url: entry for entry in map(ScannedFile.from_json, manifest.inputs)}
+    fresh = [f for f in inputs if f.url not in known or (known[f.url].size, known[f.url].stamp) != (f.size, f.stamp)]
+    exact = sum(file.size for file in fresh) <= SCAN_BYTES
+    with ThreadPoolExecutor(4) as pool:
+        made = dict(zip((f.url for f in fresh), pool.map(scan if exact else _guessed, fresh), strict=True))
+    return [made.get(file.url) or known[file.url] for file in inputs], exact
+
+
+def _guessed(file: InputFile) -> ScannedFile:
+    compression = "gzip" if file.url.endswith(".gz") else "zstd" if file.url.endswith((".zst", ".zstd")) else None
+    length = int(file.size * _EXPANSION.get(compression or "", 1.0))
+    return ScannedFile(file.url, file.format, compression, file.size, file.stamp, "", length, ())
+
+
+def _expected_chunks(manifest: Manifest, scans: Sequence[ScannedFile], config: BuildConfig) -> int:
+    same = {entry["url"]: entry["sha256"] for entry in manifest.inputs} == {scan.url: scan.sha256 for scan in scans}
+    if same and "chunk" in manifest.stages and manifest.stages["chunk"].made_from["chunk_tokens"] == config.chunk_tokens:
+        return manifest.stages["chunk"].counts["chunks"]
+    return max(1, int(sum(scan.length for scan in scans) / _BYTES_PER_TOKEN / config.chunk_tokens))
+
+
+def _all_parts(
+    manifest: Manifest,
+    scans: Sequence[ScannedFile],
+    config: BuildConfig,
+    ingredients: Ingredients,
+    encoder: EncoderIdentity,
+    choice: KeyChoice,
+) -> dict[str, dict[str, Any]]:
+    tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
+    parts = {"corpus": stages.corpus_parts(scans, config)}
+    parts["chunk"] = stages.chunk_parts(fingerprint(parts["corpus"]), config, tokenizer)
+    parts["embed"] = stages.embed_parts(parts["chunk"], encoder)
+    parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, choice)
+    parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, choice)
+    parts["training"] = stages.training_parts(fingerprint(parts["neighbours"]), config)
+    return parts
+
+
+def _actions(
+    storage: Storage, manifest: Manifest, parts: dict[str, dict[str, Any]], layout: Plan, until: str | None
+) -> list[dict[str, Any]]:
+    damage = damaged_shards(storage, manifest)
+    actions = []
+    for stage in STAGES:
+        state = manifest.stages.get(stage)
+        damaged = sum(len(damage.get(table, ())) for table in stages.STAGE_TABLES[stage])
+        if state is not None and state.fingerprint == fingerprint(parts[stage]):
+            action, why = ("repair", f"{damaged} damaged shards") if damaged else ("up to date", "")
+        elif state is not None:
+            action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
+        else:
+            action, why = "make", f"{layout.n_shards} shards"
+        actions.append({"stage": stage, "action": action, "why": why})
+        if stage == until:
+            break
+    return actions
+
+
+def _estimates(
+    layout: Plan,
+    exact: bool,
+    n_chunks: int,
+    config: BuildConfig,
+    run: RunSettings,
+    encoder: EncoderIdentity,
+    choice: KeyChoice,
+    actions: Sequence[dict[str, Any]],
+) -> dict[str, str]:
+    n_sequences = n_chunks * config.chunk_tokens / config.sequence_tokens
+    per_sequence = config.sequence_tokens * 2 * (1 + 2 * config.training_neighbours) * 0.6
+    sizes = {
+        "chunks": n_chunks * (_BYTES_PER_STORED_CHUNK + config.chunk_tokens),
+        "embeddings": n_chunks * encoder.dimension * 2,
+        "index": choice.estimated_bytes,
+        "neighbours": n_chunks * config.neighbours * 14,
+        "training": int(n_sequences * per_sequence),
+    }
+    embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
+    seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[encoder.precision] * run.workers) if embeds else 0.0
+    return {
+        "splits_and_shards": f"{len(layout.splits):,} splits, {layout.n_shards:,} shards"
+        + ("" if exact else " (from sizes on disk; the inputs were not read)"),
+        "chunks": f"about {n_chunks:,}",
+        "index_key": f"{choice.key} ({choice.reason})",
+        "disk": f"about {sum(sizes.values()) / 1e6:,.0f} MB beside the documents",
+        "time_to_embed": f"very roughly {seconds / 60:,.1f} min on {run.workers} workers (CPU, {encoder.precision})",
+    }
+
+

@@ -1,0 +1,77 @@
+"""Receipts: how a worker tells the driver, through the database folder alone, that a task is done."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from retrodb.manifest import Shard
+from retrodb.storage import Storage
+
+WORK_FOLDER: Final = ".build"
+"""Holds receipts and intermediate files while a build runs; gone when it is done."""
+
+_READERS: Final = 16
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a worker made for task ``number``: shards by table, counts, and small facts for the driver."""
+
+    number: int
+    shards: dict[str, Shard] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "shards": {table: shard.as_json() for table, shard in self.shards.items()},
+            "counts": self.counts,
+            "details": self.details,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Receipt":
+        shards = {table: Shard.parse(entry) for table, entry in data["shards"].items()}
+        return Receipt(data["number"], shards, dict(data["counts"]), dict(data["details"]))
+
+
+@dataclass(frozen=True)
+class ReceiptBook:
+    """The receipts of one stage under one fingerprint: other settings have other receipts."""
+
+    storage: Storage
+    stage: str
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        return f"{WORK_FOLDER}/{self.stage}-{self.fingerprint[:16]}"
+
+    def path(self, number: int) -> str:
+        return f"{self.folder}/{number:05d}.json"
+
+    def write(self, receipt: Receipt) -> None:
+        """Record a finished task; its shards must already be in place."""
+        self.storage.commit_json(self.path(receipt.number), receipt.as_json())
+
+    def read(self, number: int) -> Receipt | None:
+        """The receipt of a task if it is done and its shards are still in place, else None."""
+        data = self.storage.read_json(self.path(number))
+        if data is None:
+            return None
+        receipt = Receipt.from_json(data)
+        intact = all(self.storage.size(shard.path) == shard.bytes for shard in receipt.shards.values())
+        return receipt if intact else None
+
+    def read_all(self, numbers: Iterable[int]) -> dict[int, Receipt]:
+        """The receipts there are for the given tasks."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            receipts = pool.map(self.read, numbers)
+            return {receipt.number: receipt for receipt in receipts if receipt is not None}
+
+    def seen(self) -> list[int]:
+        """Numbers of the receipts there seem to be: for the progress display, not for truth."""
+        names = self.storage.list_files(self.folder)
+        return [int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."]

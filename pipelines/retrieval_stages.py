@@ -1,0 +1,289 @@
+"""The stages from vectors to training shards: what each is made from, its tasks, and what is recorded of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import numpy as np
+
+from retrodb.errors import RecallError
+from retrodb.index import IndexFile, KeyChoice, bytes_per_vector, choose_key, group_shards, seeded_sample
+from retrodb.manifest import shard_of
+from retrodb.neighbours import from_table
+from retrodb.pipelines import index as index_stage
+from retrodb.pipelines import neighbours as neighbours_stage
+from retrodb.pipelines import stages
+from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
+from retrodb.pipelines.index import TEMPLATE_NUMBER, TEMPLATE_PATH, IndexSettings
+from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, SearchSettings, truth_distances
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import shard_files
+from retrodb.pipelines.training import JoinSettings, join_tasks, join_waves, training_pipeline
+from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
+
+RECALL_QUERIES: Final = 512
+_SMALL_VECTORS: Final = 30_000
+_SMALL_QUERIES: Final = 6_000
+_SMALL_JOIN_CHUNKS: Final = 20_000
+
+
+# -- index -------------------------------------------------------------------------------------------------------------
+
+
+def indexed_rows(builder: Builder) -> dict[int, int]:
+    """How many chunks of each shard may be neighbours: all but those of validation documents."""
+    rows = {shard.number: shard.rows for shard in builder.manifest.shards("chunks")}
+    if builder.manifest.stages["corpus"].counts.get("validation", 0):
+        for shard in builder.manifest.shards("documents"):
+            table = builder.storage.read_table(shard.path, ["split", "n_chunks"])
+            validation = np.array(table["split"].to_pylist(), dtype=object) == "validation"
+            rows[shard.number] -= int(table["n_chunks"].to_numpy()[validation].sum())
+    return rows
+
+
+def key_choice(builder: Builder, rows: Mapping[int, int]) -> KeyChoice:
+    """The index key for what was embedded."""
+    config = builder.config
+    dimension = builder.manifest.fingerprints["encoder"]["dimension"]
+    return choose_key(sum(rows.values()), dimension, config.memory_bytes, config.metric, config.index_key)
+
+
+def build_index(builder: Builder) -> None:
+    """The trained quantiser, and index shards."""
+    rows = indexed_rows(builder)
+    choice = key_choice(builder, rows)
+    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice)
+    damaged = builder.damage.get("index", set())
+    if builder.is_current("index", parts) and not damaged:
+        return
+    settings = IndexSettings(
+        key=choice.key,
+        metric=builder.config.metric,
+        dimension=builder.manifest.fingerprints["encoder"]["dimension"],
+        seed=builder.config.seed,
+    )
+    builder.begin("index", parts)
+    template = settle_template(builder, parts, rows, choice, settings)
+    data = builder.storage.read_bytes(TEMPLATE_PATH)
+    numbers = sorted(rows)
+    vector_bytes = bytes_per_vector(data, settings.dimension, settings.metric)
+    groups = group_shards([rows[number] for number in numbers], len(data), vector_bytes, choice.exact)
+    files = shard_files(builder.manifest)
+    receipts = builder.run_stage(
+        StageWork(
+            stage="index",
+            parts=parts,
+            tasks=index_stage.add_tasks(
+                [[files[numbers[at]] for at in group] for group in groups],
+                [sum(rows[numbers[at]] for at in group) for group in groups],
+            ),
+            damaged=damaged - {TEMPLATE_NUMBER},
+            pipeline=lambda pipeline, book, tasks: index_stage.add_pipeline(pipeline, book, tasks, settings),
+            unit="vectors",
+            small=_SMALL_VECTORS,
+        )
+    )
+    if receipts is None:
+        return
+    receipts[TEMPLATE_NUMBER] = template
+    details = {name: value for name, value in asdict(choice).items() if name != "estimated_bytes"}
+    details |= {"metric": settings.metric, "vectors": sum(rows.values()), "shards": len(groups)}
+    builder.record("index", parts, shards_by_table(receipts, "index"), add_counts(receipts), details)
+    builder.progress.end(f"{choice.key}: {choice.reason}")
+
+
+def settle_template(
+    builder: Builder, parts: dict[str, Any], rows: Mapping[int, int], choice: KeyChoice, settings: IndexSettings
+) -> Receipt:
+    """The trained quantiser's receipt; trained first where it is missing or damaged."""
+    recorded = next((s for s in builder.manifest.shards("index") if s.number == TEMPLATE_NUMBER), None)
+    if recorded is not None and TEMPLATE_NUMBER not in builder.damage.get("index", set()):
+        return Receipt(TEMPLATE_NUMBER, {"index": recorded})
+    book = builder.book("index", parts)
+    if choice.training_vectors == 0:
+        receipt = book.read(TEMPLATE_NUMBER)
+        if receipt is None:
+            index_stage.write_untrained(book, settings)
+    else:
+        files = shard_files(builder.manifest)
+        builder.executor.complete(
+            book,
+            index_stage.sample_tasks(files, dict(rows), choice.training_vectors, builder.config.seed),
+            lambda pipeline, tasks: index_stage.template_pipeline(pipeline, book, tasks, settings),
+            unit="vectors",
+            small=_SMALL_VECTORS,
+        )
+    receipt = book.read(TEMPLATE_NUMBER)
+    assert receipt is not None, "the executor has seen it"
+    if recorded is not None:
+        builder.replace_template(recorded, receipt.shards["index"])
+    return receipt
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+def build_neighbours(builder: Builder) -> None:
+    """Every chunk's neighbours, and the recall they were found with."""
+    index = builder.manifest.stages["index"]
+    choice = KeyChoice(**{name: index.details[name] for name in _CHOICE_FIELDS}, estimated_bytes=0)
+    parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
+    damaged = builder.damage.get("neighbours", set())
+    current = builder.is_current("neighbours", parts)
+    if current and not damaged:
+        return
+    builder.begin("neighbours", parts)
+    book = builder.book("neighbours", parts)
+    settings = search_settings(builder, choice)
+    if current:
+        settings = replace(settings, nprobe=builder.manifest.stages["neighbours"].details["nprobe"])
+        truth = Receipt(TRUTH_NUMBER)
+    else:
+        truth = settle_truth(builder, book)
+        settings = replace(settings, nprobe=tuned_nprobe(builder, book, settings, choice.key))
+    files, chunks = shard_files(builder.manifest), builder.manifest.shards("chunks")
+    receipts = builder.run_stage(
+        StageWork(
+            stage="neighbours",
+            parts=parts,
+            tasks=neighbours_stage.search_tasks(files, chunks),
+            damaged=damaged,
+            pipeline=lambda pipeline, book, tasks: neighbours_stage.search_pipeline(pipeline, book, tasks, settings),
+            unit="chunks",
+            small=_SMALL_QUERIES,
+        )
+    )
+    if receipts is None:
+        return
+    details = measured_recall(builder, book, receipts, truth)
+    refuse_low_recall(details, builder.config.min_recall, choice.key)
+    details |= {"nprobe": settings.nprobe, "metric": settings.metric}
+    builder.record("neighbours", parts, shards_by_table(receipts, "neighbours"), add_counts(receipts), details)
+    builder.storage.commit_json("reports/recall.json", {**details, "index": choice.key, "gate": builder.config.min_recall})
+    recall = details["recall_at_10"]
+    found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
+    short = add_counts(receipts)["short"]
+    builder.progress.end(found + (f", {short:,} chunks have fewer than {settings.k}" if short else ""))
+
+
+_CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")
+
+
+def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
+    """Where everything is that a search needs."""
+    manifest = builder.manifest
+    return SearchSettings(
+        index=tuple(IndexFile(s.path, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
+        chunks={shard.number: shard.path for shard in manifest.shards("chunks")},
+        embeddings={shard.number: shard.path for shard in manifest.shards("embeddings")},
+        dimension=manifest.fingerprints["encoder"]["dimension"],
+        metric=builder.config.metric,
+        k=builder.config.neighbours,
+        exclude=builder.config.exclude,
+        exact=choice.exact,
+        n_lists=choice.n_lists,
+        nprobe=1,
+    )
+
+
+def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
+    """The exact nearest neighbours of a seeded sample of chunks."""
+    chunks, files = builder.manifest.shards("chunks"), shard_files(builder.manifest)
+    path = neighbours_stage.sample_path(book)
+    if builder.storage.size(path) is None:
+        drawn = seeded_sample([shard.rows for shard in chunks], RECALL_QUERIES, builder.config.seed + 1)
+        rows = {shard.number: some for shard, some in zip(chunks, drawn, strict=True)}
+        sample = neighbours_stage.draw_sample(builder.storage, files, rows, builder.config.exclude)
+        builder.storage.commit_bytes(path, sample.to_bytes())
+    receipts = builder.executor.complete(
+        book,
+        neighbours_stage.truth_tasks(files, chunks),
+        lambda pipeline, tasks: neighbours_stage.truth_pipeline(pipeline, book, tasks, builder.config.metric),
+        unit="chunks",
+        small=_SMALL_VECTORS * 4,
+    )
+    return receipts[TRUTH_NUMBER]
+
+
+def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, key: str) -> int:
+    """The cheapest nprobe whose recall on the sample reaches the gate.
+
+    Raises:
+        RecallError: none does.
+    """
+    if settings.exact:
+        return 1
+    ladder = nprobe_ladder(settings.n_lists)
+    recalls: dict[int, float | None] = {}
+    step = builder.run.workers
+    for start in range(0, len(ladder), step):
+        receipts = builder.executor.complete(
+            book,
+            neighbours_stage.nprobe_tasks(ladder[start : start + step], RECALL_QUERIES),
+            lambda pipeline, tasks: neighbours_stage.tuning_pipeline(pipeline, book, tasks, settings),
+            unit="queries",
+            small=2,
+        )
+        recalls |= {receipt.details["nprobe"]: receipt.details["recall"] for receipt in receipts.values()}
+        if any(recall is None or recall >= builder.config.min_recall for recall in recalls.values()):
+            break
+    return choose_nprobe(recalls, builder.config.min_recall, key)
+
+
+def measured_recall(
+    builder: Builder, book: ReceiptBook, receipts: Mapping[int, Receipt], truth: Receipt
+) -> dict[str, Any]:
+    """Recall@10 of the rows that were written, for the sampled queries."""
+    sample = Sample.from_bytes(builder.storage.read_bytes(neighbours_stage.sample_path(book)))
+    shards = np.array([shard_of(int(chunk_id)) for chunk_id in sample.chunk_ids])
+    found = np.full((len(shards), builder.config.neighbours), np.nan, dtype=np.float32)
+    for number in np.unique(shards):
+        stored = from_table(builder.storage.read_table(receipts[int(number)].shards["neighbours"].path))
+        own = shards == number
+        found[own] = stored.distances[np.searchsorted(stored.chunk_ids, sample.chunk_ids[own])]
+    at = min(10, builder.config.neighbours)
+    recall = recall_at(found, truth_distances(truth), builder.config.metric, at)
+    return {"recall_at_10": recall, "recall_at": at, "recall_queries": len(shards)}
+
+
+def refuse_low_recall(details: Mapping[str, Any], gate: float, key: str) -> None:
+    """The gate on what was really written.
+
+    Raises:
+        RecallError: it is below.
+    """
+    recall = details["recall_at_10"]
+    if recall is not None and recall < gate:
+        raise RecallError(
+            f"recall@10 of the neighbours is {recall:.4f}, below --min-recall {gate} (index {key}). "
+            "Give more --memory, or --index-key Flat, or lower --min-recall."
+        )
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def build_training(builder: Builder) -> None:
+    """Sequences joined with their neighbours' tokens."""
+    config = builder.config
+    parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, config)
+    settings = JoinSettings(config.sequence_tokens // config.chunk_tokens, config.training_neighbours)
+    token_bytes = 2 if builder.manifest.fingerprints["tokenizer"]["token_type"] == "uint16" else 4
+    bytes_a_chunk = config.training_neighbours * 2 * config.chunk_tokens * token_bytes
+    receipts = builder.run_stage(
+        StageWork(
+            stage="training",
+            parts=parts,
+            tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks")),
+            damaged=builder.damage.get("training", set()),
+            pipeline=lambda pipeline, book, tasks: training_pipeline(pipeline, book, tasks, settings),
+            unit="chunks",
+            small=_SMALL_JOIN_CHUNKS,
+            waves=lambda tasks: join_waves(tasks, bytes_a_chunk),
+        )
+    )
+    if receipts is None:
+        return
+    counts = add_counts(receipts)
+    builder.record("training", parts, shards_by_table(receipts, "training"), counts, {})
+    builder.progress.end(f"{builder.manifest.rows('training'):,} sequences, {counts['joined']:,} neighbours joined")

@@ -1,0 +1,64 @@
+"""Reading shards of several tables together: what the stages behind embedding share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrodb.errors import DamagedError
+from retrodb.manifest import Manifest
+from retrodb.storage import Storage
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The files of one shard number, as far as the stages before have made them."""
+
+    documents: str
+    chunks: str
+    embeddings: str = ""
+    neighbours: str = ""
+
+
+def shard_files(manifest: Manifest) -> dict[int, ShardFiles]:
+    """The files of every chunk shard."""
+    paths = {
+        table: {shard.number: shard.path for shard in manifest.shards(table)}
+        for table in ("documents", "embeddings", "neighbours")
+    }
+    return {
+        shard.number: ShardFiles(
+            documents=paths["documents"][shard.number],
+            chunks=shard.path,
+            embeddings=paths["embeddings"].get(shard.number, ""),
+            neighbours=paths["neighbours"].get(shard.number, ""),
+        )
+        for shard in manifest.shards("chunks")
+    }
+
+
+def chunk_columns(storage: Storage, files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:
+    """``chunk_id`` and ``document_id``, int64 [n] each."""
+    chunks = storage.read_table(files.chunks, ["chunk_id", "document_id"])
+    return chunks["chunk_id"].to_numpy(), chunks["document_id"].to_numpy()
+
+
+def validation_chunks(storage: Storage, files: ShardFiles, document_ids: np.ndarray) -> np.ndarray:
+    """bool [n]: whether each chunk's document is of the validation split."""
+    documents = storage.read_table(files.documents, ["document_id", "split"])
+    is_validation = np.array(documents["split"].to_pylist(), dtype=object) == "validation"
+    return np.isin(document_ids, documents["document_id"].to_numpy()[is_validation])
+
+
+def vectors_of(storage: Storage, files: ShardFiles, n_chunks: int) -> np.ndarray:
+    """float16 [n, d]: the stored vectors of a shard.
+
+    Raises:
+        DamagedError: they are not one a chunk.
+    """
+    vectors = storage.read_array(files.embeddings)
+    if vectors.ndim != 2 or len(vectors) != n_chunks:
+        raise DamagedError(
+            f"{storage.describe(files.embeddings)} has shape {vectors.shape} for {n_chunks} chunks. "
+            "Run the build again to repair it."
+        )
+    return vectors

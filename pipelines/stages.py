@@ -1,0 +1,144 @@
+"""What each stage is made from: the parts of its fingerprint, so that exactly what depends on a change is rebuilt.
+
+A part is anything that, changed, changes the stage's bytes. Each stage holds the fingerprint of the one before it, so
+a change runs down the data flow and never up; what does not reach the bytes (workers, runner, device) is no part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from retrodb.config import BuildConfig
+from retrodb.corpus import ScannedFile
+from retrodb.encoding import EncoderIdentity
+from retrodb.index import KeyChoice
+from retrodb.manifest import STAGES, Manifest, fingerprint
+
+STAGE_TABLES: Final = {
+    "corpus": ("documents", "quarantine"),
+    "chunk": ("chunks",),
+    "embed": ("embeddings",),
+    "index": ("index",),
+    "neighbours": ("neighbours",),
+    "training": ("training",),
+}
+"""The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
+
+_CODE: Final = dict.fromkeys(STAGES, 1)
+"""Raised when a stage's code changes its bytes, so that old tables are rebuilt, never mixed with new ones."""
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What cut the text: enough to tell two tokenizers apart, and to find this one again."""
+
+    name: str
+    fingerprint: str
+    vocabulary_size: int
+    lossless: bool
+    token_type: str
+    stored: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def corpus_parts(files: Sequence[ScannedFile], config: BuildConfig) -> dict[str, Any]:
+    """By content: a touched or copied-over file of the same bytes changes nothing."""
+    return {
+        "code": _CODE["corpus"],
+        "inputs": {file.url: file.sha256 for file in files},
+        "text_field": config.text_field,
+        "id_field": config.id_field,
+        "title_field": config.title_field,
+        "shard_bytes": config.shard_bytes,
+    }
+
+
+def chunk_parts(corpus: str, config: BuildConfig, tokenizer: str) -> dict[str, Any]:
+    """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide)."""
+    return {
+        "code": _CODE["chunk"],
+        "corpus": corpus,
+        "tokenizer": tokenizer,
+        "chunk_tokens": config.chunk_tokens,
+        "text": config.text,
+        **({"seed": config.seed} if config.tokenizer.startswith("train:") else {}),
+    }
+
+
+def embed_parts(chunk: Mapping[str, Any], encoder: EncoderIdentity) -> dict[str, Any]:
+    """The vectors depend on the chunks, not on whether the documents' text is kept."""
+    chunks = {name: value for name, value in chunk.items() if name != "text"}
+    return {"code": _CODE["embed"], "chunks": fingerprint(chunks), "encoder": encoder.fingerprint}
+
+
+def index_parts(embed: str, config: BuildConfig, choice: KeyChoice) -> dict[str, Any]:
+    """The key, not the memory it was chosen for."""
+    parts = {"code": _CODE["index"], "embeddings": embed, "metric": config.metric, "key": choice.key}
+    return parts if choice.exact else {**parts, "seed": config.seed}
+
+
+def neighbours_parts(index: str, config: BuildConfig, choice: KeyChoice) -> dict[str, Any]:
+    """An approximate index is searched as hard as the recall gate asks."""
+    parts = {
+        "code": _CODE["neighbours"],
+        "index": index,
+        "neighbours": config.neighbours,
+        "exclude": config.exclude,
+    }
+    return parts if choice.exact else {**parts, "min_recall": config.min_recall, "seed": config.seed}
+
+
+def training_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
+    """The join."""
+    return {
+        "code": _CODE["training"],
+        "neighbours": neighbours,
+        "sequence_tokens": config.sequence_tokens,
+        "training_neighbours": config.training_neighbours,
+    }
+
+
+def downstream(stage: str) -> tuple[str, ...]:
+    """``stage`` and every stage after it."""
+    return STAGES[STAGES.index(stage) :]
+
+
+def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> list[str]:
+    """What changed, in words, between what a stage was made from and what it would be made from now."""
+    state = manifest.stages.get(stage)
+    if state is None:
+        return []
+    changes = []
+    for name in sorted(set(parts) | set(state.made_from)):
+        old, new = state.made_from.get(name), parts.get(name)
+        if old == new:
+            continue
+        if name == "inputs":
+            changes += _input_changes(old or {}, new or {})
+        elif name == "code":
+            changes.append("made by an earlier version of this stage")
+        elif name in STAGES or name in ("embeddings", "chunks"):
+            changes.append(f"{name} changed")
+        else:
+            changes.append(f"{name.replace('_', '-')}: {_short(old)} -> {_short(new)}")
+    return changes
+
+
+def _input_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    groups = {
+        "new input": sorted(set(new) - set(old)),
+        "input gone": sorted(set(old) - set(new)),
+        "input changed": sorted(url for url in set(old) & set(new) if old[url] != new[url]),
+    }
+    return [f"{what}: {_several(urls)}" for what, urls in groups.items() if urls]
+
+
+def _several(urls: Sequence[str]) -> str:
+    return urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,113 @@
+"""The worker's side of every stage: do one task, account for it, and report failures by name."""
+
+import errno
+import json
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+
+from retrodb import errors
+
+_MARK: Final = "retrodb-error:"
+_END: Final = ":retrodb-error"
+NAMESPACE: Final = "retrodb"
+
+
+class TaskFailedError(Exception):
+    """Carries a retrodb error through any runner, which keep only the text of an exception."""
+
+    def __init__(self, stage: str, number: int, error: BaseException) -> None:
+        kind, message = _describe(stage, number, error)
+        super().__init__(f"{_MARK}{json.dumps([kind, message])}{_END}")
+
+
+def _describe(stage: str, number: int, error: BaseException) -> tuple[str, str]:
+    if isinstance(error, errors.RetrodbError):
+        return type(error).__name__, str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = error.filename or "the database's disk"
+        return "WorkerError", (
+            f"no space left on the device while writing {stage} shard {number} ({where}). "
+            "Finished shards are kept: free some space and run the same command again."
+        )
+    return "WorkerError", f"{stage} shard {number}: {type(error).__name__}: {error}"
+
+
+def original_error(text: str) -> errors.RetrodbError | None:
+    """The retrodb error inside what a runner made of it, or None."""
+    start = text.find(_MARK)
+    end = text.find(_END, start)
+    if start < 0 or end < 0:
+        return None
+    payload = text[start + len(_MARK) : end]
+    for candidate in (payload, payload.encode().decode("unicode_escape", errors="replace")):
+        try:
+            kind, message = json.loads(candidate)
+        except ValueError:
+            continue
+        return getattr(errors, kind, errors.WorkerError)(message)
+    return errors.WorkerError(payload)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard's worth of work: ``number`` names it, ``payload`` is a small frozen dataclass the stage knows.
+
+    ``numbers`` are the shards whose receipts the task writes; more than one where a stream gives several.
+    """
+
+    number: int
+    payload: Any
+    numbers: tuple[int, ...] = ()
+    weight: int = 1
+
+    @property
+    def receipts(self) -> tuple[int, ...]:
+        return self.numbers or (self.number,)
+
+    def restricted(self, wanted: Container[int]) -> "Task | None":
+        """This task for the wanted receipts alone, or None where it gives none of them."""
+        numbers = tuple(number for number in self.receipts if number in wanted)
+        weight = max(1, self.weight * len(numbers) // len(self.receipts))
+        return Task(self.number, self.payload, numbers, weight) if numbers else None
+
+
+class DoTasks(beam.DoFn):
+    """Runs ``work(task)``, which yields receipts once their shards are in place; writes them, counts them."""
+
+    def __init__(self, book: ReceiptBook, work: Callable[[Task], Iterable[Receipt]]) -> None:
+        self._book = book
+        self._work = work
+
+    def process(self, task: Task) -> Iterator[int]:
+        try:
+            for receipt in self._work(task):
+                self._book.write(receipt)
+                count_receipt(receipt)
+                yield receipt.number
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, task.number, error) from error
+
+
+def count_receipt(receipt: Receipt) -> None:
+    """Add a receipt's numbers to Beam's counters, which every runner shows."""
+    for name, value in receipt.counts.items():
+        Metrics.counter(NAMESPACE, name).inc(int(value))
+    for table, shard in receipt.shards.items():
+        Metrics.counter(NAMESPACE, f"{table}.rows").inc(shard.rows)
+        Metrics.counter(NAMESPACE, f"{table}.bytes").inc(shard.bytes)
+
+
+def balanced(tasks: Iterable[Task]) -> list[Task]:
+    """Heaviest first, so that dealing the tasks out in turn gives every worker about the same."""
+    return sorted(tasks, key=lambda task: (-task.weight, task.number))
+
+
+@beam.ptransform_fn
+def DealOut(pipeline: beam.Pipeline, tasks: Iterable[Task]) -> beam.PCollection:  # noqa: N802 - a PTransform
+    """The tasks as a collection that any runner spreads over its workers."""
+    return pipeline | "tasks" >> beam.Create(balanced(tasks)) | "deal out" >> beam.Reshuffle()

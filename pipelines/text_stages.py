@@ -1,0 +1,204 @@
+"""The stages from raw files to vectors: what each is made from, its tasks, and what is recorded of it."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from retrodb.corpus import FieldNames, ScannedFile, plan
+from retrodb.errors import InputError
+from retrodb.manifest import Shard, fingerprint
+from retrodb.pipelines import stages
+from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
+from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
+from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
+from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
+from retrodb.pipelines.ingredients import OWN_TOKENIZER, TRAINED_TOKENIZER
+from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.vocabulary import settle_tokenizer
+
+_SMALL_SCAN_BYTES: Final = 64 << 20
+_SMALL_READ_BYTES: Final = 16 << 20
+_SMALL_TEXT_BYTES: Final = 1 << 20
+_SMALL_EMBED_CHUNKS: Final = 200
+
+
+def build_corpus(builder: Builder) -> None:
+    """documents and quarantine."""
+    config = builder.config
+    scans = scan_inputs(builder)
+    parts = stages.corpus_parts(scans, config)
+    layout = plan(scans, config.shard_bytes)
+    fields = FieldNames(config.text_field, config.id_field, config.title_field)
+    damaged = damaged_documents(builder) if builder.is_current("corpus", parts) else set()
+    receipts = builder.run_stage(
+        StageWork(
+            stage="corpus",
+            parts=parts,
+            tasks=read_tasks(layout.splits),
+            damaged=damaged,
+            pipeline=lambda pipeline, book, tasks: corpus_pipeline(pipeline, book, tasks, fields),
+            unit="bytes",
+            small=_SMALL_READ_BYTES,
+            rewritten_later=("documents",) if "chunk" in builder.manifest.stages else (),
+        )
+    )
+    builder.damage.setdefault("chunks", set()).update(damaged)
+    if receipts is None:
+        return
+    counts = add_counts(receipts)
+    refuse_empty(builder, receipts, counts)
+    tables = shards_by_table(receipts, "documents", "quarantine")
+    builder.record("corpus", parts, tables, counts, {}, inputs=[scan.as_json() for scan in scans])
+    builder.progress.end(describe_counts(counts))
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """``2,657 documents of 2,846, 187 empty, 2 quarantined``."""
+    text = f"{counts['kept']:,} documents of {counts['in']:,}"
+    for name, number in counts.items():
+        if name.startswith("dropped.") and number:
+            text += f", {number:,} {name.removeprefix('dropped.')}"
+    return text + (f", {counts['quarantined']:,} quarantined" if counts.get("quarantined") else "")
+
+
+def scan_inputs(builder: Builder) -> list[ScannedFile]:
+    """The inputs' checksums and sizes: those of the manifest where a file has not been touched since."""
+    known = {scan.url: scan for scan in map(ScannedFile.from_json, builder.manifest.inputs)}
+    scans = {
+        file.url: known[file.url]
+        for file in builder.inputs
+        if file.url in known and (known[file.url].size, known[file.url].stamp) == (file.size, file.stamp)
+    }
+    fresh = [file for file in builder.inputs if file.url not in scans]
+    if fresh:
+        book = ReceiptBook(builder.storage, "scan", fingerprint([[f.url, f.size, f.stamp] for f in fresh]))
+        receipts = builder.executor.complete(
+            book,
+            scan_tasks(fresh),
+            lambda pipeline, tasks: scan_pipeline(pipeline, book, tasks),
+            unit="bytes",
+            small=_SMALL_SCAN_BYTES,
+        )
+        scans |= {file.url: ScannedFile.from_json(receipts[n].details) for n, file in enumerate(fresh)}
+    return [scans[file.url] for file in builder.inputs]
+
+
+def damaged_documents(builder: Builder) -> set[int]:
+    """Document shards to read again from their source.
+
+    A shard that the chunk stage, not yet done, has already finished is no damage; one whose chunks are to be made
+    again, but whose text is not kept, has to be read again.
+    """
+    damaged = builder.damage.get("documents", set()) | builder.damage.get("quarantine", set())
+    parts = chunk_stage_parts(builder)
+    if builder.is_current("chunk", parts):
+        return damaged | (set() if builder.config.text else builder.damage.get("chunks", set()))
+    if "chunk" in builder.manifest.stages and not builder.manifest.config.get("text", True):
+        return {shard.number for shard in builder.manifest.shards("documents")}
+    return damaged - set(builder.book("chunk", parts).read_all(damaged))
+
+
+def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapping[str, int]) -> None:
+    """Refuse to go on without a document, leaving nothing behind.
+
+    Raises:
+        InputError: no document was kept; tells why the first ones were not.
+    """
+    if counts.get("kept", 0):
+        return
+    reasons: list[str] = []
+    for shard in shards_by_table(receipts, "quarantine")["quarantine"]:
+        rows = builder.storage.read_table(shard.path, ["source", "position", "reason"]).slice(0, 3).to_pylist()
+        reasons += [f"\n  {row['source']} at {row['position']}: {row['reason']}" for row in rows]
+    _remove(builder, [shard for receipt in receipts.values() for shard in receipt.shards.values()])
+    dropped = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number and name not in ("in", "kept"))
+    raise InputError(
+        f"no document to build from: of {counts.get('in', 0):,} records none was kept ({dropped or 'the files are empty'})."
+        + "".join(reasons[:3])
+        + ("\n  Is --text-field right?" if reasons else "")
+    )
+
+
+def _remove(builder: Builder, shards: list[Shard]) -> None:
+    for shard in shards:
+        builder.storage.delete(shard.path)
+    builder.storage.delete_folder(WORK_FOLDER)
+    for table in ("documents", "quarantine"):
+        if not builder.storage.list_files(table):
+            builder.storage.delete_folder(table)
+
+
+def chunk_stage_parts(builder: Builder) -> dict[str, Any]:
+    """What the chunk stage would be made from now."""
+    corpus = builder.manifest.stages.get("corpus")
+    tokenizer = builder.ingredients.tokenizer
+    name = tokenizer.fingerprint if tokenizer else builder.config.tokenizer
+    return stages.chunk_parts(corpus.fingerprint if corpus else "", builder.config, name)
+
+
+def chunk_settings(builder: Builder) -> ChunkSettings:
+    """How workers cut documents."""
+    stored = builder.ingredients.tokenizer is None
+    return ChunkSettings(
+        tokenizer=TRAINED_TOKENIZER if stored else builder.ingredients.tokenizer_spec,
+        stored=stored,
+        chunk_tokens=builder.config.chunk_tokens,
+        keep_text=builder.config.text,
+    )
+
+
+def build_chunks(builder: Builder) -> None:
+    """chunks, and the documents' last columns."""
+    parts = chunk_stage_parts(builder)
+    tokenizer = settle_tokenizer(builder, fingerprint(parts))
+    settings = chunk_settings(builder)
+    receipts = builder.run_stage(
+        StageWork(
+            stage="chunk",
+            parts=parts,
+            tasks=chunk_tasks(builder.manifest.shards("documents")),
+            damaged=builder.damage.get("chunks", set()),
+            pipeline=lambda pipeline, book, tasks: chunk_pipeline(pipeline, book, tasks, settings),
+            unit="bytes",
+            small=_SMALL_TEXT_BYTES,
+        )
+    )
+    if receipts is None:
+        return
+    counts = add_counts(receipts)
+    if not counts.get("chunks"):
+        raise InputError(f"the tokenizer {builder.config.tokenizer!r} found no token in any document.")
+    fingerprints = {**builder.manifest.fingerprints, "tokenizer": tokenizer.as_json()}
+    tables = shards_by_table(receipts, "chunks", "documents")
+    builder.record("chunk", parts, tables, counts, {}, fingerprints=fingerprints)
+    builder.progress.end(f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens")
+
+
+def build_embeddings(builder: Builder) -> None:
+    """One vector a chunk."""
+    encoder = builder.ingredients.settled_encoder(builder.manifest)
+    parts = stages.embed_parts(builder.manifest.stages["chunk"].made_from, encoder)
+    settings = EmbedSettings(
+        encoder=builder.config.encoder,
+        files_sha256=encoder.files_sha256,
+        precision=encoder.precision,
+        device=builder.run.device,
+        own_tokens=builder.config.tokenizer == OWN_TOKENIZER,
+        chunking=chunk_settings(builder),
+    )
+    receipts = builder.run_stage(
+        StageWork(
+            stage="embed",
+            parts=parts,
+            tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents")),
+            damaged=builder.damage.get("embeddings", set()),
+            pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings),
+            unit="chunks",
+            small=_SMALL_EMBED_CHUNKS,
+        )
+    )
+    if receipts is None:
+        return
+    fingerprints = {**builder.manifest.fingerprints, "encoder": encoder.as_json()}
+    counts = add_counts(receipts)
+    builder.record("embed", parts, shards_by_table(receipts, "embeddings"), counts, {}, fingerprints=fingerprints)
+    builder.progress.end(f"{counts['vectors']:,} vectors of {encoder.dimension}, {encoder.name}, {encoder.precision}")

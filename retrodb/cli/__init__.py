@@ -1,0 +1,81 @@
+"""The command line: ``retrodb build | info | verify | query | show``. One small module a command.
+
+Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from retrodb._version import __version__
+from retrodb.cli.build import build
+from retrodb.cli.look import info, query, show
+from retrodb.cli.verify import verify
+from retrodb.errors import RetrodbError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="retrodb",
+    help="Turns raw text corpora into retrieval databases for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (build, info, verify, query, show):
+    app.command()(command)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))
+    ] = False,
+) -> None:
+    """Turns raw text corpora into retrieval databases for language models."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"retrodb {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 usage, 3 refused, 4 damaged, 5 recall, 6 locked, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on from there.", err=True)
+        _leave(INTERRUPTED)
+    except RetrodbError as error:
+        typer.echo(f"error: {error}", err=True)
+        if "--json" in sys.argv:
+            typer.echo(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        _leave(error.exit_code)
+    except BrokenPipeError:
+        _leave(0)
+    _leave(0)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _leave(code: int) -> None:
+    """Exit at once: a pipeline that was cut short leaves threads behind that would wait for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

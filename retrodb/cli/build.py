@@ -1,0 +1,115 @@
+"""``retrodb build``: the whole way, or the rest of it, or nothing."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+Text = Optional[str]  # noqa: UP045 - typer reads these annotations at run time
+Number = Optional[int]  # noqa: UP045
+
+
+def build(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, globs, any fsspec URL.")],
+    out: Annotated[str, typer.Option("--out", metavar="DB", help="The database: a folder, or any fsspec URL.")],
+    config: Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="TOML settings; flags win.")] = None,  # noqa: UP045
+    text_field: Annotated[Text, typer.Option(help="Field with the text. [guessed: text, content, body, ...]")] = None,
+    id_field: Annotated[Text, typer.Option(help="Field with the record's id. [guessed: id, _id, key, ...]")] = None,
+    title_field: Annotated[Text, typer.Option(help="Field with the title. [guessed: title, headline, name]")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Do not keep the documents' text.")] = False,
+    encoder: Annotated[Text, typer.Option(help="Embedded default, folder, or hub name. [all-MiniLM-L6-v2]")] = None,
+    tokenizer: Annotated[
+        Text, typer.Option(help="gpt2, tokenizer.json, SentencePiece .model, train:VOCAB, encoder, hub name. [gpt2]")
+    ] = None,
+    chunk_tokens: Annotated[Number, typer.Option(help="Tokens in a chunk, m. [64]")] = None,
+    sequence_tokens: Annotated[Number, typer.Option(help="Tokens in a training sequence, n. [2048]")] = None,
+    neighbours: Annotated[Number, typer.Option(help="Neighbours kept per chunk. [20]")] = None,
+    training_neighbours: Annotated[Number, typer.Option(help="Neighbours joined into sequences, k. [2]")] = None,
+    metric: Annotated[Text, typer.Option(help="l2 or ip (inner product). [l2]")] = None,
+    exclude: Annotated[Text, typer.Option(help="What is never a neighbour: document, cluster, none. [document]")] = None,
+    min_recall: Annotated[Optional[float], typer.Option(help="Recall@10 the index must reach. [0.95]")] = None,  # noqa: UP045
+    index_key: Annotated[Text, typer.Option(help="faiss index key. [autofaiss' choice; exact below 65,536]")] = None,
+    memory: Annotated[Text, typer.Option(help="Memory for the searched index, as 8GB. [16GB]")] = None,
+    precision: Annotated[Text, typer.Option(help="auto, fp32, bf16, fp16. [auto]")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu, cuda. [auto]")] = None,
+    workers: Annotated[Number, typer.Option(help="Worker processes. [the cores]")] = None,
+    runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
+    seed: Annotated[Number, typer.Option(help="Seed of every random choice. [0]")] = None,
+    until: Annotated[
+        Text, typer.Option(help="Last stage: corpus, chunk, embed, index, neighbours, training.")
+    ] = None,
+    shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")] = False,
+) -> None:
+    """Build a retrieval database from INPUT, or bring it up to date: run again, it resumes, or does nothing."""
+    from retrodb.config import make_config, read_config_file  # noqa: PLC0415 - only a real run pays for imports
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    flags: dict[str, Any] = {
+        "text_field": text_field,
+        "id_field": id_field,
+        "title_field": title_field,
+        "text": False if no_text else None,
+        "encoder": encoder,
+        "tokenizer": tokenizer,
+        "chunk_tokens": chunk_tokens,
+        "sequence_tokens": sequence_tokens,
+        "neighbours": neighbours,
+        "training_neighbours": training_neighbours,
+        "metric": metric,
+        "exclude": exclude,
+        "min_recall": min_recall,
+        "index_key": index_key,
+        "memory": memory,
+        "precision": precision,
+        "device": device,
+        "workers": workers,
+        "runner": runner,
+        "seed": seed,
+        "until": until,
+        "shard_bytes": shard_bytes,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings, run = make_config(read_config_file(config) if config else {}, given)
+    storage = Storage(out)
+    listing = _list_inputs(inputs, storage)
+    if dry_run:
+        _dry_run(listing, storage, settings, run, as_json)
+        return
+    _build(listing, storage, settings, run, as_json)
+
+
+def _list_inputs(inputs: list[str], storage: Any) -> Any:
+    from retrodb.corpus import expand_inputs  # noqa: PLC0415
+
+    return expand_inputs(inputs, ignore=storage.url)
+
+
+def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.cli.render import closing, summary  # noqa: PLC0415
+    from retrodb.pipelines.driver import build as run_build  # noqa: PLC0415
+
+    progress = make_progress()
+    if listing.skipped:
+        progress.note(f"{listing.skipped:,} files of other kinds were skipped")
+    try:
+        outcome = run_build(listing.files, storage, settings, run, progress)
+    finally:
+        progress.close()
+    closing(storage, outcome, as_json)
+    if as_json:
+        typer.echo(json.dumps({**summary(storage, outcome.manifest), "done": list(outcome.done)}, ensure_ascii=False))
+
+
+def _dry_run(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:
+    from retrodb.cli.render import print_plan  # noqa: PLC0415
+    from retrodb.pipelines.plan import dry_run  # noqa: PLC0415
+
+    plan = dry_run(listing.files, storage, settings, run)
+    if as_json:
+        typer.echo(json.dumps(plan, ensure_ascii=False))
+    else:
+        print_plan(plan)

@@ -1,0 +1,212 @@
+"""What the commands print for people."""
+
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from retrodb.database import Database
+from retrodb.quality.summary import summarise
+from retrodb.storage import Storage
+
+_INDENT = "    "
+_EXAMPLES = 3
+
+
+def _width() -> int:
+    return min(110, shutil.get_terminal_size((100, 24)).columns)
+
+
+def size_text(n_bytes: float) -> str:
+    """``12.3 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n_bytes) < 1000 or unit == "TB":
+            return f"{n_bytes:,.0f} B" if unit == "B" else f"{n_bytes:,.1f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def quoted(text: str, lines: int = 4) -> str:
+    """A text as an indented paragraph of a few lines."""
+    flat = " ".join(text.split())
+    wrapped = textwrap.wrap(flat, _width() - len(_INDENT))
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: _width() - len(_INDENT) - 4] + " ..."]
+    return textwrap.indent("\n".join(wrapped), _INDENT)
+
+
+def summary(storage: Storage, manifest: Any) -> dict[str, Any]:
+    """What ``build --json`` and ``info --json`` share."""
+    return summarise(manifest, storage.url)
+
+
+def closing(storage: Storage, outcome: Any, as_json: bool) -> None:
+    """The end of a build: where it is, counts, recall, neighbour pairs worth reading, what to type next."""
+    facts = summary(storage, outcome.manifest)
+    if not outcome.done:
+        typer.echo(f"{storage.url} is up to date: nothing to do.", err=as_json)
+        return
+    _print_counts(facts, as_json)
+    if facts["complete"] and not as_json:
+        pairs = example_pairs(Database(storage, outcome.manifest))
+        if pairs:
+            typer.echo("\nNeighbours worth reading (each from another document):")
+        for chunk, neighbour in pairs:
+            typer.echo(f"\n  {chunk['title']}  [chunk {chunk['chunk_id']}]\n{quoted(chunk['text'])}")
+            typer.echo(f"  ~ {neighbour['title']}  [distance {neighbour['distance']:.3f}]\n{quoted(neighbour['text'])}")
+        first = pairs[0][0]["chunk_id"] if pairs else 0
+        typer.echo(
+            f"\nNext:\n  retrodb query {storage.url} 'your question'\n  retrodb show {storage.url} {first}\n"
+            f"  retrodb info {storage.url}\n  retrodb verify {storage.url}\n"
+            f"  python -c \"import retrodb; print(next(iter(retrodb.open('{storage.url}').training()))['tokens'])\""
+        )
+
+
+def _print_counts(facts: Mapping[str, Any], to_stderr: bool) -> None:
+    total = sum(table["bytes"] for table in facts["tables"].values())
+    typer.echo(f"\n{facts['database']}  ({size_text(total)})", err=to_stderr)
+    for line in _count_lines(facts):
+        typer.echo(f"  {line}", err=to_stderr)
+
+
+def _count_lines(facts: Mapping[str, Any]) -> list[str]:
+    lines = []
+    documents = facts["documents"]
+    if documents:
+        dropped = "".join(f", {number:,} dropped: {rule}" for rule, number in documents["dropped"].items() if number)
+        lines.append(
+            f"documents   {documents['kept']:,} of {documents['in']:,}{dropped}, {documents['quarantined']:,} quarantined"
+        )
+    if facts["chunks"] is not None:
+        config = facts["config"]
+        lines.append(
+            f"chunks      {facts['chunks']:,} of {config['chunk_tokens']} tokens ({facts['tokens']:,} tokens, "
+            f"{config['tokenizer']})"
+        )
+    if facts["embeddings"]:
+        embeddings = facts["embeddings"]
+        lines.append(
+            f"embeddings  {embeddings['rows']:,} of {embeddings['dimension']} float16 "
+            f"({embeddings['encoder']}, computed in {embeddings['precision']})"
+        )
+    if facts["index"]:
+        lines.append(f"index       {facts['index']['key']}: {facts['index']['reason']}")
+    if facts["neighbours"]:
+        neighbours = facts["neighbours"]
+        recall = neighbours["recall_at_10"]
+        measured = "not measurable" if recall is None else f"{recall:.4f} on {neighbours['recall_queries']:,} queries"
+        lines.append(f"neighbours  {neighbours['k']} a chunk, recall@10 {measured}")
+    if facts["training"]:
+        training = facts["training"]
+        lines.append(
+            f"training    {training['sequences']:,} sequences of {training['sequence_tokens']:,} tokens "
+            f"with {training['neighbours']} neighbours a chunk"
+        )
+    return lines
+
+
+def example_pairs(db: Database) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Chunks with a near, but not equal, neighbour from another document, from the middle of the first shards."""
+    candidates = []
+    for table in db.tables("neighbours", ["chunk_id", "neighbour_ids", "distances"]):
+        for row in table.slice(0, 2000).to_pylist():
+            if row["neighbour_ids"] and row["neighbour_ids"][0] is not None:
+                candidates.append((row["distances"][0], row["chunk_id"], row["neighbour_ids"][0]))
+        if len(candidates) > 4000:
+            break
+    telling = sorted(c for c in candidates if c[0] > 0.05) if db.manifest.config["metric"] == "l2" else candidates
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    seen: set[int] = set()
+    for distance, chunk_id, neighbour_id in telling:
+        chunk, neighbour = db.chunk(chunk_id), db.chunk(neighbour_id)
+        if {chunk.document_id, neighbour.document_id} & seen or min(len(chunk.text), len(neighbour.text)) < 80:
+            continue
+        seen |= {chunk.document_id, neighbour.document_id}
+        pairs.append((_titled(db, chunk, distance), _titled(db, neighbour, distance)))
+        if len(pairs) == _EXAMPLES:
+            break
+    return pairs
+
+
+def _titled(db: Database, chunk: Any, distance: float) -> dict[str, Any]:
+    document = db.document(chunk.document_id)
+    return {
+        "chunk_id": chunk.chunk_id,
+        "title": document.title or document.key,
+        "text": chunk.text,
+        "distance": distance,
+    }
+
+
+def print_info(facts: Mapping[str, Any]) -> None:
+    """``retrodb info``."""
+    typer.echo(facts["database"])
+    for line in _count_lines(facts):
+        typer.echo(f"  {line}")
+    if not facts["complete"]:
+        typer.echo(f"  not complete: {', '.join(facts['stages']) or 'no stage'} done; run the build again to go on")
+    typer.echo("tables")
+    for name, table in facts["tables"].items():
+        typer.echo(f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}")
+    typer.echo("fingerprints")
+    for kind in ("encoder", "tokenizer"):
+        recorded = facts["fingerprints"].get(kind)
+        if recorded:
+            typer.echo(f"  {kind:<12}{recorded['fingerprint'][:16]}  {recorded['name']}")
+    for stage, value in facts["fingerprints"].get("stages", {}).items():
+        typer.echo(f"  {stage:<12}{value[:16]}")
+    typer.echo("made with  " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+
+
+def print_hits(hits: Sequence[Mapping[str, Any]]) -> None:
+    """``retrodb query``."""
+    if not hits:
+        typer.echo("no neighbours: the database has no chunk that may be one.")
+    for number, hit in enumerate(hits, 1):
+        typer.echo(f"{number}. {hit['title'] or hit['key']}  [distance {hit['distance']:.4f}, chunk {hit['chunk_id']}]")
+        typer.echo(f"{_INDENT}{hit['source']}")
+        typer.echo(quoted(hit["text"]))
+
+
+def print_chunk(shown: Mapping[str, Any]) -> None:
+    """``retrodb show``."""
+    chunk = shown["chunk"]
+    typer.echo(
+        f"chunk {chunk['chunk_id']}: {chunk['title'] or chunk['key']}, position {chunk['position']}, "
+        f"bytes {chunk['start']:,}-{chunk['end']:,} of {chunk['source']}"
+    )
+    typer.echo(quoted(chunk["text"], lines=12))
+    half = (_width() - 3) // 2
+    for number, row in enumerate(shown["neighbours"], 1):
+        typer.echo(
+            f"\n{number}. {row['title'] or row['key']}, position {row['position']}  "
+            f"[distance {row['distance']:.4f}, chunk {row['chunk_id']}]"
+        )
+        left = textwrap.wrap(" ".join(row["text"].split()), half) or [""]
+        right = textwrap.wrap(" ".join((row["continuation"] or "(no continuation)").split()), half) or [""]
+        for at in range(max(len(left), len(right))):
+            cells = [column[at] if at < len(column) else "" for column in (left, right)]
+            typer.echo(f"{cells[0]:<{half}} | {cells[1]}".rstrip())
+
+
+def print_verdict(report: Any) -> None:
+    """``retrodb verify``."""
+    for name, number in report.checked.items():
+        typer.echo(f"  {name}: {number:,}")
+    for problem in report.problems:
+        typer.echo(f"damaged: {problem.path}: {problem.what}", err=True)
+    if report.problems:
+        typer.echo(f"{len(report.problems)} problems. Run the build again: it repairs exactly these.", err=True)
+    else:
+        typer.echo("all of it is as the manifest says.")
+
+
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """``retrodb build --dry-run``."""
+    typer.echo(f"{plan['database']}: {plan['inputs']['files']:,} files, {size_text(plan['inputs']['bytes'])} of input")
+    for stage in plan["stages"]:
+        typer.echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
+    for name, value in plan["estimates"].items():
+        typer.echo(f"  {name.replace('_', ' '):<28} {value}")

@@ -1,0 +1,32 @@
+"""``retrodb verify``: proves that a database is what its manifest says."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from retrodb.cli.look import Database, Json
+
+
+def verify(
+    database: Database,
+    sample: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of shards recomputed from the source text.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Which shards are recomputed.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prove counts, checksums, id joins, continuations and exclusion; exit 4 and the shard's name if anything is off."""
+    from retrodb import open as open_database  # noqa: PLC0415
+    from retrodb.cli.render import print_verdict  # noqa: PLC0415
+    from retrodb.errors import DamagedError  # noqa: PLC0415
+    from retrodb.quality.verify import verify_database  # noqa: PLC0415
+
+    db = open_database(database)
+    report = verify_database(db, sample=sample, seed=seed)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        print_verdict(report)
+    if report.problems:
+        raise typer.Exit(DamagedError.exit_code)

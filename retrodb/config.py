@@ -1,0 +1,169 @@
+"""The settings of a build: parsed once at the edge into one frozen, validated model.
+
+`BuildConfig` holds what shapes the tables (recorded in the manifest and, stage by stage, in the fingerprints);
+`RunSettings` holds what does not: workers, runner, device. Changing those never rebuilds anything.
+"""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from retrodb.chunking import DEFAULT_TOKENIZER
+from retrodb.encoding import DEFAULT_ENCODER
+from retrodb.errors import InputError, UsageError
+from retrodb.manifest import STAGES
+
+_UNITS: Final = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_MINIMUM_TRAINED_VOCABULARY: Final = 256
+
+DEFAULT_MEMORY: Final = 16 * 10**9
+"""Fixed, not this machine's: the same corpus gets the same index key everywhere."""
+
+
+def parse_size(text: str | int) -> int:
+    """``"8GB"``, ``"512MiB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text)
+    if match is None or (unit := match[2].lower()) not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write it as 8GB or 512MiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def _available_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BuildConfig(BaseModel):
+    """What a database is made with. Defaults are RETRO's (Borgeaud et al. 2022): m = 64, n = 2048, k = 2 of 20."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text_field: str | None = None
+    id_field: str | None = None
+    title_field: str | None = None
+    text: bool = True
+    shard_bytes: int | None = Field(default=None, ge=1024)
+    tokenizer: str = DEFAULT_TOKENIZER
+    chunk_tokens: int = Field(default=64, ge=1, le=8192)
+    encoder: str = DEFAULT_ENCODER
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    metric: Literal["l2", "ip"] = "l2"
+    index_key: str | None = None
+    memory: int | None = Field(default=None, ge=1 << 20)
+    neighbours: int = Field(default=20, ge=1, le=1000)
+    exclude: Literal["document", "cluster", "none"] = "document"
+    min_recall: float = Field(default=0.95, ge=0.0, le=1.0)
+    sequence_tokens: int = Field(default=2048, ge=1)
+    training_neighbours: int = Field(default=2, ge=1, le=127)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("memory", "shard_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_size(value) if isinstance(value, str) else value
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _trained(cls, value: str) -> str:
+        if value.startswith("train:"):
+            vocabulary = value.removeprefix("train:")
+            if not vocabulary.isdigit() or not _MINIMUM_TRAINED_VOCABULARY < int(vocabulary) <= 1 << 20:
+                raise ValueError(f"{value!r}: write train:VOCAB with a vocabulary from 257 to {1 << 20}, as train:8192")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BuildConfig":
+        if self.sequence_tokens % self.chunk_tokens:
+            raise ValueError(
+                f"sequence-tokens {self.sequence_tokens} is not a multiple of chunk-tokens {self.chunk_tokens}; "
+                f"the nearest that is: {max(1, round(self.sequence_tokens / self.chunk_tokens)) * self.chunk_tokens}"
+            )
+        if self.training_neighbours > self.neighbours:
+            raise ValueError(
+                f"training-neighbours {self.training_neighbours} is more than neighbours {self.neighbours}, "
+                "the number kept per chunk"
+            )
+        if self.exclude == "cluster":
+            raise ValueError("exclude cluster needs near-duplicate clusters, which this version does not compute yet")
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """Budget for the searched index: as given, else `DEFAULT_MEMORY`."""
+        return self.memory or DEFAULT_MEMORY
+
+
+class RunSettings(BaseModel):
+    """How a build is carried out; no table depends on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int = Field(default_factory=_available_cores, ge=1)
+    runner: Literal["local"] = "local"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    until: Literal[STAGES] | None = None  # type: ignore[valid-type]
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file: flags' names, with ``-`` or ``_``.
+
+    Raises:
+        InputError: it is missing, or not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"cannot read the config file {path}: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the config file {path} is not valid TOML: {error}.") from error
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[BuildConfig, RunSettings]:
+    """Settings from a config file and from flags; flags win.
+
+    Raises:
+        InputError: the file holds a setting that does not exist or is out of range.
+        UsageError: a flag is out of range.
+    """
+    run_names = set(RunSettings.model_fields)
+    unknown = sorted(set(file_settings) - run_names - set(BuildConfig.model_fields))
+    if unknown:
+        known = ", ".join(name.replace("_", "-") for name in [*BuildConfig.model_fields, *RunSettings.model_fields])
+        raise InputError(f"the config file holds unknown settings {unknown}. Known: {known}.")
+    merged = {**file_settings, **flags}
+    try:
+        run = RunSettings(**{name: value for name, value in merged.items() if name in run_names})
+        return BuildConfig(**{name: value for name, value in merged.items() if name not in run_names}), run
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        from_file = any(item["loc"] and item["loc"][0] in set(file_settings) - set(flags) for item in error.errors())
+        raise (InputError if from_file else UsageError)("; ".join(lines) + ".") from error
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part).replace("_", "-") for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    return f"--{name} {item['input']!r}: {message}" if name else message

@@ -1,0 +1,310 @@
+"""The reader over all tables: what `retrodb.open` returns.
+
+    db = retrodb.open("my-db")
+    db.summary()                          # counts, fingerprints, recall
+    db.chunk(chunk_id).text               # exact source text
+    db.neighbours(chunk_id)               # its neighbours, best first
+    db.embeddings(0)                      # float16 [rows, d], memory-mapped
+    db.search("how do generators work", k=5)
+    db.training(split="train")            # a PyTorch iterable dataset
+
+A `Database` reads the manifest once and follows it: it keeps the picture of the moment it was opened. It runs no code
+from the database and follows no path out of it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from retrodb.chunking.tokenizer import ChunkTokenizer, load_tokenizer, tokenizer_from_json
+from retrodb.encoding import EncoderIdentity, chunk_texts, identify, resolve_encoder
+from retrodb.errors import DamagedError, InputError, MismatchError
+from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of
+from retrodb.quality.summary import summarise
+from retrodb.schemas import ID_SHIFT
+from retrodb.storage import Storage
+
+if TYPE_CHECKING:
+    from retrodb.encoding.encoder import Encoder
+    from retrodb.neighbours.searcher import Searcher
+    from retrodb.training import TrainingDataset
+
+_ROW_MASK: Final = (1 << ID_SHIFT) - 1
+_CACHED_GROUPS: Final = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of ``documents``."""
+
+    document_id: int
+    key: str
+    source: str
+    title: str | None
+    text: str | None
+    n_chunks: int | None
+    metadata: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One row of ``chunks`` with its text: the exact source slice, widened to whole characters."""
+
+    chunk_id: int
+    document_id: int
+    position: int
+    tokens: tuple[int, ...]
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One neighbour of a chunk or of a query: its distance (squared L2) or score (inner product)."""
+
+    chunk_id: int
+    document_id: int
+    distance: float
+
+
+class Database:
+    """A database opened for reading."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.manifest = manifest
+        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_uncached)
+
+    @staticmethod
+    def open(url: str) -> "Database":
+        """Open the database at ``url``.
+
+        Raises:
+            InputError: there is none.
+            MismatchError: it was made by a later schema version.
+            DamagedError: its manifest is malformed.
+        """
+        storage = Storage(url)
+        manifest = Manifest.load(storage)
+        if manifest is None:
+            raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+        return Database(storage, manifest)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{self.manifest.rows(table):,} {table}" for table in self.manifest.tables)
+        return f"<retrodb database {self.storage.url}: {rows or 'empty'}>"
+
+    def summary(self) -> dict[str, Any]:
+        """What the database is: counts per stage, fingerprints, recall, sizes (see ``retrodb info --json``)."""
+        return summarise(self.manifest, self.storage.url)
+
+    # -- tables ----------------------------------------------------------------------------------------------------
+
+    def tables(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The shards of a Parquet table, one Arrow table a shard."""
+        for shard in self.manifest.shards(name):
+            yield self.storage.read_table(shard.path, list(columns) if columns else None)
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in order."""
+        for table in self.tables("documents"):
+            for batch in table.to_batches(max_chunksize=256):
+                yield from (_document(row) for row in batch.to_pylist())
+
+    def chunks(self) -> Iterator[pa.Table]:
+        """The ``chunks`` table, shard by shard."""
+        return self.tables("chunks")
+
+    def embeddings(self, shard: int) -> np.ndarray:
+        """float16 [rows, d]: the vectors of chunk shard number ``shard``, memory-mapped where the database is local."""
+        return self.storage.read_array(self._shard("embeddings", shard).path)
+
+    def document(self, document_id: int) -> Document:
+        """One document. Raises InputError when it does not exist."""
+        return _document(self._row("documents", document_id))
+
+    def chunk(self, chunk_id: int) -> Chunk:
+        """One chunk with its text. Raises InputError when it does not exist."""
+        row = self._row("chunks", chunk_id)
+        tokens = tuple(row["tokens"][: row["n_tokens"]])
+        text = self._chunk_text(row, tokens)
+        return Chunk(chunk_id, row["document_id"], row["position"], tokens, row["start"], row["end"], text)
+
+    def continuation(self, chunk_id: int) -> Chunk | None:
+        """The chunk that follows in the same document, if there is one."""
+        try:
+            following = self.chunk(chunk_id + 1)
+        except InputError:
+            return None
+        return following if following.document_id == self._row("chunks", chunk_id)["document_id"] else None
+
+    def neighbours(self, chunk_id: int) -> list[Neighbour]:
+        """The stored neighbours of a chunk, best first. Raises InputError when there is no such chunk."""
+        row = self._row("neighbours", chunk_id)
+        columns = (row["neighbour_ids"], row["neighbour_document_ids"], row["distances"])
+        return [Neighbour(*cells) for cells in zip(*columns, strict=True) if cells[0] is not None]
+
+    def training(self, split: str | None = "train", **options: Any) -> "TrainingDataset":
+        """A PyTorch iterable dataset over the training sequences: see `retrodb.training.dataset`.
+
+        Args:
+            split: ``train``, ``validation``, or None for both.
+            options: rank, world_size, shuffle, seed, ..., passed on.
+        """
+        from retrodb.training.dataset import TrainingDataset  # noqa: PLC0415 - imports torch
+
+        return TrainingDataset(self.storage, self.manifest, split=split, **options)
+
+    # -- search ----------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder_identity(self) -> EncoderIdentity:
+        """What made the vectors. Raises InputError when there are none yet."""
+        recorded = self.manifest.fingerprints.get("encoder")
+        if not recorded:
+            raise InputError(f"{self.storage.url} has no embeddings yet; run the build to its end.")
+        return EncoderIdentity.from_json(recorded)
+
+    def encoder(self, spec: str | None = None, device: str = "auto") -> "Encoder":
+        """The encoder that made the vectors, loaded.
+
+        Args:
+            spec: where it is now, if not where it was.
+            device: auto, cpu or cuda.
+
+        Raises:
+            MismatchError: what is found there is another encoder; names both fingerprints.
+        """
+        recorded = self.encoder_identity
+        files = resolve_encoder(spec or recorded.name)
+        found = identify(files, recorded.precision)
+        if found.fingerprint != recorded.fingerprint:
+            raise MismatchError(
+                f"{self.storage.url} was embedded by {recorded.name!r} (fingerprint {recorded.fingerprint[:16]}); "
+                f"{files.name!r} is another encoder (fingerprint {found.fingerprint[:16]}): "
+                "their vectors cannot be compared. Query with the database's own encoder."
+            )
+        from retrodb.encoding.encoder import load_cached  # noqa: PLC0415 - imports torch
+
+        return load_cached(files, recorded.precision, device)
+
+    def embed(self, texts: Sequence[str], encoder: str | None = None) -> np.ndarray:
+        """float16 [n, d]: texts through the one featuriser that made the database's vectors."""
+        return self.encoder(encoder).embed(texts)
+
+    def search(
+        self, query: str | np.ndarray, k: int = 10, metric: str | None = None, encoder: str | None = None
+    ) -> list[Neighbour]:
+        """The ``k`` nearest chunks of a text, or of a vector [d], best first; distances exact, from stored vectors.
+
+        Args:
+            query: a text, embedded by the database's encoder, or a vector made by it.
+            k: how many.
+            metric: refused if it is not the database's; None takes the database's.
+            encoder: refused if it is not the database's.
+
+        Raises:
+            MismatchError: another metric or encoder, or a vector of another width.
+            InputError: the database has no index yet.
+        """
+        vector = self.embed([query], encoder)[0] if isinstance(query, str) else np.asarray(query)
+        found = self._searcher.search(vector[None, :], k, metric)
+        columns = (found.neighbour_ids[0], found.neighbour_document_ids[0], found.distances[0])
+        rows = zip(*(column[: found.n_valid[0]].tolist() for column in columns), strict=True)
+        return [Neighbour(*row) for row in rows]
+
+    @cached_property
+    def _searcher(self) -> "Searcher":
+        from retrodb.neighbours.searcher import Searcher  # noqa: PLC0415 - imports faiss
+
+        return Searcher(self.storage, self.manifest)
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> ChunkTokenizer:
+        """The tokenizer that cut the chunks.
+
+        Raises:
+            MismatchError: the one found under its name is another.
+        """
+        recorded = self.manifest.fingerprints.get("tokenizer")
+        if not recorded:
+            raise InputError(f"{self.storage.url} has no chunks yet; run the build to its end.")
+        if recorded.get("stored"):
+            tokenizer = tokenizer_from_json(self.storage.read_bytes(recorded["stored"]), recorded["name"])
+        elif recorded["name"] == "encoder":
+            folder = resolve_encoder(self.manifest.config["encoder"]).folder
+            tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+        else:
+            tokenizer = load_tokenizer(recorded["name"])
+        if tokenizer.fingerprint != recorded["fingerprint"]:
+            raise MismatchError(
+                f"{self.storage.url} was cut by a tokenizer with fingerprint {recorded['fingerprint'][:16]}; "
+                f"{recorded['name']!r} here has {tokenizer.fingerprint[:16]}."
+            )
+        return tokenizer
+
+    def _chunk_text(self, row: Mapping[str, Any], tokens: Sequence[int]) -> str:
+        text = self.document(row["document_id"]).text
+        if text is None:
+            return self.tokenizer.decode(tokens).decode(errors="replace")
+        bounds = (np.array([row["start"]]), np.array([row["end"]]))
+        return chunk_texts(text.encode(), *bounds)[0]
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _shard(self, table: str, number: int) -> Shard:
+        for shard in self.manifest.shards(table):
+            if shard.number == number:
+                return shard
+        if table not in self.manifest.tables:
+            raise InputError(f"{self.storage.url} has no {table} yet; run the build to its end.")
+        raise InputError(f"{self.storage.url} has no shard {number} of {table}.")
+
+    def _row(self, table: str, identifier: int) -> dict[str, Any]:
+        """The row of an id: at the place the id tells, or, where a shard was compacted, found by search."""
+        try:
+            shard = self._shard(table, shard_of(identifier))
+        except InputError:
+            if table not in self.manifest.tables:
+                raise
+            raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.") from None
+        column = "document_id" if table == "documents" else "chunk_id"
+        starts = self._group_starts(shard.path)
+        place = min(identifier & _ROW_MASK, max(int(starts[-1]) - 1, 0))
+        group = int(np.searchsorted(starts, place, side="right")) - 1
+        for candidate in range(min(group, len(starts) - 2), -1, -1):
+            rows = self._read_group(shard.path, candidate)
+            ids = rows[column].to_numpy()
+            at = int(np.searchsorted(ids, identifier))
+            if at < len(ids) and ids[at] == identifier:
+                row: dict[str, Any] = rows.slice(at, 1).to_pylist()[0]
+                return row
+            if at > 0:
+                break
+        raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.")
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - one Database a process, and small tuples
+    def _group_starts(self, path: str) -> tuple[int, ...]:
+        with self.storage.open_parquet(path) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        return tuple(int(start) for start in np.concatenate([[0], np.cumsum(sizes)]))
+
+    def _read_group_uncached(self, path: str, group: int) -> pa.Table:
+        with self.storage.open_parquet(path) as file:
+            try:
+                return file.read_row_group(group, use_threads=False)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DamagedError(f"cannot read {self.storage.describe(path)}: {error}. Run verify.") from error
+
+
+def _document(row: Mapping[str, Any]) -> Document:
+    names = ("document_id", "key", "source", "title", "text", "n_chunks", "metadata", "split")
+    return Document(**{name: row[name] for name in names})

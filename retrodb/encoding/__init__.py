@@ -1,0 +1,28 @@
+"""Chunks to vectors: the frozen encoder, known by its fingerprint.
+
+`source` finds an encoder's files without importing torch, and hashes them; `encoder` loads them and turns texts (or
+the encoder's own token ids) into vectors; `batches` groups texts by length. What made the vectors is an
+`EncoderIdentity`: files, pooling, normalisation, length, prompt and precision. A query is embedded by the same one or
+refused (invariant 4). Vectors are stored float16.
+"""
+
+from retrodb.encoding.batches import chunk_texts, length_batches
+from retrodb.encoding.source import (
+    DEFAULT_ENCODER,
+    EncoderFiles,
+    EncoderIdentity,
+    cpu_precision,
+    identify,
+    resolve_encoder,
+)
+
+__all__ = [
+    "DEFAULT_ENCODER",
+    "EncoderFiles",
+    "EncoderIdentity",
+    "chunk_texts",
+    "cpu_precision",
+    "identify",
+    "length_batches",
+    "resolve_encoder",
+]

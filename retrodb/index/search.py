@@ -1,0 +1,183 @@
+"""Searching index shards: one group at a time, merged by distance. What is found equals a search of one big index."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import faiss
+import numpy as np
+
+from retrodb.errors import DamagedError
+from retrodb.index.engine import Metric, ascending, faiss_threads, ivf_of, untyped, worst
+from retrodb.index.shards import load_index_shard
+from retrodb.storage import Storage
+
+MISSING: Final = -1
+"""Fills the places of an id array where nothing was found. Never an id: mask it before any look-up."""
+
+_LAST: Final = np.iinfo(np.int64).max
+
+
+def search_group(
+    index: faiss.Index, queries: np.ndarray, candidates: int, nprobe: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest vectors of one index shard, on one thread; a query's answer does not depend on its batch.
+
+    Args:
+        index: from `load_index_shard`.
+        queries: float32 [q, d].
+        candidates: wanted for each query.
+        nprobe: inverted lists to read; all of them when it is at least their number. Ignored by an exact index.
+
+    Returns:
+        Raw distances float32 [q, c] and chunk ids int64 [q, c], c = min(candidates, ntotal), nearest first. Where
+        fewer were found: +inf (``ip``: -inf) and `MISSING`.
+
+    Raises:
+        DamagedError: a query holds NaN or infinity, which faiss would answer with nothing at all.
+    """
+    if not np.isfinite(queries).all():
+        raise DamagedError("a query vector holds NaN or infinity: its embedding is damaged. Run the build again.")
+    count = min(candidates, int(index.ntotal))
+    metric: Metric = "l2" if index.metric_type == faiss.METRIC_L2 else "ip"
+    if count == 0 or len(queries) == 0:
+        return _nothing(len(queries), count, metric)
+    with faiss_threads(1):
+        distances, ids = _search(index, np.ascontiguousarray(queries, dtype=np.float32), count, nprobe)
+    distances[ids < 0] = worst(metric)
+    ids[ids < 0] = MISSING
+    return distances, ids
+
+
+def _nothing(queries: int, count: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((queries, count), worst(metric), np.float32), np.full((queries, count), MISSING, np.int64)
+
+
+def _search(index: faiss.Index, queries: np.ndarray, count: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+    ivf = ivf_of(index)
+    if ivf is None:
+        return index.search(queries, count)
+    nprobe = max(1, min(nprobe, int(ivf.nlist)))
+    coarse = faiss.downcast_index(ivf.quantizer)
+    if not isinstance(coarse, faiss.IndexHNSW):
+        parameters = untyped.SearchParametersIVF(nprobe=nprobe)
+    elif nprobe < ivf.nlist:
+        effort = untyped.SearchParametersHNSW(efSearch=max(64, 2 * nprobe))
+        parameters = untyped.SearchParametersIVF(nprobe=nprobe, quantizer_params=effort)
+    else:
+        return _search_all_lists(index, ivf, faiss.downcast_index(coarse.storage), queries, count)
+    if isinstance(index, faiss.IndexPreTransform):
+        parameters = untyped.SearchParametersPreTransform(index_params=parameters)
+    return index.search(queries, count, params=parameters)
+
+
+def _search_all_lists(
+    index: Any, ivf: Any, centroids: faiss.Index, queries: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every list, without asking an HNSW quantiser for them: it need not find all."""
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for step in range(chain.size()):
+            queries = faiss.downcast_VectorTransform(chain.at(step)).apply(queries)
+    near, lists = centroids.search(queries, ivf.nlist)
+    ivf.nprobe = ivf.nlist
+    return ivf.search_preassigned(queries, count, lists, near)
+
+
+def merge(
+    partials: Sequence[tuple[np.ndarray, np.ndarray]], candidates: int, metric: Metric
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of several searches of the same queries, by distance, ties by ascending id.
+
+    Args:
+        partials: (distances float32 [q, c_i], ids int64 [q, c_i]) as from `search_group`, in any order.
+        candidates: kept for each query.
+        metric: ``l2`` (ascending) or ``ip`` (descending).
+
+    Returns:
+        Distances float32 and ids int64 [q, min(candidates, sum of c_i)]; what is missing comes last.
+    """
+    distances = np.concatenate([d for d, _ in partials], axis=1)
+    ids = np.concatenate([i for _, i in partials], axis=1)
+    missing = (ids < 0) | np.isnan(distances)
+    keys = np.where(missing, np.float32(np.inf), ascending(distances, metric))
+    order = np.lexsort((np.where(missing, _LAST, ids), keys), axis=1)[:, :candidates]
+    ids = np.where(missing, MISSING, ids)
+    distances = np.where(missing, worst(metric), distances)
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """One recorded index shard: its relative path and the vectors it must hold."""
+
+    path: str
+    vectors: int
+
+
+@dataclass
+class GroupedIndex:
+    """All index shards of a database as one `CandidateSource`, held in memory no more than ``cache_bytes`` at a time.
+
+    Attributes:
+        storage: the database.
+        files: its index shards.
+        dimension: d.
+        metric: ``l2`` or ``ip``.
+        nprobe: inverted lists read for each query, chosen by measured recall.
+        n_lists: inverted lists of the template, the largest useful nprobe; 1 for an exact index.
+        raw_is_exact: whether raw distances are those of the stored vectors (``Flat`` codes), not of a code.
+        cache_bytes: bound on exact shards kept for the next search; at least one is kept.
+    """
+
+    storage: Storage
+    files: Sequence[IndexFile]
+    dimension: int
+    metric: Metric
+    nprobe: int = 1
+    n_lists: int = 1
+    raw_is_exact: bool = True
+    cache_bytes: int = 48 << 20
+    _open: "OrderedDict[str, faiss.Index]" = field(default_factory=OrderedDict, init=False, repr=False)
+
+    @property
+    def ntotal(self) -> int:
+        """Vectors in all shards."""
+        return sum(file.vectors for file in self.files)
+
+    def search(self, queries: np.ndarray, candidates: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search_group`, over all shards; each is visited once.
+
+        Raises:
+            DamagedError: a shard is missing or is not the one recorded.
+        """
+        found = _nothing(len(queries), 0, self.metric)
+        for file in self.files:
+            partial = search_group(self._index(file), queries, candidates, nprobe)
+            found = merge([found, partial], candidates, self.metric)
+        return found
+
+    def _index(self, file: IndexFile) -> faiss.Index:
+        if file.path in self._open:
+            self._open.move_to_end(file.path)
+            return self._open[file.path]
+        self._evict(file.vectors)
+        try:
+            with self.storage.local_copy(file.path) as path:
+                index = load_index_shard(path, self.dimension, self.metric, file.vectors)
+        except FileNotFoundError as error:
+            where = self.storage.describe(file.path)
+            raise DamagedError(f"{where} is missing. Run the build again to repair it.") from error
+        self._open[file.path] = index
+        return index
+
+    def _evict(self, vectors: int) -> None:
+        """Make room for ``vectors`` before they are read, so that the bound is not passed meanwhile."""
+        room = self.cache_bytes // (4 * self.dimension + 8) - vectors
+        while self._open and sum(int(index.ntotal) for index in self._open.values()) > room:
+            self._open.popitem(last=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        arguments = (self.storage, self.files, self.dimension, self.metric, self.nprobe, self.n_lists)
+        return GroupedIndex, (*arguments, self.raw_is_exact, self.cache_bytes)

@@ -1,0 +1,37 @@
+"""Neighbours: over-fetch, exclusion, exact re-score, top k.
+
+For one query shard (the chunks of one chunk shard, or of another corpus) `find_neighbours` asks a `CandidateSource`
+(the index) for more than it needs; drops by **id** what is not allowed (`Exclusion`: the chunk itself always, its
+document, what a hook says); scores the rest from the stored float16 vectors (`VectorSource`), pair by pair in float32;
+and orders by (distance, chunk id). The over-fetch doubles, query by query, until k are allowed and nothing as near as
+the k-th can have been left out, or the index is exhausted; then the row says how many there are (``n_valid``).
+
+`select` is the step in the middle, for a shuffle that searches groups of index shards on different workers and
+merges. `Neighbours` holds the result as arrays; `to_table` and `from_table` convert it to and from rows.
+"""
+
+from retrodb.neighbours.exclusion import Exclude, ExcludedPairs, Exclusion, document_ranges
+from retrodb.neighbours.select import Selection, find_neighbours, initial_candidates, pair_scores, rescore, select
+from retrodb.neighbours.sources import CandidateSource, DocumentSource, StoredDocuments, StoredVectors, VectorSource
+from retrodb.neighbours.table import Neighbours, from_table, to_table
+
+__all__ = [
+    "CandidateSource",
+    "DocumentSource",
+    "Exclude",
+    "ExcludedPairs",
+    "Exclusion",
+    "Neighbours",
+    "Selection",
+    "StoredDocuments",
+    "StoredVectors",
+    "VectorSource",
+    "document_ranges",
+    "find_neighbours",
+    "from_table",
+    "initial_candidates",
+    "pair_scores",
+    "rescore",
+    "select",
+    "to_table",
+]

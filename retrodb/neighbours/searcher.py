@@ -1,0 +1,75 @@
+"""Search a finished database for queries that are no chunks of it: a text someone typed, another model's vector."""
+
+from typing import Final
+
+import numpy as np
+
+from retrodb.errors import InputError, MismatchError
+from retrodb.index import GroupedIndex, IndexFile
+from retrodb.manifest import Manifest
+from retrodb.neighbours.exclusion import Exclusion
+from retrodb.neighbours.select import find_neighbours
+from retrodb.neighbours.sources import StoredDocuments, StoredVectors
+from retrodb.neighbours.table import Neighbours
+from retrodb.storage import Storage
+
+_CACHE_BYTES: Final = 1 << 30
+"""A process that answers queries keeps more of the index than a worker that visits each group once."""
+
+
+class Searcher:
+    """An index opened for queries, with the exact re-score from the stored vectors."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        state = manifest.stages.get("index")
+        if state is None:
+            raise InputError(f"{storage.url} has no index yet; run the build to its end.")
+        self.metric = state.details["metric"]
+        self.dimension = int(manifest.fingerprints["encoder"]["dimension"])
+        tuned = manifest.stages.get("neighbours")
+        chunks = {shard.number: shard.path for shard in manifest.shards("chunks")}
+        self._documents = StoredDocuments(storage, chunks)
+        embeddings = {shard.number: shard.path for shard in manifest.shards("embeddings")}
+        self._vectors = StoredVectors(storage, embeddings, self._documents.locate)
+        self._index = GroupedIndex(
+            storage,
+            tuple(IndexFile(shard.path, shard.rows) for shard in manifest.shards("index") if shard.number >= 0),
+            self.dimension,
+            self.metric,
+            nprobe=tuned.details["nprobe"] if tuned else state.details["n_lists"],
+            n_lists=state.details["n_lists"],
+            raw_is_exact=state.details["exact"],
+            cache_bytes=_CACHE_BYTES,
+        )
+
+    def search(self, queries: np.ndarray, k: int, metric: str | None = None) -> Neighbours:
+        """The ``k`` nearest chunks of each query.
+
+        Args:
+            queries: [q, d], rounded to the float16 that stored vectors have.
+            k: wanted; fewer are found only where the database has no more.
+            metric: refused if it is not the index' own.
+
+        Raises:
+            MismatchError: another metric or another width.
+        """
+        if metric is not None and metric != self.metric:
+            raise MismatchError(
+                f"the database was built with metric {self.metric!r} and cannot be searched with {metric!r}."
+            )
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise MismatchError(
+                f"a query of shape {queries.shape} does not fit vectors of width {self.dimension}: "
+                "it was made by another encoder."
+            )
+        rounded = queries.astype(np.float16)
+        return find_neighbours(
+            np.full(len(queries), -1, dtype=np.int64),
+            rounded,
+            Exclusion.of_nothing(len(queries)),
+            self._index,
+            self._vectors,
+            self._documents,
+            k,
+            self.metric,
+        )

@@ -1,0 +1,197 @@
+"""Where neighbours come from: candidates from an index, vectors and document ids from stored shards."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from retrodb.errors import DamagedError
+from retrodb.schemas import ID_SHIFT
+from retrodb.storage import Storage
+
+_ROW_MASK = (1 << ID_SHIFT) - 1
+
+
+class CandidateSource(Protocol):
+    """An index, or several behind one face: `retrodb.index.GroupedIndex`."""
+
+    nprobe: int
+    n_lists: int
+    raw_is_exact: bool
+
+    @property
+    def ntotal(self) -> int:
+        """Vectors that can be found."""
+
+    def search(self, queries: np.ndarray, candidates: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Raw distances float32 and chunk ids int64, both [q, c], nearest first; id -1 where there are fewer."""
+
+
+class VectorSource(Protocol):
+    """Stored vectors by chunk id."""
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """float16 [n, d] for int64 [n] valid chunk ids."""
+
+
+class DocumentSource(Protocol):
+    """Documents by chunk id."""
+
+    def document_ids(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n] for int64 [n] valid chunk ids."""
+
+
+def by_shard(ids: np.ndarray, take: Callable[[int, np.ndarray], np.ndarray], empty: np.ndarray) -> np.ndarray:
+    """What ``take(shard, its ids)`` gives for all ``ids``, in their order; each shard is asked once.
+
+    Args:
+        ids: int64 [n], none negative.
+        take: returns an array of one row for each id it is given, all of one shard.
+        empty: returned for n = 0.
+
+    Raises:
+        DamagedError: an id is negative; a missing neighbour must be masked before it is looked up.
+    """
+    if len(ids) == 0:
+        return empty
+    if int(ids.min()) < 0:
+        raise DamagedError(f"{int(ids.min())} is not a chunk id; it must not be looked up.")
+    shards = ids >> ID_SHIFT
+    first = int(shards[0])
+    if (shards == first).all():
+        return take(first, ids)
+    order = np.argsort(shards, kind="stable")
+    bounds = np.flatnonzero(np.diff(shards[order])) + 1
+    result: np.ndarray | None = None
+    for part in np.split(order, bounds):
+        rows = take(int(shards[part[0]]), ids[part])
+        if result is None:
+            result = np.empty((len(ids), *rows.shape[1:]), dtype=rows.dtype)
+        result[part] = rows
+    assert result is not None
+    return result
+
+
+@dataclass
+class StoredDocuments:
+    """`DocumentSource` over ``chunks`` shards, keeping the id columns of the last ones used.
+
+    Attributes:
+        storage: the database.
+        paths: relative path of each chunk shard by its number.
+        cache_bytes: bound on the columns kept; at least one shard is.
+    """
+
+    storage: Storage
+    paths: Mapping[int, str]
+    cache_bytes: int = 32 << 20
+    _cache: "OrderedDict[int, tuple[np.ndarray | None, np.ndarray]]" = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
+
+    def document_ids(self, ids: np.ndarray) -> np.ndarray:
+        """The document of each chunk, int64 [n].
+
+        Raises:
+            DamagedError: a chunk's shard or row does not exist.
+        """
+        return by_shard(ids, lambda shard, own: self._columns(shard)[1][self.locate(shard, own)], np.empty(0, np.int64))
+
+    def locate(self, shard: int, ids: np.ndarray) -> np.ndarray:
+        """The rows of chunks ``ids``, all of ``shard``, in its files: not ``id & 0xffffffff`` once it was compacted.
+
+        Raises:
+            DamagedError: one of them does not exist.
+        """
+        chunk_ids, document_ids = self._columns(shard)
+        rows = ids & _ROW_MASK if chunk_ids is None else np.searchsorted(chunk_ids, ids)
+        inside = rows < len(document_ids)
+        if chunk_ids is not None:
+            inside[inside] = chunk_ids[rows[inside]] == ids[inside]
+        if not inside.all():
+            where = self.storage.describe(self.paths[shard])
+            raise DamagedError(f"chunk {int(ids[~inside][0])} does not exist in {where}. Verify the database.")
+        return rows
+
+    def _columns(self, shard: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Chunk ids (None where they are dense) and document ids of a shard."""
+        if shard in self._cache:
+            self._cache.move_to_end(shard)
+            return self._cache[shard]
+        path = _recorded(self.paths, shard, "chunk")
+        table = self.storage.read_table(path, columns=["chunk_id", "document_id"])
+        chunk_ids = table["chunk_id"].to_numpy()
+        dense = np.array_equal(chunk_ids, (shard << ID_SHIFT) + np.arange(len(chunk_ids), dtype=np.int64))
+        self._cache[shard] = (None if dense else chunk_ids, table["document_id"].to_numpy())
+        while len(self._cache) > 1 and sum(_nbytes(columns) for columns in self._cache.values()) > self.cache_bytes:
+            self._cache.popitem(last=False)
+        return self._cache[shard]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StoredDocuments, (self.storage, self.paths, self.cache_bytes)
+
+
+def _recorded(paths: Mapping[int, str], shard: int, kind: str) -> str:
+    path = paths.get(shard)
+    if path is None:
+        raise DamagedError(f"no {kind} shard {shard} is recorded, but a chunk of it was named. Verify the database.")
+    return path
+
+
+def _nbytes(columns: tuple[np.ndarray | None, np.ndarray]) -> int:
+    return sum(column.nbytes for column in columns if column is not None)
+
+
+@dataclass
+class StoredVectors:
+    """`VectorSource` over ``embeddings`` shards: memory-mapped where they are local, else read and kept for a while.
+
+    Attributes:
+        storage: the database.
+        paths: relative path of each embedding shard by its number.
+        locate: rows of chunk ids in a shard, `StoredDocuments.locate`; None takes every shard as dense, which holds
+            until a compaction.
+        cache_bytes: bound on the shards kept open; at least one is.
+    """
+
+    storage: Storage
+    paths: Mapping[int, str]
+    locate: Callable[[int, np.ndarray], np.ndarray] | None = None
+    cache_bytes: int = 64 << 20
+    _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The stored vectors of chunks, float16 [n, d]. Each shard is touched once.
+
+        Raises:
+            DamagedError: a chunk's shard or row does not exist, or the shard is not a float16 matrix.
+        """
+        return by_shard(ids, self._take, np.empty((0, 0), np.float16))
+
+    def _take(self, shard: int, ids: np.ndarray) -> np.ndarray:
+        array = self._array(shard)
+        rows = ids & _ROW_MASK if self.locate is None else self.locate(shard, ids)
+        if int(rows.max()) >= len(array):
+            raise DamagedError(
+                f"{self.storage.describe(self.paths[shard])} has {len(array)} vectors, "
+                f"but chunk {int(ids[rows.argmax()])} was named. Verify the database."
+            )
+        return np.asarray(array[rows])
+
+    def _array(self, shard: int) -> np.ndarray:
+        if shard in self._cache:
+            self._cache.move_to_end(shard)
+            return self._cache[shard]
+        path = _recorded(self.paths, shard, "embedding")
+        array = self.storage.read_array(path)
+        if array.ndim != 2 or array.dtype != np.float16:
+            raise DamagedError(f"{self.storage.describe(path)} is {array.dtype} {array.shape}, not a float16 matrix.")
+        self._cache[shard] = array
+        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes:
+            self._cache.popitem(last=False)
+        return array
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StoredVectors, (self.storage, self.paths, self.locate, self.cache_bytes)

@@ -1,0 +1,81 @@
+"""What a database is, in one JSON object: the answer of ``retrodb info --json``."""
+
+from typing import Any
+
+from retrodb.manifest import STAGES, Manifest
+from retrodb.schemas import SCHEMA_VERSION
+
+
+def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
+    """Counts per stage, recall, fingerprints, sizes. A stage that has not run gives null, never a zero."""
+    stages = manifest.stages
+    return {
+        "database": url,
+        "schema_version": SCHEMA_VERSION,
+        "complete": all(stage in stages for stage in STAGES),
+        "stages": [stage for stage in STAGES if stage in stages],
+        "inputs": [{"url": entry["url"], "bytes": entry["size"]} for entry in manifest.inputs],
+        "documents": _documents(manifest),
+        "chunks": stages["chunk"].counts["chunks"] if "chunk" in stages else None,
+        "tokens": stages["chunk"].counts["tokens"] if "chunk" in stages else None,
+        "embeddings": _embeddings(manifest),
+        "index": stages["index"].details if "index" in stages else None,
+        "neighbours": _neighbours(manifest),
+        "training": _training(manifest),
+        "fingerprints": manifest.fingerprints,
+        "config": manifest.config,
+        "tables": {
+            name: {
+                "shards": len(shards),
+                "rows": sum(shard.rows for shard in shards),
+                "bytes": sum(shard.bytes for shard in shards),
+            }
+            for name, shards in manifest.tables.items()
+        },
+        "versions": manifest.versions,
+    }
+
+
+def _documents(manifest: Manifest) -> dict[str, Any] | None:
+    if "corpus" not in manifest.stages:
+        return None
+    counts = manifest.stages["corpus"].counts
+    return {
+        "in": counts.get("in", 0),
+        "kept": counts.get("kept", 0),
+        "dropped": {
+            name.removeprefix("dropped."): number for name, number in counts.items() if name.startswith("dropped.")
+        },
+        "quarantined": counts.get("quarantined", 0),
+    }
+
+
+def _embeddings(manifest: Manifest) -> dict[str, Any] | None:
+    if "embed" not in manifest.stages:
+        return None
+    encoder = manifest.fingerprints["encoder"]
+    return {
+        "rows": manifest.rows("embeddings"),
+        "dimension": encoder["dimension"],
+        "encoder": encoder["name"],
+        "precision": encoder["precision"],
+    }
+
+
+def _neighbours(manifest: Manifest) -> dict[str, Any] | None:
+    if "neighbours" not in manifest.stages:
+        return None
+    state = manifest.stages["neighbours"]
+    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **state.details, **state.counts}
+
+
+def _training(manifest: Manifest) -> dict[str, Any] | None:
+    if "training" not in manifest.stages:
+        return None
+    state = manifest.stages["training"]
+    return {
+        "sequences": manifest.rows("training"),
+        "sequence_tokens": state.made_from["sequence_tokens"],
+        "neighbours": state.made_from["training_neighbours"],
+        **state.counts,
+    }

@@ -1,0 +1,396 @@
+"""The one way to touch files: a database folder on any fsspec filesystem, and how a shard is committed.
+
+A shard is written to a temporary local file, hashed on the way, and then put in place whole: on a local disk by
+``fsync`` and ``rename`` from a temporary name beside it, elsewhere by one whole-object upload. Nobody ever sees half a
+file under its final name. Paths inside a database are relative, and are checked: a manifest that names ``../x`` or an
+absolute path is refused (invariant 10).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from retrodb.errors import DamagedError, InputError
+
+TEMPORARY_PREFIX: Final = ".tmp-"
+"""Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
+
+_COPY_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What was put in place: relative ``path``, size in bytes, and the sha256 of the bytes in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class HashingWriter:
+    """A binary file opened for sequential writing that hashes and counts what passes through it."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._sha256 = hashlib.sha256()
+        self.bytes_written = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._sha256.update(view)
+        self._raw.write(view)
+        self.bytes_written += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def tell(self) -> int:
+        return self.bytes_written
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """pyarrow closes its sink; the owner of the raw file closes that one."""
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def absolute_url(url: str) -> str:
+    """``url`` with a protocol, or an absolute local path; trailing slashes removed.
+
+    Raises:
+        InputError: no filesystem is installed for the protocol.
+    """
+    if url.startswith("file://"):
+        url = url[len("file://") :]
+    if "://" not in url:
+        return os.path.abspath(os.path.expanduser(url))
+    filesystem_of(url)
+    return url.rstrip("/")
+
+
+def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of ``url`` and the path inside it.
+
+    Raises:
+        InputError: no filesystem is installed for the protocol, or its credentials are missing.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"cannot open {url!r}: {error}. Install the fsspec filesystem for it.") from error
+    return filesystem, path
+
+
+def checked_relative(path: str) -> str:
+    """``path`` if it stays inside the database folder.
+
+    Raises:
+        DamagedError: it is absolute, climbs out with ``..``, or is not in normal form.
+    """
+    if not path or path.startswith("/") or "\\" in path or ":" in path or posixpath.normpath(path) != path:
+        raise DamagedError(f"the manifest names the path {path!r}, which is not a plain relative path: refused.")
+    if path.split("/", maxsplit=1)[0] == "..":
+        raise DamagedError(f"the manifest names the path {path!r}, which leaves the database: refused.")
+    return path
+
+
+@dataclass
+class Storage:
+    """A folder on any fsspec filesystem: ``Storage("gs://bucket/db")``, ``Storage("my-db")``.
+
+    Pickles by URL alone, so that it can travel to any worker.
+    """
+
+    url: str
+    _filesystem: fsspec.AbstractFileSystem = field(init=False, repr=False, compare=False)
+    _root: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.url = absolute_url(self.url)
+        self._filesystem, self._root = filesystem_of(self.url)
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.url,)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be memory-mapped and renamed."""
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    def path(self, relative: str) -> str:
+        """The full path of ``relative`` inside its filesystem."""
+        return posixpath.join(self._root, checked_relative(relative))
+
+    def describe(self, relative: str) -> str:
+        """``relative`` as a person would name it, for messages."""
+        return posixpath.join(self.url, relative)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def size(self, relative: str) -> int | None:
+        """Bytes of a file, or None where there is none. Never answers from a listing cache."""
+        if self.is_local:
+            try:
+                return os.stat(self.path(relative)).st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        self._filesystem.invalidate_cache()
+        try:
+            return int(self._filesystem.info(self.path(relative))["size"])
+        except FileNotFoundError:
+            return None
+
+    def read_bytes(self, relative: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        return bytes(self._filesystem.cat_file(self.path(relative)))
+
+    def read_json(self, relative: str) -> Any:
+        """The parsed file, or None where there is none.
+
+        Raises:
+            DamagedError: it is not JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(relative))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DamagedError(f"{self.describe(relative)} is not valid JSON ({error}).") from error
+
+    @contextlib.contextmanager
+    def open(self, relative: str) -> Iterator[IO[bytes]]:
+        """A readable binary file."""
+        with self._filesystem.open(self.path(relative), "rb") as file:
+            yield file
+
+    def open_parquet(self, relative: str) -> pq.ParquetFile:
+        """A Parquet file by path where it is local (memory-mapped), else through fsspec.
+
+        Raises:
+            DamagedError: it is missing or is not Parquet.
+        """
+        path = self.path(relative)
+        try:
+            if self.is_local:
+                return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(self._filesystem.open(path, "rb"), pre_buffer=False)
+        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+            raise DamagedError(
+                f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
+            ) from error
+
+    def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole Parquet shard, or some of its columns, read on the calling thread.
+
+        Raises:
+            DamagedError: it is missing or cannot be decoded.
+        """
+        with self.open_parquet(relative) as file:
+            try:
+                return file.read(columns=columns, use_threads=False)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DamagedError(
+                    f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
+                ) from error
+
+    def read_array(self, relative: str) -> np.ndarray:
+        """A ``.npy`` array: memory-mapped read-only where it is local, else read. Never a pickle.
+
+        Raises:
+            DamagedError: it is missing or not an array file.
+        """
+        path = self.path(relative)
+        try:
+            if self.is_local:
+                if os.path.getsize(path) == 0:
+                    raise ValueError("the file is empty")
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+            with self._filesystem.open(path, "rb") as file:
+                return np.asarray(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(
+                f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
+            ) from error
+
+    @contextlib.contextmanager
+    def local_copy(self, relative: str) -> Iterator[Path]:
+        """A local path with the file's bytes: the file itself, or a copy that is removed afterwards."""
+        if self.is_local:
+            yield Path(self.path(relative))
+            return
+        with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
+            target = Path(folder) / posixpath.basename(relative)
+            self._filesystem.get_file(self.path(relative), str(target))
+            yield target
+
+    def sha256(self, relative: str) -> str:
+        """sha256 of a file's bytes in hex, streamed. Raises FileNotFoundError."""
+        digest = hashlib.sha256()
+        with self.open(relative) as file:
+            while block := file.read(_COPY_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def list_files(self, relative: str) -> list[str]:
+        """Names of the files directly in a folder, sorted; empty where there is none.
+
+        For cleaning up and for finding what should not be there: never for finding out what exists.
+        """
+        self._filesystem.invalidate_cache()
+        folder = self.path(relative) if relative else self._root
+        try:
+            entries = self._filesystem.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
+
+    def list_folders(self, relative: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted."""
+        self._filesystem.invalidate_cache()
+        folder = self.path(relative) if relative else self._root
+        try:
+            entries = self._filesystem.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory")
+
+    def is_empty(self) -> bool:
+        """Whether the folder is missing or has nothing in it."""
+        self._filesystem.invalidate_cache()
+        try:
+            return not self._filesystem.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return True
+
+    def is_a_file(self) -> bool:
+        """Whether the URL names a file, where a folder was meant."""
+        return bool(self._filesystem.isfile(self._root))
+
+    def root_exists(self) -> bool:
+        """Whether the folder itself exists."""
+        return bool(self._filesystem.isdir(self._root))
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def commit(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
+        """Write a file whole: ``write`` gets a sequential writer, and the name appears only when it has returned."""
+        if self.is_local:
+            return self._commit_local(relative, write)
+        with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
+            staged = Path(folder) / "shard"
+            with staged.open("wb") as raw:
+                writer = HashingWriter(raw)
+                write(writer)
+            self._filesystem.put_file(str(staged), self.path(relative))
+        return Committed(relative, writer.bytes_written, writer.hexdigest())
+
+    def _commit_local(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
+        final = Path(self.path(relative))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.parent / f"{TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:12]}"
+        try:
+            with temporary.open("wb") as raw:
+                writer = HashingWriter(raw)
+                write(writer)
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(temporary, final)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        return Committed(relative, writer.bytes_written, writer.hexdigest())
+
+    def commit_bytes(self, relative: str, data: bytes) -> Committed:
+        """Write ``data`` as one whole file."""
+        return self.commit(relative, lambda writer: _write_all(writer, data))
+
+    def commit_json(self, relative: str, value: Any) -> Committed:
+        """Write ``value`` as indented JSON, keys in the order given."""
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        return self.commit_bytes(relative, text.encode() + b"\n")
+
+    def commit_file(self, relative: str, source: Path) -> Committed:
+        """Write a copy of a local file as one whole file."""
+
+        def write(writer: HashingWriter) -> None:
+            with source.open("rb") as file:
+                while block := file.read(_COPY_BYTES):
+                    writer.write(block)
+
+        return self.commit(relative, write)
+
+    def commit_table(self, relative: str, table: pa.Table, row_group_rows: int) -> Committed:
+        """Write a table as Parquet: zstd, no dictionaries, so that the same rows give the same bytes."""
+
+        def write(writer: HashingWriter) -> None:
+            with pq.ParquetWriter(
+                writer,
+                table.schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=False,
+                write_statistics=False,
+                store_schema=True,
+            ) as parquet:
+                parquet.write_table(table, row_group_size=max(1, row_group_rows))
+
+        return self.commit(relative, write)
+
+    def commit_array(self, relative: str, array: np.ndarray) -> Committed:
+        """Write an array as ``.npy`` (C order)."""
+
+        def write(writer: HashingWriter) -> None:
+            header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array))
+            np.lib.format.write_array_header_1_0(writer, header)  # type: ignore[arg-type]
+            writer.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+        return self.commit(relative, write)
+
+    def make_root(self) -> None:
+        """Create the folder where the filesystem has folders."""
+        self._filesystem.makedirs(self._root, exist_ok=True)
+
+    def delete(self, relative: str) -> None:
+        """Remove a file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self.path(relative))
+
+    def delete_folder(self, relative: str) -> None:
+        """Remove a folder of our own and all in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm(self.path(relative), recursive=True)
+
+    def delete_root_if_empty(self) -> None:
+        """Remove the database folder itself if nothing is in it."""
+        if self.is_local and self.root_exists() and self.is_empty():
+            os.rmdir(self._root)
+
+
+def _write_all(writer: HashingWriter, data: bytes) -> None:
+    writer.write(data)

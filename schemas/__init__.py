@@ -1,0 +1,121 @@
+"""The Arrow schemas of every table: the single source of truth, and the only place where columns are named.
+
+Each function returns a `pyarrow.Schema` whose fields carry a ``description`` and whose metadata carries the table's
+name and `SCHEMA_VERSION`. Missing values are null *elements*, never null lists; padded token slots hold 0 and are told
+by the length columns alone.
+"""
+
+from typing import Final
+
+import pyarrow as pa
+
+SCHEMA_VERSION: Final = 1
+"""Raised when a column changes its name, type or meaning. A reader refuses databases of a later version."""
+
+ID_SHIFT: Final = 32
+"""Ids are int64 ``shard << 32 | row``: known without a global barrier, decoded in O(1), never reused."""
+
+CONTENT_HASH_BYTES: Final = 32
+SPLITS: Final = ("train", "validation")
+
+TOKEN_TYPES: Final = {"uint16": pa.uint16(), "uint32": pa.uint32()}
+
+
+def _schema(table: str, fields: list[tuple[str, pa.DataType, str]]) -> pa.Schema:
+    return pa.schema(
+        [pa.field(name, kind, metadata={"description": text}) for name, kind, text in fields],
+        metadata={"retrodb.table": table, "retrodb.schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def documents() -> pa.Schema:
+    """One row a kept document."""
+    return _schema(
+        "documents",
+        [
+            ("document_id", pa.int64(), "shard << 32 | row"),
+            ("key", pa.string(), "the record's own id, else source#position; may repeat"),
+            ("source", pa.string(), "file the record was read from"),
+            ("title", pa.string(), "title, null where the record has none"),
+            ("text", pa.large_string(), "the whole text, verbatim; null with --no-text"),
+            ("n_chunks", pa.int32(), "number of chunks; null until the chunk stage has run"),
+            ("content_hash", pa.binary(CONTENT_HASH_BYTES), "sha256 of the text's UTF-8 bytes"),
+            ("metadata", pa.string(), "JSON object of what else the record held, null if nothing"),
+            ("cluster_id", pa.int64(), "near-duplicate cluster; null is a cluster of one"),
+            ("split", pa.string(), "train, or validation: a query, never a neighbour"),
+        ],
+    )
+
+
+def chunks(chunk_tokens: int, token_type: str) -> pa.Schema:
+    """One row a chunk of ``chunk_tokens`` (m) tokens; ``token_type`` is ``uint16`` or ``uint32``."""
+    tokens = pa.list_(pa.field("item", TOKEN_TYPES[token_type]), chunk_tokens)
+    return _schema(
+        "chunks",
+        [
+            ("chunk_id", pa.int64(), "shard << 32 | row"),
+            ("document_id", pa.int64(), "the document it was cut from"),
+            ("position", pa.int32(), "0, 1, .. in its document"),
+            ("tokens", tokens, "token ids, padded with 0"),
+            ("n_tokens", pa.int16(), "valid tokens"),
+            ("start", pa.int64(), "first UTF-8 byte in the document's text"),
+            ("end", pa.int64(), "one past the last UTF-8 byte in the document's text"),
+        ],
+    )
+
+
+def neighbours(k: int) -> pa.Schema:
+    """One row a chunk (query) with its ``k`` kept neighbours."""
+    return _schema(
+        "neighbours",
+        [
+            ("chunk_id", pa.int64(), "the query"),
+            ("neighbour_ids", pa.list_(pa.int64(), k), "chunk ids, best first; null where missing"),
+            ("neighbour_document_ids", pa.list_(pa.int64(), k), "documents of the neighbours; null where missing"),
+            (
+                "distances",
+                pa.list_(pa.float32(), k),
+                "squared L2, ascending (or inner product, descending) of the stored vectors; null where missing",
+            ),
+            ("n_valid", pa.int16(), "number of neighbours found"),
+        ],
+    )
+
+
+def quarantine() -> pa.Schema:
+    """One row a record that could not be read."""
+    return _schema(
+        "quarantine",
+        [
+            ("source", pa.string(), "file"),
+            ("position", pa.int64(), "byte offset in the decompressed file; row number in Parquet"),
+            ("reason", pa.string(), "why it could not be read"),
+            ("record", pa.binary(), "its first 64 KiB"),
+        ],
+    )
+
+
+def training(sequence_tokens: int, chunk_tokens: int, neighbours: int, token_type: str) -> pa.Schema:
+    """One row a sequence of n = ``sequence_tokens`` tokens: n/m chunks with k' = ``neighbours`` neighbours each."""
+    slots = sequence_tokens // chunk_tokens
+    token = TOKEN_TYPES[token_type]
+    return _schema(
+        "training",
+        [
+            ("sequence_id", pa.int64(), "shard << 32 | row"),
+            ("split", pa.string(), "train or validation"),
+            ("tokens", pa.list_(token, sequence_tokens), "[n/m, m] tokens, each chunk padded with 0"),
+            ("n_tokens", pa.int32(), "valid tokens in the row"),
+            ("chunk_ids", pa.list_(pa.int64(), slots), "[n/m]; null where padded"),
+            ("document_ids", pa.list_(pa.int64(), slots), "[n/m]; null where padded"),
+            ("chunk_lengths", pa.list_(pa.int16(), slots), "[n/m] valid tokens of each chunk; sums to n_tokens"),
+            (
+                "neighbour_tokens",
+                pa.list_(token, slots * neighbours * 2 * chunk_tokens),
+                "[n/m, k', 2, m]: each neighbour N, then its continuation F, padded with 0",
+            ),
+            ("neighbour_lengths", pa.list_(pa.int16(), slots * neighbours * 2), "[n/m, k', 2] valid tokens of N, F"),
+            ("neighbour_ids", pa.list_(pa.int64(), slots * neighbours), "[n/m, k']; null where missing"),
+            ("n_valid", pa.list_(pa.int8(), slots), "[n/m] valid neighbours of each chunk"),
+        ],
+    )

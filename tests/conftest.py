@@ -1,0 +1,34 @@
+"""Shared fixtures: the quickstart database, built once by the command line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support import retrodb
+
+from retrodb.corpus.quickstart import quickstart_lines
+
+@pytest.fixture(scope="session")
+def quickstart_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve topics of the Python language reference: real text, about 300 chunks."""
+    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 20_000][:24]
+    path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(quickstart_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole database of `quickstart_corpus`, built by the command line with two workers. Do not change it."""
+    out = tmp_path_factory.mktemp("db") / "db"
+    ran = retrodb("build", quickstart_corpus, "--out", out, "--workers", 2, "--shard-bytes", "32KiB")
+    assert ran.code == 0, ran.err
+    return out
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    """A copy of `built` that a test may damage."""
+    target = tmp_path / "db"
+    shutil.copytree(built, target)
+    return target
