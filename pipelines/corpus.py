@@ -7,7 +7,7 @@ import apache_beam as beam
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
-from retrodb.corpus import FieldNames, InputFile, Split, read_split, scan
+from retrodb.corpus import FieldNames, InputFile, Split, read_split, scan_file
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
@@ -20,7 +20,7 @@ def scan_tasks(files: Sequence[InputFile]) -> list[Task]:
 
 
 def _scan(task: Task) -> Iterator[Receipt]:
-    yield Receipt(task.number, details=scan(task.payload).as_json())
+    yield Receipt(task.number, details=scan_file(task.payload).as_json())
 
 
 def scan_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
@@ -33,8 +33,7 @@ def read_tasks(splits: Sequence[Split]) -> list[Task]:
     tasks = []
     for split in splits:
         numbers = tuple(shard.number for shard in split.shards)
-        weight = sum(segment.end - segment.start for shard in split.shards for segment in shard.segments)
-        tasks.append(Task(numbers[0], split, numbers, weight))
+        tasks.append(Task(numbers[0], split, numbers, sum(shard.bytes for shard in split.shards)))
     return tasks
 
 

@@ -134,7 +134,9 @@ class ExactOfShard(_BookDoFn):
         try:
             sample = self._queries()
             chunk_ids, vectors = indexed_part(self._book.storage, task.payload)
-            yield exact_top(sample.vectors, sample.exclusion, chunk_ids, vectors, RECALL_AT, self._metric)
+            yield exact_top(
+                sample.vectors, sample.exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric
+            )
         except Exception as error:
             raise TaskFailedError(self._book.stage, task.number, error) from error
 
@@ -200,10 +202,10 @@ class _Searching(beam.DoFn):
             vectors,
             exclusion,
             self._index,
-            self._vectors,
-            self._documents,
-            self._settings.k,
-            self._settings.metric,
+            vectors=self._vectors,
+            documents=self._documents,
+            k=self._settings.k,
+            metric=self._settings.metric,
         )
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan
+from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice, choose_key
 from retrodb.manifest import STAGES, Manifest, fingerprint
@@ -47,7 +47,7 @@ def dry_run(
         "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
         "stages": actions,
         "splits": len(layout.splits),
-        "shards": layout.n_shards,
+        "shards": n_shards(layout),
         "index": {"key": choice.key, "reason": choice.reason},
         "estimates": _estimates(layout, exact, n_chunks, config, run, encoder, choice, actions),
     }
@@ -58,8 +58,13 @@ def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[Scanne
     fresh = [f for f in inputs if f.url not in known or (known[f.url].size, known[f.url].stamp) != (f.size, f.stamp)]
     exact = sum(file.size for file in fresh) <= SCAN_BYTES
     with ThreadPoolExecutor(4) as pool:
-        made = dict(zip((f.url for f in fresh), pool.map(scan if exact else _guessed, fresh), strict=True))
+        made = dict(zip((f.url for f in fresh), pool.map(scan_file if exact else _guessed, fresh), strict=True))
     return [made.get(file.url) or known[file.url] for file in inputs], exact
+
+
+def n_shards(layout: Plan) -> int:
+    """Document shards of a plan."""
+    return sum(len(split.shards) for split in layout.splits)
 
 
 def _guessed(file: InputFile) -> ScannedFile:
@@ -106,7 +111,7 @@ def _actions(
         elif state is not None:
             action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
         else:
-            action, why = "make", f"{layout.n_shards} shards"
+            action, why = "make", f"{n_shards(layout)} shards"
         actions.append({"stage": stage, "action": action, "why": why})
         if stage == until:
             break
@@ -135,7 +140,7 @@ def _estimates(
     embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
     seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[encoder.precision] * run.workers) if embeds else 0.0
     return {
-        "splits_and_shards": f"{len(layout.splits):,} splits, {layout.n_shards:,} shards"
+        "splits_and_shards": f"{len(layout.splits):,} splits, {n_shards(layout):,} shards"
         + ("" if exact else " (from sizes on disk; the inputs were not read)"),
         "chunks": f"about {n_chunks:,}",
         "index_key": f"{choice.key} ({choice.reason})",

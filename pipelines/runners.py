@@ -7,7 +7,8 @@ worker process a core. Heavy native libraries are held to one thread in a worker
 import logging
 import os
 import re
-import signal
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,14 @@ import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from retrodb.pipelines.tasks import original_error
 
 from retrodb.errors import RetrodbError, WorkerError
 
 _POLL_SECONDS: Final = 0.1
 _GRACE_SECONDS: Final = 3.0
-_WORKER_MODULE: Final = "sdk_worker_main"
+_WORKER_MODULE: Final = "retrodb.pipelines.worker"
 _ONE_THREAD: Final = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -77,15 +79,16 @@ class _Outcome:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        # Workers inherit this thread's mask: Ctrl-C is the driver's to handle, once.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        mode = "multi_processing" if self._processes > 1 else "in_memory"
         options = PipelineOptions(
-            [f"--direct_running_mode={mode}", f"--direct_num_workers={self._processes}"],
-            default_sdk_harness_log_level="ERROR",
+            ["--direct_running_mode=in_memory", f"--direct_num_workers={self._processes}"],
+            default_sdk_harness_log_level="CRITICAL",
         )
+        environment = None
+        if self._processes > 1:
+            command = f"exec {shlex.quote(sys.executable)} -m {_WORKER_MODULE}"
+            environment = SubprocessSDKEnvironment.from_command_string(command)
         try:
-            pipeline = beam.Pipeline(runner=FnApiRunner(), options=options)
+            pipeline = beam.Pipeline(runner=FnApiRunner(default_environment=environment), options=options)
             self._build(pipeline)
             result = pipeline.run()
             result.wait_until_finish()
@@ -123,7 +126,7 @@ def local_workers() -> list[psutil.Process]:
                 workers.append(child)
         except psutil.Error:
             continue
-    return [worker for worker in workers if not worker.name().endswith("sh")]
+    return workers
 
 
 def kill_workers() -> None:

@@ -5,6 +5,7 @@ import logging
 import faiss
 import numpy as np
 import pytest
+from autofaiss.indices import training
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,8 +62,6 @@ def test_training_twice_gives_the_same_bytes_for_any_number_of_threads(key: str,
 
 
 def test_l2_is_trained_by_autofaiss_and_inner_product_by_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autofaiss.indices import training
-
     calls = []
     original = training.create_and_train_new_index
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ Only these modules print. Nothing heavy is imported before a command runs, so th
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ def _version(wanted: bool) -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 2 usage, 3 refused, 4 damaged, 5 recall, 6 locked, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    logging.getLogger().addHandler(logging.NullHandler())  # libraries' advice is not for the user's screen
     try:
         app(standalone_mode=True)
     except SystemExit as end:

@@ -82,9 +82,15 @@ def build(
 
 
 def _list_inputs(inputs: list[str], storage: Any) -> Any:
-    from retrodb.corpus import expand_inputs  # noqa: PLC0415
+    """The input files; those of the database itself, where it lies inside an input folder, are none."""
+    from retrodb.corpus import Listing, expand_inputs  # noqa: PLC0415
+    from retrodb.errors import InputError  # noqa: PLC0415
 
-    return expand_inputs(inputs, ignore=storage.url)
+    listing = expand_inputs(inputs)
+    files = tuple(file for file in listing.files if not f"{file.url}/".startswith(f"{storage.url}/"))
+    if not files:
+        raise InputError(f"all inputs lie inside --out {storage.url}; name another folder for the database.")
+    return Listing(files, listing.skipped)
 
 
 def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:

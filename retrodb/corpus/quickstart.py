@@ -1,6 +1,6 @@
 """Real text that every Python has: the language reference in ``pydoc_data.topics``, as JSONL.
 
-    python -m retrodb.corpus.quickstart quickstart-corpus.jsonl
+python -m retrodb.corpus.quickstart quickstart-corpus.jsonl
 """
 
 import json

@@ -89,9 +89,7 @@ def scan_file(file: InputFile) -> ScannedFile:
     groups: tuple[RowGroup, ...] = ()
     if file.format == "parquet" and damage is None:
         groups, damage = _row_groups(file.url, compression, size)
-    return ScannedFile(
-        file.url, file.format, compression, size, file.stamp, digest.hexdigest(), length, groups, damage
-    )
+    return ScannedFile(file.url, file.format, compression, size, file.stamp, digest.hexdigest(), length, groups, damage)
 
 
 def _row_groups(url: str, compression: Compression | None, size: int) -> tuple[tuple[RowGroup, ...], str | None]:

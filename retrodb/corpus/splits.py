@@ -15,7 +15,7 @@ from retrodb.corpus.listing import Format
 from retrodb.corpus.scan import RowGroup, ScannedFile
 from retrodb.errors import InputError
 
-MIN_SHARD_BYTES: Final = 256 << 10
+MIN_SHARD_BYTES: Final = 128 << 10
 MAX_DEFAULT_SHARD_BYTES: Final = 64 << 20
 LARGEST_SHARD_BYTES: Final = 512 << 20
 DEFAULT_SHARDS: Final = 64

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from retrodb import schemas
@@ -75,8 +74,34 @@ def _read_shard(shard: ShardPlan, reader: SegmentReader, split_of: SplitOf) -> S
     return rows.finish()
 
 
-def _columns(schema: pa.Schema) -> dict[str, list[Any]]:
-    return {name: [] for name in schema.names}
+class _Batches:
+    """Rows of one table; every `_BATCH_BYTES` they move from Python objects into Arrow."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._batches: list[pa.RecordBatch] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._bytes = 0
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """One row, of about ``size`` bytes."""
+        for name, column in self._columns.items():
+            column.append(row[name])
+        self._bytes += size
+        if self._bytes >= _BATCH_BYTES:
+            self._move()
+
+    def _move(self) -> None:
+        arrays = [pa.array(self._columns[field.name], field.type) for field in self._schema]
+        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._start()
+
+    def finish(self) -> pa.Table:
+        self._move()
+        return pa.Table.from_batches(self._batches, schema=self._schema)
 
 
 @dataclass

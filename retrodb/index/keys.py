@@ -117,7 +117,8 @@ class _Plan:
         rotated = int(self._parts["out"] or self.dimension)
         if self._parts["opq"] and rotated % int(self._parts["opq"]):
             raise InputError(
-                f"the index key {self.key!r} is not possible: OPQ{self._parts['opq']} does not divide {rotated} dimensions."
+                f"the index key {self.key!r} is not possible: "
+                f"{rotated} dimensions cannot be cut into {self._parts['opq']} equal parts."
             )
         one_list = re.sub(r"IVF\d+", "IVF1", self.key)
         index = empty_index(one_list, self.dimension, self.metric)  # named: its inverted lists live as long as it does

@@ -58,31 +58,36 @@ def _search(index: faiss.Index, queries: np.ndarray, count: int, nprobe: int) ->
     ivf = ivf_of(index)
     if ivf is None:
         return index.search(queries, count)
+    turned = _turned(index, queries)
     nprobe = max(1, min(nprobe, int(ivf.nlist)))
-    coarse = faiss.downcast_index(ivf.quantizer)
+    coarse: Any = faiss.downcast_index(ivf.quantizer)
     if not isinstance(coarse, faiss.IndexHNSW):
-        parameters = untyped.SearchParametersIVF(nprobe=nprobe)
-    elif nprobe < ivf.nlist:
+        return ivf.search(turned, count, params=untyped.SearchParametersIVF(nprobe=nprobe))
+    if nprobe < ivf.nlist:
         effort = untyped.SearchParametersHNSW(efSearch=max(64, 2 * nprobe))
-        parameters = untyped.SearchParametersIVF(nprobe=nprobe, quantizer_params=effort)
-    else:
-        return _search_all_lists(index, ivf, faiss.downcast_index(coarse.storage), queries, count)
-    if isinstance(index, faiss.IndexPreTransform):
-        parameters = untyped.SearchParametersPreTransform(index_params=parameters)
-    return index.search(queries, count, params=parameters)
+        return ivf.search(turned, count, params=untyped.SearchParametersIVF(nprobe=nprobe, quantizer_params=effort))
+    # Every list is wanted, and HNSW need not find all: compare with the centroids it holds.
+    near, lists = faiss.downcast_index(coarse.storage).search(turned, nprobe)
+    ivf.nprobe = nprobe
+    return ivf.search_preassigned(turned, count, lists, near)
 
 
-def _search_all_lists(
-    index: Any, ivf: Any, centroids: faiss.Index, queries: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every list, without asking an HNSW quantiser for them: it need not find all."""
-    if isinstance(index, faiss.IndexPreTransform):
-        chain: Any = index.chain
-        for step in range(chain.size()):
-            queries = faiss.downcast_VectorTransform(chain.at(step)).apply(queries)
-    near, lists = centroids.search(queries, ivf.nlist)
-    ivf.nprobe = ivf.nlist
-    return ivf.search_preassigned(queries, count, lists, near)
+def _turned(index: Any, queries: np.ndarray) -> np.ndarray:
+    """Queries after the rotation (OPQ) of ``index``, float32 [q, d'].
+
+    In float64, because faiss' float32 product differs in the last bit from batch to batch, and with it, once in a
+    while, the lists that are read.
+    """
+    if not isinstance(index, faiss.IndexPreTransform):
+        return queries
+    chain: Any = index.chain
+    for step in range(chain.size()):
+        turn: Any = faiss.downcast_VectorTransform(chain.at(step))
+        matrix = faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in).astype(np.float64)
+        queries = (queries.astype(np.float64) @ matrix.T).astype(np.float32)
+        if turn.have_bias:
+            queries += faiss.vector_to_array(turn.b)
+    return queries
 
 
 def merge(

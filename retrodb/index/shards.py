@@ -49,10 +49,10 @@ def group_shards(
     full = EXACT_GROUP_BYTES if exact else min(GROUP_BYTES, GROUP_VECTORS * vector_bytes)
     full = max(full, TEMPLATE_SHARE * template_bytes)
     groups: list[list[int]] = []
-    held = full
+    held = 0
     for position, rows in enumerate(rows_per_shard):
         size = rows * vector_bytes
-        if held + size > full and (held >= full // 2 or not groups):
+        if not groups or (held + size > full and held >= full // 2):
             groups.append([])
             held = 0
         groups[-1].append(position)
@@ -143,12 +143,12 @@ def _as_float32(index: faiss.Index, where: str) -> faiss.Index:
     if int(inner.codes.size()) != 2 * rows * dimension or int(index.id_map.size()) != rows:
         raise DamagedError(f"{where} holds fewer vectors than it says. Run the build again to repair it.")
     flat = untyped.IndexFlat(dimension, index.metric_type)
+    mapped = faiss.IndexIDMap(flat)
     if rows:  # straight from one buffer to the other: `add` would grow its own by copying
         flat.codes.resize(4 * rows * dimension)
         flat.ntotal = rows
         stored = faiss.rev_swig_ptr(inner.codes.data(), 2 * rows * dimension).view(np.float16)
         faiss.rev_swig_ptr(flat.get_xb(), rows * dimension)[...] = stored
-    mapped = faiss.IndexIDMap(flat)
     faiss.copy_array_to_vector(faiss.vector_to_array(index.id_map), mapped.id_map)
     mapped.ntotal = rows
     return mapped

@@ -95,7 +95,8 @@ def train_template(sample: np.ndarray, key: str, metric: Metric, seed: int, thre
     With ``l2`` autofaiss trains it: the function its own distributed build trains with
     (``autofaiss.indices.training``). ``build_index`` would also add the sample, tune nprobe by this machine's
     latency and reconfigure logging. With ``ip`` faiss does, since autofaiss' OPQ fails there on faiss >= 1.14.2, and
-    likewise for codebooks that need more vectors than autofaiss would read for so few lists.
+    likewise for what autofaiss cannot train: codebooks that need more vectors than it would read for so few lists, and
+    HNSW over lists without product codes.
     Same arguments, same bytes, for any ``threads``.
 
     Args:
@@ -135,6 +136,8 @@ def _train_l2(sample: np.ndarray, key: str) -> faiss.Index:
     try:
         count, dimension = sample.shape
         metadata = IndexMetadata(key, count, dimension)
+        if metadata.compute_memory_necessary_for_training(count) <= 0:  # it would divide by this: IVF_HNSW without PQ
+            return _train_directly(sample, key, "l2")
         return create_and_train_new_index(_ArrayReader(sample), key, metadata, "l2", _AMPLE_MEMORY)
     finally:
         logger.setLevel(level)

@@ -68,8 +68,8 @@ class Searcher:
             rounded,
             Exclusion.of_nothing(len(queries)),
             self._index,
-            self._vectors,
-            self._documents,
-            k,
-            self.metric,
+            vectors=self._vectors,
+            documents=self._documents,
+            k=k,
+            metric=self.metric,
         )

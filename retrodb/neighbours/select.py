@@ -211,12 +211,11 @@ def _best(scores: np.ndarray, ids: np.ndarray, k: int, metric: Metric, satisfied
     return Selection(kept_ids, distances, (kept_ids >= 0).sum(axis=1).astype(np.int16), satisfied)
 
 
-def find_neighbours(
+def find_neighbours(  # noqa: PLR0917 - what is asked, of what, and how
     query_ids: np.ndarray,
     queries: np.ndarray,
     exclusion: Exclusion,
     source: CandidateSource,
-    *,
     vectors: VectorSource,
     documents: DocumentSource,
     k: int,

@@ -97,9 +97,10 @@ class TrainingShard:
     def __init__(self, storage: Storage, shard: Shard, neighbours: int | None = None) -> None:
         self._where = storage.describe(shard.path)
         self._files = ExitStack()
-        self._parquet = self._files.enter_context(storage.open_parquet(shard.path))
-        self._raw = self._files.enter_context(storage.open(shard.path))
         try:
+            with self._blaming_the_file():
+                self._parquet = self._files.enter_context(storage.open_parquet(shard.path))
+                self._raw = self._files.enter_context(storage.open(shard.path))
             self._setup(shard, neighbours, storage.is_local)
         except BaseException:
             self.close()
@@ -137,7 +138,10 @@ class TrainingShard:
     def _blaming_the_file(self) -> Iterator[None]:
         try:
             yield
-        except (DamagedError, pa.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
+        except DamagedError as error:
+            where = "" if self._where in str(error) else f"{self._where}: "
+            raise DamagedError(f"{where}{error}") from error
+        except (pa.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
             raise DamagedError(f"cannot read {self._where}: {error}. Run the build again to repair it.") from error
 
     def read(self, first: int, rows: int) -> Columns:
@@ -225,7 +229,10 @@ def split_range(storage: Storage, shard: Shard, split: str | None, validation_ro
     if split is None:
         return 0, shard.rows
     if validation_rows is None:
-        column = storage.read_table(shard.path, columns=["split"])["split"].to_numpy()
+        table = storage.read_table(shard.path, columns=["split"])
+        if "split" not in table.column_names:
+            raise DamagedError(f"{storage.describe(shard.path)} is no training shard: it has no column 'split'.")
+        column = table["split"].to_numpy()
         is_validation = column == SPLITS[1]
         if len(column) != shard.rows or (~is_validation & (column != SPLITS[0])).any():
             raise DamagedError(f"{storage.describe(shard.path)} has other rows or splits than were recorded.")

@@ -176,8 +176,11 @@ def _unpacker(storage: Storage, manifest: Manifest, column: _Column) -> Callable
     def pieces() -> Iterator[npt.NDArray]:
         for shard in manifest.shards(column.table):
             table = storage.read_table(shard.path, columns=[column.column])
-            if table.num_rows != shard.rows:
-                raise DamagedError(f"{storage.describe(shard.path)} has {table.num_rows} rows, not {shard.rows}.")
+            if table.num_rows != shard.rows or column.column not in table.column_names:
+                raise DamagedError(
+                    f"{storage.describe(shard.path)} has {table.num_rows} rows of {table.column_names}; recorded are"
+                    f" {shard.rows} rows, with {column.column!r}."
+                )
             if column.column == "split":
                 yield table["split"].to_numpy() == SPLITS[1]
             elif column.column in ("chunk_id", "document_id", "n_tokens", "sequence_id"):
