@@ -8,17 +8,19 @@ shards beside old ones.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from retrodb.config import BuildConfig, RunSettings
-from retrodb.corpus import InputFile
-from retrodb.lock import build_lock
-from retrodb.manifest import Manifest
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.ingredients import refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import WORK_FOLDER
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
+
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import InputFile
+from retrodb.lock import build_lock
+from retrodb.manifest import Manifest
 from retrodb.storage import Storage
+
 
 @dataclass(frozen=True)
 class BuildOutcome:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import apache_beam as beam
-
-from retrodb.config import RunSettings
-from retrodb.errors import WorkerError
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
 from retrodb.pipelines.runners import WorkerDiedError, run_local
 from retrodb.pipelines.tasks import Task
+
+from retrodb.config import RunSettings
+from retrodb.errors import WorkerError
 
 _ATTEMPTS: Final = 3
 _PROGRESS_SECONDS: Final = 0.5
@@ -78,7 +78,9 @@ class Executor:
             receipts |= book.read_all(set(weights) - set(receipts))
         missing = sorted(set(weights) - set(receipts))
         if missing:
-            raise WorkerError(f"{book.stage}: no receipt for shards {missing[:5]} after the job was done; run it again.")
+            raise WorkerError(
+                f"{book.stage}: no receipt for shards {missing[:5]} after the job was done; run it again."
+            )
         self.seconds[book.stage] = self.seconds.get(book.stage, 0.0) + time.monotonic() - started
         return receipts
 

@@ -7,13 +7,13 @@ from typing import Final
 
 import apache_beam as beam
 import numpy as np
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, count_receipt
 
 from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
 from retrodb.index.engine import Metric
 from retrodb.manifest import Shard, shard_path
-from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
-from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, count_receipt
 from retrodb.storage import Storage
 
 TEMPLATE_NUMBER: Final = -1

@@ -3,14 +3,15 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from retrodb.pipelines.receipts import WORK_FOLDER
+from retrodb.pipelines.stages import TokenizerIdentity
+
 from retrodb.chunking import ChunkTokenizer, load_tokenizer, token_type_for
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.encoding import EncoderFiles, EncoderIdentity, cpu_precision, identify, resolve_encoder
 from retrodb.errors import InputError
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import Manifest
-from retrodb.pipelines.receipts import WORK_FOLDER
-from retrodb.pipelines.stages import TokenizerIdentity
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 TRAINED_TOKENIZER = "tokenizer.json"

@@ -1,4 +1,4 @@
-"""neighbours: exact truth for a seeded sample, the cheapest nprobe that reaches the gate, then every chunk's neighbours."""
+"""neighbours: exact truth for a sample, the cheapest nprobe that reaches the gate, then every chunk's neighbours."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,6 +7,10 @@ from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
+from retrodb.pipelines.index import indexed_part
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
 
 from retrodb.index import GroupedIndex, IndexFile
 from retrodb.index.engine import Metric
@@ -20,10 +24,6 @@ from retrodb.neighbours import (
     find_neighbours,
     to_table,
 )
-from retrodb.pipelines.index import indexed_part
-from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
 from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
 from retrodb.storage import Storage
 
@@ -134,9 +134,7 @@ class ExactOfShard(_BookDoFn):
         try:
             sample = self._queries()
             chunk_ids, vectors = indexed_part(self._book.storage, task.payload)
-            yield exact_top(
-                sample.vectors, sample.exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric
-            )
+            yield exact_top(sample.vectors, sample.exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric)
         except Exception as error:
             raise TaskFailedError(self._book.stage, task.number, error) from error
 

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from retrodb.pipelines import stages
+from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
+from retrodb.pipelines.integrity import damaged_shards
+
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice, choose_key
 from retrodb.manifest import STAGES, Manifest, fingerprint
-from retrodb.pipelines import stages
-from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
-from retrodb.pipelines.integrity import damaged_shards
 from retrodb.storage import Storage
 
 SCAN_BYTES: Final = 2 << 30
@@ -24,9 +25,7 @@ _CHUNKS_PER_CORE_SECOND: Final = {"fp32": 55.0, "bf16": 200.0, "fp16": 55.0}
 """MiniLM on 64-token chunks: the slowest CPU measured for each precision. An order of magnitude, no promise."""
 
 
-def dry_run(
-    inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, run: RunSettings
-) -> dict[str, Any]:
+def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, run: RunSettings) -> dict[str, Any]:
     """What each stage would do and why, with sizes and a rough time; nothing is created.
 
     Raises:
@@ -40,14 +39,14 @@ def dry_run(
     layout = plan(scans, config.shard_bytes)
     n_chunks = _expected_chunks(manifest, scans, config)
     choice = choose_key(n_chunks, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
-    parts = _all_parts(manifest, scans, config, ingredients, encoder, choice)
+    parts = _all_parts(scans, layout, config, ingredients, encoder, choice)
     actions = _actions(storage, manifest, parts, layout, run.until)
     return {
         "database": storage.url,
         "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
         "stages": actions,
         "splits": len(layout.splits),
-        "shards": n_shards(layout),
+        "shards": layout.shards,
         "index": {"key": choice.key, "reason": choice.reason},
         "estimates": _estimates(layout, exact, n_chunks, config, run, encoder, choice, actions),
     }
@@ -62,11 +61,6 @@ def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[Scanne
     return [made.get(file.url) or known[file.url] for file in inputs], exact
 
 
-def n_shards(layout: Plan) -> int:
-    """Document shards of a plan."""
-    return sum(len(split.shards) for split in layout.splits)
-
-
 def _guessed(file: InputFile) -> ScannedFile:
     compression = "gzip" if file.url.endswith(".gz") else "zstd" if file.url.endswith((".zst", ".zstd")) else None
     length = int(file.size * _EXPANSION.get(compression or "", 1.0))
@@ -75,21 +69,25 @@ def _guessed(file: InputFile) -> ScannedFile:
 
 def _expected_chunks(manifest: Manifest, scans: Sequence[ScannedFile], config: BuildConfig) -> int:
     same = {entry["url"]: entry["sha256"] for entry in manifest.inputs} == {scan.url: scan.sha256 for scan in scans}
-    if same and "chunk" in manifest.stages and manifest.stages["chunk"].made_from["chunk_tokens"] == config.chunk_tokens:
+    if (
+        same
+        and "chunk" in manifest.stages
+        and manifest.stages["chunk"].made_from["chunk_tokens"] == config.chunk_tokens
+    ):
         return manifest.stages["chunk"].counts["chunks"]
     return max(1, int(sum(scan.length for scan in scans) / _BYTES_PER_TOKEN / config.chunk_tokens))
 
 
 def _all_parts(
-    manifest: Manifest,
     scans: Sequence[ScannedFile],
+    layout: Plan,
     config: BuildConfig,
     ingredients: Ingredients,
     encoder: EncoderIdentity,
     choice: KeyChoice,
 ) -> dict[str, dict[str, Any]]:
     tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
-    parts = {"corpus": stages.corpus_parts(scans, config)}
+    parts = {"corpus": stages.corpus_parts(scans, config, layout.shard_bytes)}
     parts["chunk"] = stages.chunk_parts(fingerprint(parts["corpus"]), config, tokenizer)
     parts["embed"] = stages.embed_parts(parts["chunk"], encoder)
     parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, choice)
@@ -111,7 +109,7 @@ def _actions(
         elif state is not None:
             action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
         else:
-            action, why = "make", f"{n_shards(layout)} shards"
+            action, why = "make", f"{layout.shards} shards"
         actions.append({"stage": stage, "action": action, "why": why})
         if stage == until:
             break
@@ -140,12 +138,10 @@ def _estimates(
     embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
     seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[encoder.precision] * run.workers) if embeds else 0.0
     return {
-        "splits_and_shards": f"{len(layout.splits):,} splits, {n_shards(layout):,} shards"
+        "splits_and_shards": f"{len(layout.splits):,} splits, {layout.shards:,} shards"
         + ("" if exact else " (from sizes on disk; the inputs were not read)"),
         "chunks": f"about {n_chunks:,}",
         "index_key": f"{choice.key} ({choice.reason})",
         "disk": f"about {sum(sizes.values()) / 1e6:,.0f} MB beside the documents",
         "time_to_embed": f"very roughly {seconds / 60:,.1f} min on {run.workers} workers (CPU, {encoder.precision})",
     }
-
-

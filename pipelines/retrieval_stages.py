@@ -5,11 +5,6 @@ from dataclasses import asdict, replace
 from typing import Any, Final
 
 import numpy as np
-
-from retrodb.errors import RecallError
-from retrodb.index import IndexFile, KeyChoice, bytes_per_vector, choose_key, group_shards, seeded_sample
-from retrodb.manifest import shard_of
-from retrodb.neighbours import from_table
 from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import neighbours as neighbours_stage
 from retrodb.pipelines import stages
@@ -19,7 +14,13 @@ from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, SearchSettings, t
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.training import JoinSettings, join_tasks, join_waves, training_pipeline
+
+from retrodb.errors import RecallError
+from retrodb.index import IndexFile, KeyChoice, bytes_per_vector, choose_key, group_shards, seeded_sample
+from retrodb.manifest import shard_of
+from retrodb.neighbours import from_table
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
+from retrodb.training.shards import VALIDATION_ROWS
 
 RECALL_QUERIES: Final = 512
 _SMALL_VECTORS: Final = 30_000
@@ -159,7 +160,9 @@ def build_neighbours(builder: Builder) -> None:
     refuse_low_recall(details, builder.config.min_recall, choice.key)
     details |= {"nprobe": settings.nprobe, "metric": settings.metric}
     builder.record("neighbours", parts, shards_by_table(receipts, "neighbours"), add_counts(receipts), details)
-    builder.storage.commit_json("reports/recall.json", {**details, "index": choice.key, "gate": builder.config.min_recall})
+    builder.storage.commit_json(
+        "reports/recall.json", {**details, "index": choice.key, "gate": builder.config.min_recall}
+    )
     recall = details["recall_at_10"]
     found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
     short = add_counts(receipts)["short"]
@@ -285,5 +288,6 @@ def build_training(builder: Builder) -> None:
     if receipts is None:
         return
     counts = add_counts(receipts)
-    builder.record("training", parts, shards_by_table(receipts, "training"), counts, {})
+    validation = {str(number): receipt.details[VALIDATION_ROWS] for number, receipt in sorted(receipts.items())}
+    builder.record("training", parts, shards_by_table(receipts, "training"), counts, {VALIDATION_ROWS: validation})
     builder.progress.end(f"{builder.manifest.rows('training'):,} sequences, {counts['joined']:,} neighbours joined")

@@ -24,6 +24,15 @@ STAGE_TABLES: Final = {
 }
 """The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
 
+UPSTREAM: Final = {
+    "corpus": "the documents",
+    "chunks": "the chunks",
+    "embeddings": "the embeddings",
+    "index": "the index",
+    "neighbour_table": "the neighbours",
+}
+"""Parts that are fingerprints of an earlier stage."""
+
 _CODE: Final = dict.fromkeys(STAGES, 1)
 """Raised when a stage's code changes its bytes, so that old tables are rebuilt, never mixed with new ones."""
 
@@ -43,15 +52,15 @@ class TokenizerIdentity:
         return dict(vars(self))
 
 
-def corpus_parts(files: Sequence[ScannedFile], config: BuildConfig) -> dict[str, Any]:
-    """By content: a touched or copied-over file of the same bytes changes nothing."""
+def corpus_parts(files: Sequence[ScannedFile], config: BuildConfig, shard_bytes: int) -> dict[str, Any]:
+    """By content: a touched or copied-over file of the same bytes changes nothing. ``shard_bytes`` is the plan's."""
     return {
         "code": _CODE["corpus"],
         "inputs": {file.url: file.sha256 for file in files},
         "text_field": config.text_field,
         "id_field": config.id_field,
         "title_field": config.title_field,
-        "shard_bytes": config.shard_bytes,
+        "shard_bytes": shard_bytes,
     }
 
 
@@ -94,7 +103,7 @@ def training_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
     """The join."""
     return {
         "code": _CODE["training"],
-        "neighbours": neighbours,
+        "neighbour_table": neighbours,
         "sequence_tokens": config.sequence_tokens,
         "training_neighbours": config.training_neighbours,
     }
@@ -119,8 +128,8 @@ def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> lis
             changes += _input_changes(old or {}, new or {})
         elif name == "code":
             changes.append("made by an earlier version of this stage")
-        elif name in STAGES or name in ("embeddings", "chunks"):
-            changes.append(f"{name} changed")
+        elif name in UPSTREAM:
+            changes.append(f"{UPSTREAM[name]} changed")
         else:
             changes.append(f"{name.replace('_', '-')}: {_short(old)} -> {_short(new)}")
     return changes

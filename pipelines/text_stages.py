@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from retrodb.corpus import FieldNames, ScannedFile, plan
-from retrodb.errors import InputError
-from retrodb.manifest import Shard, fingerprint
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
@@ -14,6 +11,10 @@ from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER, TRAINED_TOKENIZER
 from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import settle_tokenizer
+
+from retrodb.corpus import FieldNames, ScannedFile, plan
+from retrodb.errors import InputError
+from retrodb.manifest import Shard, fingerprint
 
 _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20
@@ -25,8 +26,8 @@ def build_corpus(builder: Builder) -> None:
     """documents and quarantine."""
     config = builder.config
     scans = scan_inputs(builder)
-    parts = stages.corpus_parts(scans, config)
     layout = plan(scans, config.shard_bytes)
+    parts = stages.corpus_parts(scans, config, layout.shard_bytes)
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
     damaged = damaged_documents(builder) if builder.is_current("corpus", parts) else set()
     receipts = builder.run_stage(
@@ -110,9 +111,12 @@ def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapp
         rows = builder.storage.read_table(shard.path, ["source", "position", "reason"]).slice(0, 3).to_pylist()
         reasons += [f"\n  {row['source']} at {row['position']}: {row['reason']}" for row in rows]
     _remove(builder, [shard for receipt in receipts.values() for shard in receipt.shards.values()])
-    dropped = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number and name not in ("in", "kept"))
+    dropped = ", ".join(
+        f"{number:,} {name}" for name, number in counts.items() if number and name not in ("in", "kept")
+    )
     raise InputError(
-        f"no document to build from: of {counts.get('in', 0):,} records none was kept ({dropped or 'the files are empty'})."
+        f"no document to build from: of {counts.get('in', 0):,} records none was kept "
+        f"({dropped or 'the files are empty'})."
         + "".join(reasons[:3])
         + ("\n  Is --text-field right?" if reasons else "")
     )

@@ -1,8 +1,8 @@
 """training: the join, as a shuffle of arrays.
 
-    tasks -> ask:      what each query shard wants of each neighbour's shard     (key: the neighbour's shard)
-          -> answer:   the neighbour's shard read once, tokens looked up         (key: the query's shard)
-          -> assemble: the query's shard packed into sequences and written
+tasks -> ask:      what each query shard wants of each neighbour's shard     (key: the neighbour's shard)
+      -> answer:   the neighbour's shard read once, tokens looked up         (key: the query's shard)
+      -> assemble: the query's shard packed into sequences and written
 """
 
 import functools
@@ -12,16 +12,24 @@ from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
-
-from retrodb.manifest import Shard, shard_path
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, validation_chunks
 from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
+
+from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
-from retrodb.training.join import CHUNK_COLUMNS, NEIGHBOUR_COLUMNS, ChunkArrays, answer, assemble, neighbour_ids, requests
+from retrodb.training.join import (
+    CHUNK_COLUMNS,
+    NEIGHBOUR_COLUMNS,
+    ChunkArrays,
+    answer,
+    assemble,
+    neighbour_ids,
+    requests,
+)
 from retrodb.training.messages import Answer, Request
 from retrodb.training.sequences import pack
-from retrodb.training.shards import write_training
+from retrodb.training.shards import VALIDATION_ROWS, write_training
 
 WAVE_BYTES: Final = 256 << 20
 """Tokens that one local shuffle may carry: the in-process runner keeps them in memory."""
@@ -95,7 +103,8 @@ class Assemble(_StageDoFn):
         table = assemble(packed, chunks, wanted, map(Answer.from_bytes, messages), task.number)
         committed = write_training(self._storage, shard_path("training", task.number), table)
         counts = {"joined": int((wanted >= 0).sum()), "training_chunks": len(chunks)}
-        return Receipt(task.number, {"training": Shard.of(committed, task.number, table.num_rows)}, counts)
+        shard = Shard.of(committed, task.number, table.num_rows)
+        return Receipt(task.number, {"training": shard}, counts, {VALIDATION_ROWS: len(packed) - packed.training_rows})
 
 
 def read_chunks(storage: Storage, path: str) -> ChunkArrays:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-
-from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.ingredients import TRAINED_TOKENIZER, tokenizer_identity
 from retrodb.pipelines.stages import TokenizerIdentity
+
+from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
 
 _SAMPLE_CHARACTERS: Final = 32 << 20
 

@@ -199,10 +199,8 @@ class Storage:
             if self.is_local:
                 return pq.ParquetFile(path, memory_map=True)
             return pq.ParquetFile(self._filesystem.open(path, "rb"), pre_buffer=False)
-        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-            raise DamagedError(
-                f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
-            ) from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._unreadable(relative, error) from error
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """A whole Parquet shard, or some of its columns, read on the calling thread.
@@ -213,10 +211,8 @@ class Storage:
         with self.open_parquet(relative) as file:
             try:
                 return file.read(columns=columns, use_threads=False)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DamagedError(
-                    f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
-                ) from error
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise self._unreadable(relative, error) from error
 
     def read_array(self, relative: str) -> np.ndarray:
         """A ``.npy`` array: memory-mapped read-only where it is local, else read. Never a pickle.
@@ -233,9 +229,10 @@ class Storage:
             with self._filesystem.open(path, "rb") as file:
                 return np.asarray(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise DamagedError(
-                f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it."
-            ) from error
+            raise self._unreadable(relative, error) from error
+
+    def _unreadable(self, relative: str, error: Exception) -> DamagedError:
+        return DamagedError(f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it.")
 
     @contextlib.contextmanager
     def local_copy(self, relative: str) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from support import retrodb
 
 from retrodb.corpus.quickstart import quickstart_lines
 
+
 @pytest.fixture(scope="session")
 def quickstart_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve topics of the Python language reference: real text, about 300 chunks."""

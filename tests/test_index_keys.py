@@ -2,7 +2,7 @@
 
 import faiss
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.errors import InputError
@@ -27,6 +27,7 @@ def test_one_vector_more_takes_autofaiss_choice() -> None:
     assert choice.training_vectors == EXACT_BELOW + 1, "no more than there are"
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(0, 36).flatmap(lambda power: st.integers(1, 1 + min(10**10, 2**power))),
     dimension=st.sampled_from([1, 2, 3, 8, 17, 96, 384, 768, 1024]),

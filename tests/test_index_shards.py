@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.errors import DamagedError
@@ -43,7 +43,7 @@ def templates() -> dict[tuple[str, str], bytes]:
     return {(key, metric): train_template(SAMPLE, key, metric, 0) for key in KEYS for metric in ("l2", "ip")}
 
 
-def stored(folder: Path, template: bytes, groups: list[list[int]], metric: str, **settings: object) -> GroupedIndex:
+def stored(folder: Path, template: bytes, groups: list[list[int]], metric: str, **options: object) -> GroupedIndex:
     storage = Storage(str(folder))
     files = []
     for number, group in enumerate(groups):
@@ -51,9 +51,10 @@ def stored(folder: Path, template: bytes, groups: list[list[int]], metric: str, 
         index = build_index_shard(template, [PARTS[i] for i in group], D, metric)
         commit_index_shard(storage, path, index)
         files.append(IndexFile(path, index.ntotal))
-    return GroupedIndex(storage, files, D, metric, **settings)
+    return GroupedIndex(storage, files, D, metric, **options)
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.integers(0, 50_000), max_size=30),
     template=st.integers(0, 10**7),
@@ -220,6 +221,7 @@ def test_a_grouped_index_holds_a_bounded_number_of_shards_and_travels_without_th
     assert np.array_equal(sent.search(SAMPLE[:4], 30, 1)[1], expected[1])
 
 
+@settings(deadline=None)
 @given(data=st.data(), metric=st.sampled_from(["l2", "ip"]))
 def test_merging_equals_sorting_all_by_distance_then_id(data: st.DataObject, metric: str) -> None:
     sizes = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=4))

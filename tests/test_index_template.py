@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 from autofaiss.indices import training
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.errors import DamagedError, InputError
@@ -21,6 +21,7 @@ def vectors(n: int, seed: int = 0) -> np.ndarray:
     return (centres[rng.integers(0, 40, n)] + 0.3 * rng.standard_normal((n, D))).astype(np.float16).astype(np.float32)
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, 60), max_size=8), n=st.integers(0, 300), seed=st.integers(0, 2**31))
 def test_a_sample_has_the_size_asked_for_and_no_row_twice(rows: list[int], n: int, seed: int) -> None:
     sample = seeded_sample(rows, n, seed)

@@ -72,7 +72,7 @@ class Database:
         )
 
 
-def database(lengths: list[list[int]], vectors: np.ndarray, metric: str = "l2", **settings: object) -> Database:
+def database(lengths: list[list[int]], vectors: np.ndarray, metric: str = "l2", **options: object) -> Database:
     """Shards of documents of the given numbers of chunks."""
     ids, documents = [], []
     for shard, own in enumerate(lengths):
@@ -80,7 +80,7 @@ def database(lengths: list[list[int]], vectors: np.ndarray, metric: str = "l2", 
         documents.append((shard << 32) + np.repeat(np.arange(len(own), dtype=np.int64), own))
     n = sum(map(sum, lengths))
     none = [np.empty(0, np.int64)]
-    return Database(np.concatenate(ids or none), np.concatenate(documents or none), vectors[:n], metric, **settings)
+    return Database(np.concatenate(ids or none), np.concatenate(documents or none), vectors[:n], metric, **options)
 
 
 def brute_force(base: Database, query: int, k: int, exclude: str) -> list[tuple[float, int]]:
@@ -115,7 +115,7 @@ def check(base: Database, found: Neighbours, k: int, exclude: str) -> None:
 corpora = st.lists(st.lists(st.integers(1, 6), max_size=5), max_size=3)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=corpora,
     seed=st.integers(0, 10**6),
@@ -127,6 +127,7 @@ corpora = st.lists(st.lists(st.integers(1, 6), max_size=5), max_size=3)
     budget=st.sampled_from([1, 4_000, 64 << 20]),
 )
 def test_neighbours_equal_brute_force_in_distance_and_id_order(
+    *,
     lengths: list[list[int]],
     seed: int,
     k: int,
@@ -324,6 +325,7 @@ def test_queries_of_another_corpus_exclude_nothing() -> None:
     assert (found.n_valid == 6).all()
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), max_size=12), data=st.data())
 def test_document_ranges_hold_a_document_and_no_more_also_after_a_compaction(lengths: list[int], data: object) -> None:
     documents = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)

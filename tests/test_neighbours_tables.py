@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb import schemas
@@ -30,6 +30,7 @@ def store(folder: Path, shards: dict[int, list[int]]) -> tuple[Storage, dict[int
     return storage, chunks, embeddings
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.tuples(st.sampled_from([0, 1, 7]), st.integers(0, 9)), max_size=40))
 def test_vectors_and_documents_come_in_the_order_of_the_ids(
     ids: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
@@ -97,6 +98,7 @@ def neighbours_of(n_valid: list[int], k: int) -> Neighbours:
     )
 
 
+@settings(deadline=None)
 @given(k=st.integers(1, 7), data=st.data())
 def test_a_table_keeps_every_neighbour_with_null_elements_and_no_null_lists(k: int, data: st.DataObject) -> None:
     result = neighbours_of(data.draw(st.lists(st.integers(0, k), max_size=12)), k)

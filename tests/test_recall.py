@@ -12,7 +12,7 @@ from retrodb.quality.recall import choose_nprobe, exact_top, merge_exact, nprobe
 NAN = np.nan
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 25), min_size=1, max_size=3),
     k=st.integers(1, 8),

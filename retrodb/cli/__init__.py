@@ -35,19 +35,20 @@ for command in (build, info, verify, query, show):
     app.command()(command)
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))
-    ] = False,
-) -> None:
-    """Turns raw text corpora into retrieval databases for language models."""
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"retrodb {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Turns raw text corpora into retrieval databases for language models."""
 
 
 def main() -> None:

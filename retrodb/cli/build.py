@@ -6,14 +6,16 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-Text = Optional[str]  # noqa: UP045 - typer reads these annotations at run time
-Number = Optional[int]  # noqa: UP045
+Text = Optional[str]
+Number = Optional[int]
 
 
 def build(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, globs, any fsspec URL.")],
     out: Annotated[str, typer.Option("--out", metavar="DB", help="The database: a folder, or any fsspec URL.")],
-    config: Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="TOML settings; flags win.")] = None,  # noqa: UP045
+    config: Annotated[
+        Optional[Path], typer.Option("--config", metavar="FILE", help="TOML settings; flags win.")
+    ] = None,
     text_field: Annotated[Text, typer.Option(help="Field with the text. [guessed: text, content, body, ...]")] = None,
     id_field: Annotated[Text, typer.Option(help="Field with the record's id. [guessed: id, _id, key, ...]")] = None,
     title_field: Annotated[Text, typer.Option(help="Field with the title. [guessed: title, headline, name]")] = None,
@@ -27,8 +29,10 @@ def build(
     neighbours: Annotated[Number, typer.Option(help="Neighbours kept per chunk. [20]")] = None,
     training_neighbours: Annotated[Number, typer.Option(help="Neighbours joined into sequences, k. [2]")] = None,
     metric: Annotated[Text, typer.Option(help="l2 or ip (inner product). [l2]")] = None,
-    exclude: Annotated[Text, typer.Option(help="What is never a neighbour: document, cluster, none. [document]")] = None,
-    min_recall: Annotated[Optional[float], typer.Option(help="Recall@10 the index must reach. [0.95]")] = None,  # noqa: UP045
+    exclude: Annotated[
+        Text, typer.Option(help="What is never a neighbour: document, cluster, none. [document]")
+    ] = None,
+    min_recall: Annotated[Optional[float], typer.Option(help="Recall@10 the index must reach. [0.95]")] = None,
     index_key: Annotated[Text, typer.Option(help="faiss index key. [autofaiss' choice; exact below 65,536]")] = None,
     memory: Annotated[Text, typer.Option(help="Memory for the searched index, as 8GB. [16GB]")] = None,
     precision: Annotated[Text, typer.Option(help="auto, fp32, bf16, fp16. [auto]")] = None,
@@ -36,9 +40,7 @@ def build(
     workers: Annotated[Number, typer.Option(help="Worker processes. [the cores]")] = None,
     runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
     seed: Annotated[Number, typer.Option(help="Seed of every random choice. [0]")] = None,
-    until: Annotated[
-        Text, typer.Option(help="Last stage: corpus, chunk, embed, index, neighbours, training.")
-    ] = None,
+    until: Annotated[Text, typer.Option(help="Last stage: corpus, chunk, embed, index, neighbours, training.")] = None,
     shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")] = False,
@@ -107,7 +109,9 @@ def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -
         progress.close()
     closing(storage, outcome, as_json)
     if as_json:
-        typer.echo(json.dumps({**summary(storage, outcome.manifest), "done": list(outcome.done)}, ensure_ascii=False))
+        seconds = {stage: round(value, 3) for stage, value in outcome.seconds.items()}
+        facts = {**summary(storage, outcome.manifest), "done": list(outcome.done), "seconds": seconds}
+        typer.echo(json.dumps(facts, ensure_ascii=False))
 
 
 def _dry_run(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:

@@ -26,8 +26,8 @@ def query(
     database: Database,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")] = 5,
-    metric: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,  # noqa: UP045
-    encoder: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,  # noqa: UP045
+    metric: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
+    encoder: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Embed TEXT with the database's encoder, search, and print the nearest chunks with text, score and source."""

@@ -1,5 +1,6 @@
 """What the commands print for people."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,10 @@ from retrodb.storage import Storage
 
 _INDENT = "    "
 _EXAMPLES = 3
+_EXAMPLE_ROWS = 4000
+_EXAMPLE_CANDIDATES = 400
+_EXAMPLE_WORDS = 15
+_EXAMPLE_OVERLAP = 0.6
 
 
 def _width() -> int:
@@ -77,7 +82,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
     if documents:
         dropped = "".join(f", {number:,} dropped: {rule}" for rule, number in documents["dropped"].items() if number)
         lines.append(
-            f"documents   {documents['kept']:,} of {documents['in']:,}{dropped}, {documents['quarantined']:,} quarantined"
+            f"documents   {documents['kept']:,} of {documents['in']:,}{dropped}, "
+            f"{documents['quarantined']:,} quarantined"
         )
     if facts["chunks"] is not None:
         config = facts["config"]
@@ -108,26 +114,37 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def example_pairs(db: Database) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Chunks with a near, but not equal, neighbour from another document, from the middle of the first shards."""
-    candidates = []
-    for table in db.tables("neighbours", ["chunk_id", "neighbour_ids", "distances"]):
-        for row in table.slice(0, 2000).to_pylist():
-            if row["neighbour_ids"] and row["neighbour_ids"][0] is not None:
-                candidates.append((row["distances"][0], row["chunk_id"], row["neighbour_ids"][0]))
-        if len(candidates) > 4000:
-            break
-    telling = sorted(c for c in candidates if c[0] > 0.05) if db.manifest.config["metric"] == "l2" else candidates
+    """The nearest neighbours that share a subject but not their words: copies teach a reader nothing."""
+    best_first = sorted(_first_neighbours(db), reverse=db.manifest.config["metric"] == "ip")
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     seen: set[int] = set()
-    for distance, chunk_id, neighbour_id in telling:
+    for distance, chunk_id, neighbour_id in best_first[:_EXAMPLE_CANDIDATES]:
         chunk, neighbour = db.chunk(chunk_id), db.chunk(neighbour_id)
-        if {chunk.document_id, neighbour.document_id} & seen or min(len(chunk.text), len(neighbour.text)) < 80:
+        if {chunk.document_id, neighbour.document_id} & seen or not _worth_reading(chunk.text, neighbour.text):
             continue
         seen |= {chunk.document_id, neighbour.document_id}
         pairs.append((_titled(db, chunk, distance), _titled(db, neighbour, distance)))
         if len(pairs) == _EXAMPLES:
             break
     return pairs
+
+
+def _first_neighbours(db: Database) -> list[tuple[float, int, int]]:
+    """Distance, chunk and nearest neighbour of the chunks of the first shards."""
+    found: list[tuple[float, int, int]] = []
+    for table in db.tables("neighbours", ["chunk_id", "neighbour_ids", "distances", "n_valid"]):
+        rows = table.slice(0, _EXAMPLE_ROWS).to_pylist()
+        found += [(r["distances"][0], r["chunk_id"], r["neighbour_ids"][0]) for r in rows if r["n_valid"]]
+        if len(found) >= _EXAMPLE_ROWS:
+            break
+    return found
+
+
+def _worth_reading(text: str, other: str) -> bool:
+    words, others = (set(re.findall(r"[^\W\d_]{3,}", part.lower())) for part in (text, other))
+    if min(len(words), len(others)) < _EXAMPLE_WORDS:
+        return False
+    return len(words & others) <= _EXAMPLE_OVERLAP * min(len(words), len(others))
 
 
 def _titled(db: Database, chunk: Any, distance: float) -> dict[str, Any]:
@@ -149,7 +166,9 @@ def print_info(facts: Mapping[str, Any]) -> None:
         typer.echo(f"  not complete: {', '.join(facts['stages']) or 'no stage'} done; run the build again to go on")
     typer.echo("tables")
     for name, table in facts["tables"].items():
-        typer.echo(f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}")
+        typer.echo(
+            f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}"
+        )
     typer.echo("fingerprints")
     for kind in ("encoder", "tokenizer"):
         recorded = facts["fingerprints"].get(kind)

@@ -16,7 +16,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Which shards are recomputed.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Prove counts, checksums, id joins, continuations and exclusion; exit 4 and the shard's name if anything is off."""
+    """Prove counts, checksums, joins, continuations, exclusion; exit 4 and the shard's name if anything is off."""
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.render import print_verdict  # noqa: PLC0415
     from retrodb.errors import DamagedError  # noqa: PLC0415

@@ -2,8 +2,9 @@
 
 import glob
 import os
+import re
 import stat as stat_modes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -200,55 +201,54 @@ def _local_file(path: str, kind: Format) -> InputFile:
 def _expand_remote(given: str, url: str, found: _Found) -> bool:
     """Whether any file was found; ``found`` receives them."""
     filesystem, path = filesystem_of(url)
-    chain = "::" + url.split("::", 1)[1] if "::" in url else ""
+    remote = _Remote(filesystem, "::" + url.split("::", 1)[1] if "::" in url else "", found)
     try:
         filesystem.invalidate_cache()
         if filesystem.isfile(path):
-            kind = _named_format(given, path)
-            return _add_all(iter([_remote_file(filesystem, path, chain, kind, filesystem.info(path))]), found)
+            return _add_all(iter([remote.file(path, _named_format(given, path), filesystem.info(path))]), found)
         if filesystem.isdir(path):
-            return _add_all(_below(filesystem, path, chain, found), found)
-        matches = dict(filesystem.glob(path, detail=True)) if _has_glob(path) else {}
+            return _add_all(remote.below(path), found)
+        if _has_glob(path) and (matches := dict(filesystem.glob(path, detail=True))):
+            fixed = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+            return _add_all(remote.matches(matches, fixed), found)
     except InputError:
         raise
     except Exception as error:  # s3fs, gcsfs and http raise their own
         raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}.") from error
-    if not matches:
-        raise InputError(f"there is no file, folder or match for the input {given!r}.")
-    return _add_all(_remote_matches(filesystem, matches, chain, found), found)
+    raise InputError(f"there is no file, folder or match for the input {given!r}.")
 
 
-def _remote_matches(
-    filesystem: AbstractFileSystem, matches: dict[str, dict[str, Any]], chain: str, found: _Found
-) -> Iterator[InputFile]:
-    for path, info in matches.items():
-        if info.get("type") == "directory":
-            yield from _below(filesystem, path, chain, found)
+@dataclass(frozen=True)
+class _Remote:
+    """Lists one fsspec filesystem; ``chain`` is the rest of a chained URL (``zip://..::s3://..``)."""
+
+    filesystem: AbstractFileSystem
+    chain: str
+    found: _Found
+
+    def matches(self, matches: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[InputFile]:
+        for path, info in matches.items():
+            if info.get("type") == "directory":
+                yield from self.below(path)
+            else:
+                yield from self._candidate(path, info, folder)
+
+    def below(self, folder: str) -> Iterator[InputFile]:
+        for path, info in dict(self.filesystem.find(folder, detail=True)).items():
+            yield from self._candidate(path, info, folder)
+
+    def _candidate(self, path: str, info: Mapping[str, Any], folder: str) -> Iterator[InputFile]:
+        """The file at ``path`` if its kind is known and nothing in its path below ``folder`` is hidden."""
+        kind = format_of(path)
+        inside = path.removeprefix(folder).split("/")
+        if kind is None or any(part.startswith(".") for part in inside):
+            self.found.skipped.add(path)
         else:
-            yield from _remote_candidate(filesystem, path, path.rsplit("/", 1)[-1], chain, info, found)
+            yield self.file(path, kind, info)
 
-
-def _below(filesystem: AbstractFileSystem, folder: str, chain: str, found: _Found) -> Iterator[InputFile]:
-    prefix = folder.rstrip("/") + "/" if folder.strip("/") else folder
-    for path, info in dict(filesystem.find(folder, detail=True)).items():
-        yield from _remote_candidate(filesystem, path, path.removeprefix(prefix), chain, info, found)
-
-
-def _remote_candidate(
-    filesystem: AbstractFileSystem, path: str, relative: str, chain: str, info: dict[str, Any], found: _Found
-) -> Iterator[InputFile]:
-    kind = format_of(path)
-    if kind is None or any(part.startswith(".") for part in relative.split("/")):
-        found.skipped.add(path)
-        return
-    yield _remote_file(filesystem, path, chain, kind, info)
-
-
-def _remote_file(
-    filesystem: AbstractFileSystem, path: str, chain: str, kind: Format, info: dict[str, Any]
-) -> InputFile:
-    url = filesystem.unstrip_protocol(path) + chain
-    _check_name(url)
-    known = [f"{key}={info[key]}" for key in _IDENTITY_KEYS if info.get(key) not in (None, "")]
-    size = info.get("size")
-    return InputFile(url, kind, -1 if size is None else int(size), "|".join([f"size={size}", *known]) if known else "")
+    def file(self, path: str, kind: Format, info: Mapping[str, Any]) -> InputFile:
+        url = self.filesystem.unstrip_protocol(path) + self.chain
+        _check_name(url)
+        known = [f"{key}={info[key]}" for key in _IDENTITY_KEYS if info.get(key) not in (None, "")]
+        size = -1 if info.get("size") is None else int(info["size"])
+        return InputFile(url, kind, size, "|".join([f"size={size}", *known]) if known else "")

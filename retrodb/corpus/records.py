@@ -142,7 +142,7 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         raise _Unreadable("an integer of too many digits") from None
     if not isinstance(record, dict):
         raise _Unreadable(f"not a JSON object but {_kind(record)}")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_deeper(record, MAX_DEPTH):
+    if any(isinstance(value, dict | list) for value in record.values()) and _is_deeper(record, MAX_DEPTH):
         raise _Unreadable(_TOO_DEEP)
     return record
 

@@ -8,6 +8,7 @@ compressed, one huge row group) is one split that yields several shards in order
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 from retrodb.corpus.compression import Compression
@@ -177,7 +178,7 @@ def _segment(file: ScannedFile, start: int = 0, end: int | None = None) -> Segme
 def _cuts(length: int, pieces: int) -> list[tuple[int, int]]:
     """``length`` in ``pieces`` ranges whose lengths differ by at most one."""
     bounds = [length * piece // pieces for piece in range(pieces + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _cut_lines(file: ScannedFile, target: int) -> list[list[Part]]:

@@ -211,7 +211,7 @@ def _best(scores: np.ndarray, ids: np.ndarray, k: int, metric: Metric, satisfied
     return Selection(kept_ids, distances, (kept_ids >= 0).sum(axis=1).astype(np.int16), satisfied)
 
 
-def find_neighbours(  # noqa: PLR0917 - what is asked, of what, and how
+def find_neighbours(
     query_ids: np.ndarray,
     queries: np.ndarray,
     exclusion: Exclusion,

@@ -27,7 +27,7 @@ ExactTop = tuple[np.ndarray, np.ndarray]
 """Distances float32 [q, k], NaN where missing, and chunk ids int64 [q, k], -1 likewise."""
 
 
-def exact_top(  # noqa: PLR0917 - queries, vectors, and how
+def exact_top(
     queries: np.ndarray, exclusion: Exclusion, chunk_ids: np.ndarray, vectors: np.ndarray, k: int, metric: Metric
 ) -> ExactTop:
     """The ``k`` nearest allowed vectors of one embedding shard, compared with every one of them.

@@ -1,0 +1,174 @@
+"""How fast is a build, measured against the bare encoder in the same run?
+
+    python benchmarks/build.py CORPUS.jsonl.gz [--chunks 20000] [--memory]
+
+Builds a database of about ``--chunks`` chunks with the command line, then runs the encoder's bare forward pass (tokens
+ready, weights loaded) over a sample of the same chunks on all cores, in each of a few configurations; the best is the
+*bound*. Prints the embed stage and the whole build as ratios to the bound. ``--memory`` builds 10,000 and 40,000 chunks
+instead and prints the peak memory of a process.
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+import retrodb
+from retrodb.encoding import length_batches, resolve_encoder
+
+BYTES_PER_CHUNK = 285
+"""English text in 64 GPT-2 tokens, roughly: only to cut the corpus to size."""
+
+
+def cut_corpus(source: Path, chunks: int, target: Path) -> None:
+    """The first documents of a corpus, up to about so many chunks, repeated under new ids if it is too small."""
+    left, copy = chunks * BYTES_PER_CHUNK, 0
+    with target.open("w", encoding="utf-8") as out:
+        while left > 0:
+            with gzip.open(source, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    record = json.loads(line)
+                    out.write(json.dumps({"id": f"{copy}-{record['id']}", "text": record["text"]}) + "\n")
+                    left -= len(record["text"].encode())
+                    if left <= 0:
+                        break
+            copy += 1
+
+
+def run_build(corpus: Path, out: Path) -> tuple[dict, float, int]:
+    """``retrodb build --json``: what it said, wall seconds, and the peak resident bytes of any of its processes."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retrodb", "build", str(corpus), "--out", str(out), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    peak = [0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                peak[0] = max([peak[0], *(member.memory_info().rss for member in family)])
+            except psutil.Error:
+                pass
+            time.sleep(0.2)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output = process.stdout.read() if process.stdout else ""
+    process.wait()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"the build failed with exit code {process.returncode}")
+    return json.loads(output.strip().splitlines()[-1]), time.monotonic() - started, peak[0]
+
+
+def sample_texts(database: Path, wanted: int) -> list[str]:
+    """Chunk texts of evenly spread shards."""
+    db = retrodb.open(str(database))
+    shards = [shard.number for shard in db.manifest.shards("chunks")]
+    step = max(1, len(shards) * 700 // max(wanted, 1))
+    texts: list[str] = []
+    for number in shards[::step]:
+        rows = db.storage.read_table(db._shard("chunks", number).path, ["chunk_id"])["chunk_id"].to_pylist()
+        texts += [db.chunk(chunk_id).text for chunk_id in rows]
+        if len(texts) >= wanted:
+            break
+    return texts[:wanted]
+
+
+def bare(arguments: tuple[list[list[int]], str, int, int, object]) -> float:
+    """Seconds of the forward passes alone, in one process."""
+    rows, precision, batch_tokens, threads, barrier = arguments
+    import torch
+
+    from retrodb.encoding.encoder import Encoder, pad
+
+    torch.set_num_threads(threads)
+    encoder = Encoder.load(resolve_encoder("all-MiniLM-L6-v2"), precision, "cpu")
+    batches = [
+        pad([rows[i] for i in batch], encoder.featuriser.padding_id)
+        for batch in length_batches([len(row) for row in rows], batch_tokens)
+    ]
+    with torch.inference_mode():
+        encoder.network(*batches[len(batches) // 2])
+        barrier.wait()  # type: ignore[attr-defined]
+        started = time.monotonic()
+        for batch in batches:
+            encoder.network(*batch)
+        return time.monotonic() - started
+
+
+def bound(texts: list[str], precision: str) -> dict[str, float]:
+    """Chunks a second of the bare forward pass, by configuration, on all cores."""
+    from retrodb.encoding.encoder import Featuriser
+
+    rows = Featuriser.load(resolve_encoder("all-MiniLM-L6-v2").folder, 256).tokenize(texts)
+    cores = len(os.sched_getaffinity(0))
+    results = {}
+    for processes, threads in {(cores, 1), (1, cores)}:
+        for batch_tokens in (2048, 4096, 8192):
+            context = multiprocessing.get_context("spawn")
+            with context.Manager() as manager, context.Pool(processes) as pool:
+                barrier = manager.Barrier(processes)
+                parts = [(rows[i::processes], precision, batch_tokens, threads, barrier) for i in range(processes)]
+                seconds = max(pool.map(bare, parts, chunksize=1))
+            results[f"{processes} processes x {threads} threads, {batch_tokens} tokens"] = len(rows) / seconds
+    return results
+
+
+def measure_speed(source: Path, chunks: int, folder: Path) -> None:
+    corpus = folder / "corpus.jsonl"
+    cut_corpus(source, chunks, corpus)
+    facts, wall, peak = run_build(corpus, folder / "db")
+    n, precision = facts["chunks"], facts["embeddings"]["precision"]
+    rates = bound(sample_texts(folder / "db", 1500), precision)
+    best = max(rates, key=lambda name: rates[name])
+    seconds = n / rates[best]
+    print(f"{n:,} chunks, {precision}")
+    for name, rate in sorted(rates.items()):
+        print(f"  bare forward, {name:<44} {rate:7.1f} chunks/s")
+    print(f"  bound          {seconds:8.1f} s  {rates[best]:7.1f} chunks/s  ({best})")
+    print(
+        f"  embed stage    {facts['seconds']['embed']:8.1f} s  {facts['seconds']['embed'] / seconds:7.3f} x the bound"
+    )
+    print(f"  whole build    {wall:8.1f} s  {wall / seconds:7.3f} x the bound")
+    for stage, value in facts["seconds"].items():
+        print(f"    {stage:<12} {value:8.1f} s")
+    print(f"    start-up and the rest {wall - sum(facts['seconds'].values()):.1f} s")
+    print(f"  peak memory of a process {peak / 1e6:,.0f} MB; recall@10 {facts['neighbours']['recall_at_10']:.4f}")
+
+
+def measure_memory(source: Path, folder: Path) -> None:
+    for chunks in (10_000, 40_000):
+        corpus = folder / f"{chunks}.jsonl"
+        cut_corpus(source, chunks, corpus)
+        facts, wall, peak = run_build(corpus, folder / str(chunks))
+        print(f"{facts['chunks']:,} chunks: peak memory of a process {peak / 1e6:,.0f} MB, {wall:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--chunks", type=int, default=20_000)
+    parser.add_argument("--memory", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="retrodb-bench-") as folder:
+        if arguments.memory:
+            measure_memory(arguments.corpus, Path(folder))
+        else:
+            measure_speed(arguments.corpus, arguments.chunks, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
