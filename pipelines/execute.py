@@ -64,8 +64,8 @@ class Executor:
         tick = _Ticker(book, weights, self.progress)
         self.progress.begin(book.stage, round(sum(weights.values())), tick.done(receipts), unit)
         for attempt in range(1, _ATTEMPTS + 1):
-            missing = set(weights) - set(receipts)
-            pending = [part for task in tasks if (part := task.restricted(missing)) is not None]
+            unfinished = set(weights) - set(receipts)
+            pending = [part for task in tasks if (part := task.restricted(unfinished)) is not None]
             if not pending:
                 break
             try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
@@ -62,7 +62,9 @@ def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[Scanne
 
 
 def _guessed(file: InputFile) -> ScannedFile:
-    compression = "gzip" if file.url.endswith(".gz") else "zstd" if file.url.endswith((".zst", ".zstd")) else None
+    compression: Literal["gzip", "zstd"] | None = None
+    if file.url.endswith((".gz", ".zst", ".zstd")):
+        compression = "gzip" if file.url.endswith(".gz") else "zstd"
     length = int(file.size * _EXPANSION.get(compression or "", 1.0))
     return ScannedFile(file.url, file.format, compression, file.size, file.stamp, "", length, ())
 

@@ -149,11 +149,15 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
         UsageError: a flag is out of range.
     """
     run_names = set(RunSettings.model_fields)
-    unknown = sorted(set(file_settings) - run_names - set(BuildConfig.model_fields))
+    names = ["no_text", *BuildConfig.model_fields, *RunSettings.model_fields]
+    names.remove("text")
+    unknown = sorted(set(file_settings) - set(names))
     if unknown:
-        known = ", ".join(name.replace("_", "-") for name in [*BuildConfig.model_fields, *RunSettings.model_fields])
+        known = ", ".join(name.replace("_", "-") for name in names)
         raise InputError(f"the config file holds unknown settings {unknown}. Known: {known}.")
     merged = {**file_settings, **flags}
+    if (no_text := merged.pop("no_text", None)) is not None:
+        merged["text"] = not no_text
     try:
         run = RunSettings(**{name: value for name, value in merged.items() if name in run_names})
         return BuildConfig(**{name: value for name, value in merged.items() if name not in run_names}), run

@@ -1,18 +1,18 @@
-"""Shared fixtures: the quickstart database, built once by the command line."""
+"""Shared fixtures: the quickstart database, built once by the command line, and an encoder that costs nothing."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from support import retrodb
+from support import make_tiny_encoder, retrodb
 
 from retrodb.corpus.quickstart import quickstart_lines
 
 
 @pytest.fixture(scope="session")
 def quickstart_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve topics of the Python language reference: real text, about 300 chunks."""
-    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 20_000][:24]
+    """Twelve topics of the Python language reference: real text, enough chunks for worker processes to embed."""
+    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][:12]
     path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -33,3 +33,9 @@ def copied(built: Path, tmp_path: Path) -> Path:
     target = tmp_path / "db"
     shutil.copytree(built, target)
     return target
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random one-layer BERT, for tests to which the vectors' meaning is nothing."""
+    return make_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")

@@ -107,3 +107,20 @@ def test_a_folder_without_an_encoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     with pytest.raises(InputError, match="no .safetensors"):
         identify(resolve_encoder(str(tmp_path)), "fp32")
+
+
+@pytest.mark.slow
+def test_bf16_keeps_the_ten_nearest_neighbours_of_fp32(encoder):
+    """Emulated where the CPU lacks it: slower, but the same numbers as native bf16 to the last bits."""
+    from retrodb.encoding.encoder import Encoder
+
+    text = " ".join(json.loads(line)["text"] for line in quickstart_lines()[:12])
+    chunks = [text[i : i + 290] for i in range(0, min(len(text), 290 * 400), 290)]
+    exact = encoder.embed(chunks).astype(np.float32)
+    half = Encoder.load(resolve_encoder(DEFAULT_ENCODER), "bf16").embed(chunks).astype(np.float32)
+    assert (exact * half).sum(axis=1).min() > 0.999
+    distances = ((exact[:, None] - exact[None]) ** 2).sum(axis=2) + np.eye(len(exact)) * 10
+    limit = np.sort(distances, axis=1)[:, 9]
+    found = np.argsort(((half[:, None] - half[None]) ** 2).sum(axis=2) + np.eye(len(half)) * 10, axis=1)[:, :10]
+    hits = np.take_along_axis(distances, found, axis=1) <= limit[:, None] + 1e-6
+    assert hits.mean() >= 0.99

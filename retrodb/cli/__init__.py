@@ -69,6 +69,10 @@ def main() -> None:
         _leave(error.exit_code)
     except BrokenPipeError:
         _leave(0)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        typer.echo(f"error: {error.strerror or error}{where}. What is finished is kept; run it again.", err=True)
+        _leave(1)
     _leave(0)
 
 

@@ -53,7 +53,7 @@ def build(
         "text_field": text_field,
         "id_field": id_field,
         "title_field": title_field,
-        "text": False if no_text else None,
+        "no_text": no_text or None,
         "encoder": encoder,
         "tokenizer": tokenizer,
         "chunk_tokens": chunk_tokens,

@@ -140,8 +140,8 @@ def _expand_local(given: str, path: str, found: _Found) -> bool:
             if not stat_modes.S_ISREG(os.stat(path).st_mode):
                 raise InputError(f"{given!r} is neither a regular file nor a folder.")
             return _add_all(iter([_local_file(path, _named_format(given, path))]), found)
-        if _has_glob(path):
-            return _add_all(_glob(path, found), found)
+        if _has_glob(path) and (matches := sorted(glob.glob(path, recursive=True))):
+            return _add_all(_matches(matches, found), found)
     except OSError as error:
         raise InputError(f"cannot list {given!r}: {error}.") from error
     raise InputError(f"there is no file, folder or match for the input {given!r} (looked at {path}).")
@@ -154,8 +154,8 @@ def _add_all(files: Iterator[InputFile], found: _Found) -> bool:
     return count > 0
 
 
-def _glob(pattern: str, found: _Found) -> Iterator[InputFile]:
-    for path in glob.iglob(pattern, recursive=True):
+def _matches(paths: list[str], found: _Found) -> Iterator[InputFile]:
+    for path in paths:
         clean = os.path.abspath(path)
         if os.path.isdir(clean):
             yield from _walk(clean, found, frozenset())
