@@ -9,7 +9,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
-from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, count_receipt
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, finish
 
 from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
 from retrodb.index.engine import Metric
@@ -97,8 +97,7 @@ def write_template(book: ReceiptBook, data: bytes, training_vectors: int) -> Non
     receipt = Receipt(
         TEMPLATE_NUMBER, {"index": Shard.of(committed, TEMPLATE_NUMBER, 0)}, {"training_vectors": training_vectors}
     )
-    book.write(receipt)
-    count_receipt(receipt)
+    finish(book, receipt)
 
 
 def write_untrained(book: ReceiptBook, settings: IndexSettings) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
+from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, finish
 
 from retrodb.index import GroupedIndex, IndexFile
 from retrodb.index.engine import Metric
@@ -230,8 +230,7 @@ class SearchShard(_Searching):
     def process(self, task: Task) -> Iterator[int]:
         try:
             receipt = self._search(task.number, task.payload)
-            self._book.write(receipt)
-            count_receipt(receipt)
+            finish(self._book, receipt)
             yield task.number
         except Exception as error:
             raise TaskFailedError(self._book.stage, task.number, error) from error

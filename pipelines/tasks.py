@@ -1,5 +1,6 @@
 """The worker's side of every stage: do one task, account for it, and report failures by name."""
 
+import ctypes
 import errno
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -15,6 +16,7 @@ from retrodb import errors
 _MARK: Final = "retrodb-error:"
 _END: Final = ":retrodb-error"
 NAMESPACE: Final = "retrodb"
+_C_LIBRARY: Final = ctypes.CDLL(None)
 
 
 class TaskFailedError(Exception):
@@ -86,20 +88,29 @@ class DoTasks(beam.DoFn):
     def process(self, task: Task) -> Iterator[int]:
         try:
             for receipt in self._work(task):
-                self._book.write(receipt)
-                count_receipt(receipt)
+                finish(self._book, receipt)
                 yield receipt.number
         except Exception as error:
             raise TaskFailedError(self._book.stage, task.number, error) from error
 
 
-def count_receipt(receipt: Receipt) -> None:
-    """Add a receipt's numbers to Beam's counters, which every runner shows."""
+def finish(book: ReceiptBook, receipt: Receipt) -> None:
+    """A task is done, its shards are in place: write its receipt, and add its numbers to Beam's counters."""
+    book.write(receipt)
     for name, value in receipt.counts.items():
         Metrics.counter(NAMESPACE, name).inc(int(value))
     for table, shard in receipt.shards.items():
         Metrics.counter(NAMESPACE, f"{table}.rows").inc(shard.rows)
         Metrics.counter(NAMESPACE, f"{table}.bytes").inc(shard.bytes)
+    give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: tensors of ever different sizes otherwise fragment a worker's heap, which
+    then grows with the number of shards it has seen (measured: 1.0 to 1.3 GB over 12 shards; flat with this)."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def balanced(tasks: Iterable[Task]) -> list[Task]:

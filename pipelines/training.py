@@ -14,7 +14,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, validation_chunks
-from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, count_receipt
+from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, finish
 
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -89,8 +89,7 @@ class Assemble(_StageDoFn):
         try:
             for task in parts["tasks"]:
                 receipt = self._assemble(task, parts["answers"])
-                self._book.write(receipt)
-                count_receipt(receipt)
+                finish(self._book, receipt)
                 yield number
         except Exception as error:
             raise self._fail(number, error) from error

@@ -145,7 +145,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path, good):
     ("flags", "says"),
     [
         (["--no-such-flag"], "--no-such-flag"),
-        (["--chunk-tokens", "many"], "many"),
+        (["--chunk-tokens", "many"], "--chunk-tokens"),
         (["--chunk-tokens", "0"], "--chunk-tokens 0"),
         (["--sequence-tokens", "2000"], "2000"),
         (["--neighbours", "0"], "--neighbours 0"),
@@ -340,12 +340,23 @@ def test_errors_are_one_json_object_where_json_was_asked_for(tmp_path):
 
 
 def test_a_recall_below_the_gate_ends_with_its_own_exit_code(tmp_path, tiny_encoder):
-    """A product quantiser of one byte over random vectors cannot find ten true neighbours."""
+    """One byte a vector, however many lists are looked at, cannot find the ten true neighbours of every chunk."""
     records = [{"id": str(i), "text": f"{i * 7919} {i} words {i * i}. " * 30} for i in range(40)]
     source = write_jsonl(tmp_path / "in.jsonl", records)
     arguments = ("build", source, "--out", tmp_path / "db", "--encoder", tiny_encoder, "--chunk-tokens", 8)
-    ran = retrodb(*arguments, "--sequence-tokens", 64, "--index-key", "PQ1x4", "--min-recall", 1.0)
-    assert_refused(ran, 5, "--min-recall")
+    ran = retrodb(*arguments, "--sequence-tokens", 64, "--neighbours", 10, "--index-key", "IVF4,PQ1", "--min-recall", 1.0)
+    assert_refused(ran, 5, "--min-recall", "IVF4,PQ1")
+    assert retrodb("info", tmp_path / "db", "--json").json["stages"][-1] == "index"
+
+
+@pytest.mark.parametrize("key", ["nonsense", "PQ1x4", "IVF0,Flat", "IVF4,PQ7"])
+def test_an_index_key_that_cannot_be_used_is_refused_before_any_work(tmp_path, good, key):
+    """Megatron's defaults failed after all the work was done: 384 is no multiple of 7, and that is known beforehand."""
+    out = tmp_path / "db"
+    ran = retrodb("build", good, "--out", out, "--index-key", key)
+    assert ran.code in (2, 3)
+    assert key in ran.err
+    assert not out.exists()
 
 
 def test_a_parquet_file_without_a_text_column_is_refused_naming_its_columns(tmp_path):

@@ -5,6 +5,7 @@ import io
 import random
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import zstandard
@@ -19,7 +20,7 @@ TEXT = b"".join(b"line %d: %s\n" % (number, _RANDOM.randbytes(8).hex().encode())
 """Compressible, but not to nothing."""
 
 
-def zstd(data: bytes, **options: bool) -> bytes:
+def zstd(data: bytes, **options: Any) -> bytes:
     return zstandard.ZstdCompressor(level=3, **options).compress(data)
 
 

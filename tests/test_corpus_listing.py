@@ -53,7 +53,13 @@ def test_a_folder_gives_all_readable_files_below_it_and_counts_the_others(folder
 
 
 def test_a_file_reached_in_several_ways_is_listed_once_in_any_order(folder: Path) -> None:
-    ways = [folder / "b.jsonl", f"{folder}/*", folder, f"file://{folder}/b.jsonl", f"{folder}/deep/../b.jsonl"]
+    ways: list[str | Path] = [
+        folder / "b.jsonl",
+        f"{folder}/*",
+        folder,
+        f"file://{folder}/b.jsonl",
+        f"{folder}/deep/../b.jsonl",
+    ]
     assert names(folder, *ways) == EVERYTHING
     assert expand_inputs([str(way) for way in ways]) == expand_inputs([str(way) for way in reversed(ways)])
 

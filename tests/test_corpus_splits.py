@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -33,6 +34,13 @@ from retrodb.errors import InputError
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+}
+
+
 def scan(path: Path) -> ScannedFile:
     (file,) = expand_inputs([str(path)]).files
     return scan_file(file)
@@ -44,8 +52,7 @@ def scan(path: Path) -> ScannedFile:
 @pytest.mark.parametrize("name", ["plain", "gzip", "zstd"])
 def test_a_scan_tells_hash_length_and_compression_whatever_the_name_says(tmp_path: Path, name: str) -> None:
     data = b'{"text": "x"}\n' * 9999
-    packers = {"plain": bytes, "gzip": gzip.compress, "zstd": zstandard.ZstdCompressor().compress}
-    raw = packers[name](data)
+    raw = PACKERS[name](data)
     path = tmp_path / "misnamed.jsonl.zst"
     path.write_bytes(raw)
     got = scan(path)

@@ -15,8 +15,8 @@ from retrodb.encoding.batches import length_batches
 from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify
 from retrodb.errors import InputError, MismatchError, WorkerError
 
-CPU_BATCH_TOKENS: Final = 4096
-"""About 64 chunks: small enough for a core's cache, large enough for its matrix units."""
+CPU_BATCH_TOKENS: Final = 2048
+"""About 32 chunks: small enough for a core's cache, large enough for its matrix units."""
 CUDA_BATCH_TOKENS: Final = 65536
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,205 @@
+"""The manifest in itself, and every file it records: there, whole, of the recorded bytes, and none besides."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from retrodb.encoding import EncoderIdentity
+from retrodb.lock import LOCK_NAME
+from retrodb.manifest import MANIFEST_NAME, STAGES, TABLES, Manifest, Shard, fingerprint, shard_path
+from retrodb.quality.findings import Findings
+from retrodb.quality.scene import STAGE_OF, TEMPLATE_NUMBER, Scene
+from retrodb.storage import TEMPORARY_PREFIX, Storage
+
+TEMPLATE_PATH: Final = "index/quantiser.faiss"
+WORK_FOLDER: Final = ".build"
+"""Where a build keeps the receipts of what it has not recorded yet."""
+
+_THREADS: Final = 4
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_MOST_ROWS: Final = 1 << 32
+_UPSTREAM: Final = {"chunk": {"corpus": "corpus"}, "index": {"embeddings": "embed"}, "neighbours": {"index": "index"}}
+"""By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def check_manifest(manifest: Manifest, findings: Findings) -> None:
+    """Stages, tables, numbers, paths and fingerprints agree with each other. Problems are of ``manifest.json``."""
+    _check_stages(manifest, findings)
+    for table, shards in manifest.tables.items():
+        if table not in TABLES:
+            findings.add(MANIFEST_NAME, f"records an unknown table {table!r}")
+            continue
+        _check_entries(table, shards, findings)
+        if STAGE_OF[table] not in manifest.stages:
+            findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
+    for table, stage in STAGE_OF.items():
+        if stage in manifest.stages and table not in manifest.tables:
+            findings.add(MANIFEST_NAME, f"says the stage {stage} is done, but records no table {table}")
+    _check_numbers(manifest, findings)
+
+
+def _check_stages(manifest: Manifest, findings: Findings) -> None:
+    done = [stage for stage in STAGES if stage in manifest.stages]
+    if unknown := sorted(set(manifest.stages) - set(STAGES)):
+        findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
+    if done != list(STAGES[: len(done)]):
+        findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")
+    for stage in done:
+        state = manifest.stages[stage]
+        if state.fingerprint != fingerprint(state.made_from):
+            findings.add(MANIFEST_NAME, f"the fingerprint of the stage {stage} is not that of what it was made from")
+        for part, upstream in _UPSTREAM.get(stage, {}).items():
+            expected = manifest.stages[upstream].fingerprint if upstream in manifest.stages else None
+            if expected is not None and state.made_from.get(part) != expected:
+                findings.add(MANIFEST_NAME, f"the stage {stage} was made from another {part} than the one recorded")
+    recorded = manifest.fingerprints.get("stages", {})
+    if done and recorded != {stage: manifest.stages[stage].fingerprint for stage in done}:
+        # A repair that undid later stages leaves their fingerprints here until the next stage is recorded.
+        stale = {name: value for name, value in recorded.items() if name in done}
+        if stale != {stage: manifest.stages[stage].fingerprint for stage in done}:
+            findings.add(MANIFEST_NAME, "fingerprints.stages are not the fingerprints of the stages")
+    encoder = manifest.fingerprints.get("encoder")
+    if encoder is not None:
+        with findings.blaming(MANIFEST_NAME):
+            if EncoderIdentity.from_json(encoder).fingerprint != encoder["fingerprint"]:
+                findings.add(MANIFEST_NAME, "the encoder's fingerprint is not that of what is recorded of it")
+
+
+def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> None:
+    numbers = Counter(shard.number for shard in shards)
+    for shard in shards:
+        template = table == "index" and shard.number == TEMPLATE_NUMBER
+        expected = TEMPLATE_PATH if template else shard_path(table, shard.number)
+        if shard.path != expected:
+            findings.add(MANIFEST_NAME, f"records shard {shard.number} of {table} as {shard.path!r}, not {expected!r}")
+        if numbers[shard.number] > 1:
+            findings.add(MANIFEST_NAME, f"records shard {shard.number} of {table} {numbers[shard.number]} times")
+        if not template and not 0 <= shard.number < 1 << 31:
+            findings.add(MANIFEST_NAME, f"records a shard {shard.number} of {table}")
+        if not 0 <= shard.rows < _MOST_ROWS or shard.bytes < 0 or not _SHA256.fullmatch(shard.sha256):
+            findings.add(MANIFEST_NAME, f"records {shard.path} with {shard.rows} rows, {shard.bytes} bytes")
+
+
+def _check_numbers(manifest: Manifest, findings: Findings) -> None:
+    """The tables have the same shard numbers as the documents; index shards are counted through."""
+    wanted = {shard.number for shard in manifest.shards("documents")}
+    for table in ("chunks", "embeddings", "neighbours", "training"):
+        if table not in manifest.tables:
+            continue
+        numbers = {shard.number for shard in manifest.shards(table)}
+        for number in sorted(wanted - numbers):
+            findings.add(shard_path(table, number), "is not recorded, though there is such a shard of documents")
+        for number in sorted(numbers - wanted):
+            findings.add(shard_path(table, number), "is recorded, though there is no such shard of documents")
+    for shard in manifest.shards("quarantine"):
+        if shard.number not in wanted:
+            findings.add(shard.path, "is recorded, though there is no such shard of documents")
+    if "index" in manifest.tables:
+        numbers = {shard.number for shard in manifest.shards("index")}
+        groups = manifest.stages["index"].details.get("shards") if "index" in manifest.stages else None
+        expected = {TEMPLATE_NUMBER, *range(groups if isinstance(groups, int) else len(numbers) - 1)}
+        for number in sorted(expected - numbers):
+            path = TEMPLATE_PATH if number == TEMPLATE_NUMBER else shard_path("index", number)
+            findings.add(path, "is not recorded, though the index needs it")
+        for number in sorted(numbers - expected):
+            findings.add(shard_path("index", number), f"is recorded, though the index has {groups} shards")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def check_files(scene: Scene) -> None:
+    """Every recorded file: there, of the recorded size and sha256; and nothing else in the table folders."""
+    storage, findings = scene.storage, scene.findings
+    shards = [shard for table in TABLES for shard in scene.manifest.shards(table) if not findings.has(shard.path)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for shard, fault in zip(shards, pool.map(lambda shard: _fault(storage, shard), shards), strict=True):
+            if fault and not _is_finished_document(scene, shard):
+                findings.add(shard.path, fault)
+    findings.count("files", len(shards))
+    findings.count("bytes", sum(shard.bytes for shard in shards))
+    _check_tokenizer(scene)
+    _check_nothing_else(scene)
+
+
+def _fault(storage: Storage, shard: Shard) -> str | None:
+    """What is wrong with a file, if anything is; reads all its bytes."""
+    try:
+        size = storage.size(shard.path)
+        if size is None:
+            return "is missing"
+        if size != shard.bytes:
+            return f"has {size:,} bytes, recorded are {shard.bytes:,}"
+        found = storage.sha256(shard.path)
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return None if found == shard.sha256 else f"has sha256 {found[:16]}.., recorded is {shard.sha256[:16]}.."
+
+
+def _is_finished_document(scene: Scene, shard: Shard) -> bool:
+    """Whether an unfinished chunk stage has already put its own version of a documents shard in place.
+
+    Then it is not the recorded one, and no damage: the receipt of the running (or killed) stage has its checksum. It is
+    set aside, for it becomes part of the database only when the stage is recorded.
+    """
+    if scene.done("chunk") or not shard.path.startswith("documents/"):
+        return False
+    for receipt in _receipts(scene.storage, "chunk-", shard.number):
+        try:
+            made = Shard.parse(receipt["shards"]["documents"])
+        except Exception:  # a receipt of an unfinished stage is nobody's data: it proves nothing then
+            continue
+        if made.path == shard.path and _fault(scene.storage, made) is None:
+            scene.set_aside("documents", shard.number)
+            scene.findings.note("the chunk stage is under way: documents that it has finished were not looked into")
+            return True
+    return False
+
+
+def _receipts(storage: Storage, prefix: str, number: int) -> Iterator[Any]:
+    for folder in storage.list_folders(WORK_FOLDER):
+        if folder.startswith(prefix):
+            receipt = storage.read_json(f"{WORK_FOLDER}/{folder}/{number:05d}.json")
+            if receipt is not None:
+                yield receipt
+
+
+def _check_tokenizer(scene: Scene) -> None:
+    """The tokenizer that a ``train:VOCAB`` build keeps in the database is the one of the fingerprint."""
+    recorded = scene.manifest.fingerprints.get("tokenizer") or {}
+    path = recorded.get("stored")
+    if path is None or not scene.done("chunk"):
+        return
+    with scene.findings.blaming(str(path)):
+        if scene.storage.size(path) is None:
+            scene.findings.add(path, "is missing")
+        elif scene.storage.sha256(path) != recorded["fingerprint"]:
+            scene.findings.add(path, "is not the tokenizer that cut the chunks: its sha256 is another")
+
+
+def _check_nothing_else(scene: Scene) -> None:
+    """No file in a table's folder, at any depth, that is not recorded; but what a running build may have there."""
+    locked = scene.storage.size(LOCK_NAME) is not None
+    if locked:
+        scene.findings.note("a build holds this database, or was killed there: its temporary files were passed over")
+    recorded = {shard.path for shards in scene.manifest.tables.values() for shard in shards}
+    for table in TABLES:
+        if not scene.done(STAGE_OF[table]):
+            continue  # what lies there does not exist yet: the build goes on from it, or clears it away
+        chunking = table == "documents" and not scene.done("chunk")
+        for path in _files_below(scene.storage, table):
+            temporary = path.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+            if path not in recorded and not (temporary and (locked or chunking)):
+                scene.findings.add(path, "is not recorded in the manifest: it should not be here")
+
+
+def _files_below(storage: Storage, folder: str) -> Iterator[str]:
+    for name in storage.list_files(folder):
+        yield f"{folder}/{name}"
+    for name in storage.list_folders(folder):
+        yield from _files_below(storage, f"{folder}/{name}")

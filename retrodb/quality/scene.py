@@ -1,0 +1,264 @@
+"""What every check of a verification needs: the database, what it was made with, and which shards are still trusted.
+
+A shard that has a problem is not looked at again, neither for itself nor as the other side of a join: so one damaged
+file gives one problem, and names itself and no other.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from retrodb.errors import DamagedError
+from retrodb.index import Metric
+from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
+from retrodb.quality.findings import Findings
+from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
+from retrodb.storage import Storage
+from retrodb.training.columns import lists, scalars
+
+TEMPLATE_NUMBER: Final = -1
+"""The trained quantiser among the shards of the index."""
+
+STAGE_OF: Final = {
+    "documents": "corpus",
+    "quarantine": "corpus",
+    "chunks": "chunk",
+    "embeddings": "embed",
+    "index": "index",
+    "neighbours": "neighbours",
+    "training": "training",
+}
+"""The stage that makes a table exist."""
+
+_ID_CACHE_BYTES: Final = 128 << 20
+_TOKEN_CACHE_BYTES: Final = 128 << 20
+NO_CLUSTER: Final = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a database was made with, as its finished stages record it; None for what no finished stage knows."""
+
+    chunk_tokens: int | None
+    token_type: str
+    vocabulary_size: int
+    lossless: bool
+    keeps_text: bool
+    own_tokens: bool
+    dimension: int | None
+    metric: Metric
+    index_key: str
+    k: int | None
+    exclude: str
+    sequence_tokens: int | None
+    training_neighbours: int | None
+
+    @staticmethod
+    def of(manifest: Manifest) -> "Facts":
+        """Raises DamagedError where a finished stage does not say what it was made from."""
+        try:
+            return Facts._read(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(
+                f"{MANIFEST_NAME} does not say what its stages were made from: {error!r}. Run the build again."
+            ) from error
+
+    @staticmethod
+    def _read(manifest: Manifest) -> "Facts":
+        def made(stage: str) -> Mapping[str, Any]:
+            return manifest.stages[stage].made_from if stage in manifest.stages else {}
+
+        tokenizer = manifest.fingerprints["tokenizer"] if "chunk" in manifest.stages else {}
+        encoder = manifest.fingerprints["encoder"] if "embed" in manifest.stages else {}
+        facts = Facts(
+            chunk_tokens=_whole(made("chunk"), "chunk_tokens"),
+            token_type=str(tokenizer.get("token_type", "uint16")),
+            vocabulary_size=int(tokenizer.get("vocabulary_size", 0)),
+            lossless=bool(tokenizer.get("lossless", False)),
+            keeps_text=bool(made("chunk").get("text", True)),
+            own_tokens=tokenizer.get("name") == "encoder",
+            dimension=_whole(encoder, "dimension"),
+            metric="ip" if made("index").get("metric") == "ip" else "l2",
+            index_key=str(made("index").get("key", "")),
+            k=_whole(made("neighbours"), "neighbours"),
+            exclude=str(made("neighbours").get("exclude", "document")),
+            sequence_tokens=_whole(made("training"), "sequence_tokens"),
+            training_neighbours=_whole(made("training"), "training_neighbours"),
+        )
+        facts._check(made("index").get("metric", "l2"))
+        return facts
+
+    def _check(self, metric: str) -> None:
+        if self.token_type not in TOKEN_TYPES or metric not in ("l2", "ip"):
+            raise ValueError(f"token type {self.token_type!r}, metric {metric!r}")
+        if self.exclude not in ("document", "cluster", "none"):
+            raise ValueError(f"exclude {self.exclude!r}")
+        if self.sequence_tokens is not None and self.sequence_tokens % (self.chunk_tokens or 1):
+            raise ValueError(f"sequences of {self.sequence_tokens} tokens from chunks of {self.chunk_tokens}")
+
+
+def _whole(made_from: Mapping[str, Any], name: str) -> int | None:
+    """A recorded size, bounded so that a hostile manifest cannot ask for the whole memory; None before its stage."""
+    if not made_from:
+        return None
+    value = int(made_from[name])
+    if not 1 <= value <= 1 << 20:
+        raise ValueError(f"{name} is {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class ChunkIds:
+    """The id columns of one chunk shard, and what its documents say of each chunk.
+
+    Attributes:
+        chunk_ids: int64 [n], strictly ascending.
+        document_ids: int64 [n].
+        validation: bool [n], whether the document is of the validation split.
+        clusters: int64 [n], `NO_CLUSTER` for a cluster of one.
+    """
+
+    chunk_ids: np.ndarray
+    document_ids: np.ndarray
+    validation: np.ndarray
+    clusters: np.ndarray
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [p]: the row of each id, -1 for one that does not exist."""
+        if not len(self.chunk_ids):
+            return np.full(len(ids), -1, dtype=np.int64)
+        rows = np.minimum(np.searchsorted(self.chunk_ids, ids), len(self.chunk_ids) - 1)
+        return np.where(self.chunk_ids[rows] == ids, rows, -1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+
+@dataclass(frozen=True)
+class ChunkTokens:
+    """``tokens`` [n, m] and ``n_tokens`` int16 [n] of one chunk shard."""
+
+    tokens: np.ndarray
+    n_tokens: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.n_tokens.nbytes
+
+
+Kept = TypeVar("Kept", ChunkIds, ChunkTokens)
+
+
+class _Recent(Generic[Kept]):
+    """What was loaded last, up to so many bytes; at least one."""
+
+    def __init__(self, load: Callable[[int], Kept], budget: int) -> None:
+        self._load = load
+        self._budget = budget
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
+
+    def get(self, number: int) -> Kept:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        self._kept[number] = self._load(number)
+        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._budget:
+            self._kept.popitem(last=False)
+        return self._kept[number]
+
+
+@dataclass
+class Scene:
+    """A database under verification."""
+
+    storage: Storage
+    manifest: Manifest
+    facts: Facts
+    findings: Findings
+    _trusted: dict[str, dict[int, Shard]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._trusted = {table: {s.number: s for s in self.manifest.shards(table)} for table in STAGE_OF}
+        self._ids = _Recent(self._load_ids, _ID_CACHE_BYTES)
+        self._tokens = _Recent(self._load_tokens, _TOKEN_CACHE_BYTES)
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return stage in self.manifest.stages
+
+    @property
+    def complete(self) -> bool:
+        return all(self.done(stage) for stage in STAGES)
+
+    # -- which shards are trusted ----------------------------------------------------------------------------------
+
+    def shards(self, table: str) -> list[Shard]:
+        """The shards of a table that have had no problem so far, in order of number."""
+        return [shard for _, shard in sorted(self._trusted[table].items()) if not self.findings.has(shard.path)]
+
+    def shard(self, table: str, number: int) -> Shard | None:
+        """A shard, if it is recorded and has had no problem so far."""
+        shard = self._trusted[table].get(number)
+        return None if shard is None or self.findings.has(shard.path) else shard
+
+    def recorded(self, table: str, number: int) -> bool:
+        """Whether a shard of this number is recorded, damaged or not."""
+        return number in self._trusted[table] or any(s.number == number for s in self.manifest.shards(table))
+
+    def set_aside(self, table: str, number: int) -> None:
+        """Do not look at a shard, though it has no problem."""
+        self._trusted[table].pop(number, None)
+
+    @contextlib.contextmanager
+    def examining(self, shard: Shard) -> Iterator[None]:
+        """A shard that cannot be read is a problem of that shard."""
+        with self.findings.blaming(shard.path):
+            yield
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def table(self, shard: Shard, *columns: str) -> pa.Table:
+        """Some columns of a shard."""
+        return self.storage.read_table(shard.path, list(columns))
+
+    def ids(self, number: int) -> ChunkIds | None:
+        """The ids of a chunk shard; None where it or its documents are not trusted."""
+        if self.shard("chunks", number) is None or self.shard("documents", number) is None:
+            return None
+        return self._ids.get(number)
+
+    def tokens(self, number: int) -> ChunkTokens | None:
+        """The tokens of a chunk shard; None where it is not trusted."""
+        return None if self.shard("chunks", number) is None else self._tokens.get(number)
+
+    def _load_ids(self, number: int) -> ChunkIds:
+        chunks, documents = self.shard("chunks", number), self.shard("documents", number)
+        assert chunks is not None and documents is not None, "asked for by ids"
+        table = self.table(chunks, "chunk_id", "document_id")
+        chunk_ids, document_ids = scalars(table, "chunk_id"), scalars(table, "document_id")
+        owners = self.table(documents, "document_id", "split", "cluster_id")
+        rows = np.searchsorted(scalars(owners, "document_id"), document_ids)
+        validation = owners["split"].to_numpy() == "validation"
+        clusters = owners["cluster_id"].fill_null(NO_CLUSTER).to_numpy()
+        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters[rows])
+
+    def _load_tokens(self, number: int) -> ChunkTokens:
+        chunks = self.shard("chunks", number)
+        assert chunks is not None, "asked for by tokens"
+        table = self.table(chunks, "tokens", "n_tokens")
+        return ChunkTokens(lists(table, "tokens"), scalars(table, "n_tokens"))
+
+
+def grouped(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard number, the positions of its ids) of int64 ``ids`` [p], shards ascending."""
+    shards = ids >> ID_SHIFT
+    order = np.argsort(shards, kind="stable")
+    if len(order):
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            yield int(shards[part[0]]), part
