@@ -258,23 +258,20 @@ class Storage:
 
         For cleaning up and for finding what should not be there: never for finding out what exists.
         """
-        self._filesystem.invalidate_cache()
-        folder = self.path(relative) if relative else self._root
-        try:
-            entries = self._filesystem.ls(folder, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
+        return self._list(relative, "file")
 
     def list_folders(self, relative: str) -> list[str]:
         """Names of the folders directly in a folder, sorted."""
+        return self._list(relative, "directory")
+
+    def _list(self, relative: str, kind: str) -> list[str]:
         self._filesystem.invalidate_cache()
         folder = self.path(relative) if relative else self._root
         try:
             entries = self._filesystem.ls(folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory")
+        return sorted(posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == kind)
 
     def is_empty(self) -> bool:
         """Whether the folder is missing or has nothing in it."""

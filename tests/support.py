@@ -1,4 +1,4 @@
-"""What tests share: real corpora, ``retrodb`` as a separate process or in this one, and a reader that is not retrodb."""
+"""What tests share: real corpora, ``retrodb`` as a separate process or in this one, and an independent reader."""
 
 import contextlib
 import gzip

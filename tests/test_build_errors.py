@@ -54,7 +54,7 @@ def refused_build(tmp_path: Path, code: int, arguments: list[object], *says: obj
     assert not out.parent.exists(), "the parent folder of --out was created and left behind"
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_input_is_named(tmp_path):
@@ -125,7 +125,7 @@ def test_inputs_that_all_lie_in_the_database_are_refused(tmp_path, finished):
     assert stamps(finished) == before
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_encoder_is_refused(tmp_path, good):
@@ -201,7 +201,7 @@ def test_a_flag_wins_over_the_config_file(tmp_path, good):
     assert (config["chunk_tokens"], config["sequence_tokens"]) == (8, 64)
 
 
-# -- the database ------------------------------------------------------------------------------------------------------
+# -- the database ----------------------------------------------------------------------------------------------------
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path, good):
@@ -297,7 +297,7 @@ def test_an_unknown_encoder_leaves_an_existing_database_as_it_was(tmp_path, good
     assert stamps(database) == before
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_query_with_another_metric_or_encoder_is_refused(finished):
@@ -344,7 +344,9 @@ def test_a_recall_below_the_gate_ends_with_its_own_exit_code(tmp_path, tiny_enco
     records = [{"id": str(i), "text": f"{i * 7919} {i} words {i * i}. " * 30} for i in range(40)]
     source = write_jsonl(tmp_path / "in.jsonl", records)
     arguments = ("build", source, "--out", tmp_path / "db", "--encoder", tiny_encoder, "--chunk-tokens", 8)
-    ran = retrodb(*arguments, "--sequence-tokens", 64, "--neighbours", 10, "--index-key", "IVF4,PQ1", "--min-recall", 1.0)
+    ran = retrodb(
+        *arguments, "--sequence-tokens", 64, "--neighbours", 10, "--index-key", "IVF4,PQ1", "--min-recall", 1.0
+    )
     assert_refused(ran, 5, "--min-recall", "IVF4,PQ1")
     assert retrodb("info", tmp_path / "db", "--json").json["stages"][-1] == "index"
 
@@ -364,15 +366,15 @@ def test_a_parquet_file_without_a_text_column_is_refused_naming_its_columns(tmp_
     refused_build(tmp_path, 3, [tmp_path / "t.parquet"], "colour", "--text-field")
 
 
-# -- help ----------------------------------------------------------------------------------------------------------------
+# -- help ------------------------------------------------------------------------------------------------------------
 
 
 def test_build_help_names_every_flag_of_the_contract():
     ran = retrodb("build", "--help", COLUMNS="200")
     assert ran.code == 0
     flags = (
-        "--out --config --encoder --tokenizer --chunk-tokens --sequence-tokens --neighbours --training-neighbours --metric "
-        "--exclude --min-recall --memory --workers --runner --seed --until --dry-run --json --text-field --id-field "
+        "--out --config --encoder --tokenizer --chunk-tokens --sequence-tokens --neighbours --training-neighbours "
+        "--metric --exclude --min-recall --memory --workers --runner --seed --until --dry-run --json --text-field --id-field "
         "--title-field --no-text"
     )
     for flag in flags.split():

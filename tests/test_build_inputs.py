@@ -1,4 +1,4 @@
-"""From files to documents and chunks: every container gives the same, bad records are counted, tiny corpora just work."""
+"""From files to chunks: every container gives the same, bad records are counted, tiny corpora just work."""
 
 import gzip
 import json
@@ -8,7 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import build_here, corpus, digests, manifest_of, retrodb, rows_of, strays, vectors_of, write_bytes, write_jsonl
+from support import (
+    build_here,
+    corpus,
+    digests,
+    manifest_of,
+    retrodb,
+    rows_of,
+    strays,
+    vectors_of,
+    write_bytes,
+    write_jsonl,
+)
 
 from retrodb.corpus.quickstart import quickstart_lines
 
@@ -51,7 +62,7 @@ def expected(tmp_path_factory) -> list[tuple[Any, ...]]:
     return documents_and_chunks(folder / "db")
 
 
-# -- containers --------------------------------------------------------------------------------------------------------
+# -- containers ------------------------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, records: list[dict[str, Any]], **options: Any) -> Path:
@@ -73,7 +84,11 @@ def test_jsonl_gives_the_same_documents_and_chunks_however_compressed_and_cut(tm
 @pytest.mark.parametrize("row_group_size", [1, 100])
 def test_parquet_gives_the_same_documents_and_chunks(tmp_path, expected, compression, row_group_size):
     plain = write_parquet(tmp_path / "a.parquet", RECORDS, row_group_size=row_group_size)
-    source = plain if compression == "none" else write_bytes(tmp_path / "in" / f"a.parquet.{compression}", plain.read_bytes())
+    source = (
+        plain
+        if compression == "none"
+        else write_bytes(tmp_path / "in" / f"a.parquet.{compression}", plain.read_bytes())
+    )
     build_here([source], tmp_path / "db", until="chunk", shard_bytes="2KiB")
     assert documents_and_chunks(tmp_path / "db") == expected
 
@@ -146,7 +161,7 @@ def test_without_text_the_chunks_and_vectors_are_the_same_and_the_text_is_gone(t
     assert retrodb("show", tmp_path / "without", 0).code == 0
 
 
-# -- bad records -------------------------------------------------------------------------------------------------------
+# -- bad records -----------------------------------------------------------------------------------------------------
 
 BAD_LINES = [
     b"not json",
@@ -173,7 +188,11 @@ def test_bad_records_are_quarantined_where_they_stand_and_the_good_ones_are_kept
     build_here([source], tmp_path / "db", until="chunk", shard_bytes=shard_bytes)
     assert documents_and_chunks(tmp_path / "db") == expected
     found = counts(tmp_path / "db")
-    assert (found["in"], found["quarantined"], found["dropped"]) == (len(RECORDS) + len(BAD_LINES) + 2, len(BAD_LINES), {"empty": 2})
+    assert (found["in"], found["quarantined"], found["dropped"]) == (
+        len(RECORDS) + len(BAD_LINES) + 2,
+        len(BAD_LINES),
+        {"empty": 2},
+    )
     rows = rows_of(tmp_path / "db", "quarantine")
     assert [row["record"] for row in rows] == BAD_LINES
     assert [row["position"] for row in rows] == [data.index(line) for line in BAD_LINES]
@@ -181,7 +200,9 @@ def test_bad_records_are_quarantined_where_they_stand_and_the_good_ones_are_kept
 
 
 def test_a_torn_gzip_keeps_every_record_before_the_break_and_quarantines_one(tmp_path):
-    data = gzip.compress(b"".join(json.dumps({"id": i, "text": f"{i} {hash(i) * 7919}"}).encode() + b"\n" for i in range(2000)))
+    data = gzip.compress(
+        b"".join(json.dumps({"id": i, "text": f"{i} {hash(i) * 7919}"}).encode() + b"\n" for i in range(2000))
+    )
     (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
     build_here([tmp_path / "a.jsonl.gz"], tmp_path / "db", until="chunk")
     found = counts(tmp_path / "db")
@@ -223,9 +244,10 @@ def test_the_dirty_corpus_is_read_to_its_end_and_counted(tmp_path):
         record = json.loads(line)
         if isinstance(record.get("text"), str) and record["text"].strip():
             texts.setdefault(str(record["id"]), []).append(record["text"])
-    assert {key: sorted(found) for key, found in texts.items()} == {
-        key: sorted(row["text"] for row in rows_of(tmp_path / "db", "documents") if row["key"] == key) for key in texts
-    }
+    kept: dict[str, list[str]] = {}
+    for row in rows_of(tmp_path / "db", "documents"):
+        kept.setdefault(row["key"], []).append(row["text"])
+    assert {key: sorted(some) for key, some in kept.items()} == {key: sorted(some) for key, some in texts.items()}
 
 
 # -- tiny corpora ----------------------------------------------------------------------------------------------------
@@ -302,7 +324,10 @@ def test_hundreds_of_equal_documents_have_k_neighbours_at_distance_zero_by_ascen
 
 def test_a_long_document_of_equal_chunks_does_not_crowd_out_the_neighbours_of_others(build_records):
     """A fixed over-fetch finds nothing but the query's own document here."""
-    records = [{"id": "long", "text": "same " * 64 * 400}, *({"id": str(i), "text": f"other {i} " * 5} for i in range(25))]
+    records = [
+        {"id": "long", "text": "same " * 64 * 400},
+        *({"id": str(i), "text": f"other {i} " * 5} for i in range(25)),
+    ]
     database = build_records(records)
     rows = [row for row in rows_of(database, "neighbours") if row["chunk_id"] < 400]
     assert all(row["n_valid"] == 20 for row in rows)
@@ -323,7 +348,9 @@ def test_documents_of_every_size_around_a_chunk_are_cut_as_counted(build_records
 
 
 def test_empty_texts_are_dropped_by_name_between_kept_ones(build_records):
-    database = build_records([{"text": ""}, {"text": "kept"}, {"text": " \n "}, {"text": "kept too"}, {"text": "\u2003"}])
+    database = build_records(
+        [{"text": ""}, {"text": "kept"}, {"text": " \n "}, {"text": "kept too"}, {"text": "\u2003"}]
+    )
     found = counts(database)
     assert (found["in"], found["kept"], found["dropped"], found["quarantined"]) == (5, 2, {"empty": 3}, 0)
     assert [row["text"] for row in rows_of(database, "documents")] == ["kept", "kept too"]

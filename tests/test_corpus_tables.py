@@ -253,9 +253,9 @@ def test_a_50_mb_line_is_read_and_one_beyond_the_limit_costs_no_memory(
 def test_a_gzip_truncated_at_any_byte_keeps_every_record_before_the_break(tmp_path: Path) -> None:
     records = [line(f"text {number} {number * 7919}") for number in range(12)]
     data = b"\n".join(records)
-    assert data[:320][-1:] != b"}", "the first member is to end inside a record"
-    packed = gzip.compress(data[:320]) + gzip.compress(data[320:])
-    boundary = len(gzip.compress(data[:320]))
+    assert data[:325][-1:] != b"}", "the first member is to end inside a record"
+    packed = gzip.compress(data[:325]) + gzip.compress(data[325:])
+    boundary = len(gzip.compress(data[:325]))
     path = tmp_path / "a.jsonl.gz"
     for length in range(2, len(packed)):
         path.write_bytes(packed[:length])

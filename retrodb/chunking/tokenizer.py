@@ -90,10 +90,8 @@ def _word_start(text: str, low: int, high: int) -> int:
     return high
 
 
-class ByteLevelTokenizer:
-    """A lossless byte-level BPE: byte offsets are a table look-up and a cumulative sum."""
-
-    lossless = True
+class _NativeTokenizer:
+    """A `tokenizers` tokenizer told to leave the text as it is: no padding, no truncation, no special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
         tokenizer.encode_special_tokens = True
@@ -103,6 +101,15 @@ class ByteLevelTokenizer:
         self.fingerprint = fingerprint
         self.vocabulary_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer = tokenizer
+
+
+class ByteLevelTokenizer(_NativeTokenizer):
+    """A lossless byte-level BPE: byte offsets are a table look-up and a cumulative sum."""
+
+    lossless = True
+
+    def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
+        super().__init__(tokenizer, name, fingerprint)
         self._bytes = _token_bytes(tokenizer)
         self._lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
 
@@ -135,19 +142,10 @@ class ByteLevelTokenizer:
         return b"".join(self._bytes[int(token)] for token in ids)
 
 
-class OffsetTokenizer:
+class OffsetTokenizer(_NativeTokenizer):
     """Any other `tokenizers` tokenizer (WordPiece, Unigram, normalising BPE): byte ranges from its own offsets."""
 
     lossless = False
-
-    def __init__(self, tokenizer: Tokenizer, name: str, fingerprint: str) -> None:
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self.name = name
-        self.fingerprint = fingerprint
-        self.vocabulary_size = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._tokenizer = tokenizer
 
     def tokenize(self, texts: Sequence[str]) -> Iterator[TokenizedText]:
         for batch in _batches(texts):

@@ -112,6 +112,11 @@ class Findings:
         self.add(path, f"{what}: {count:,}, the first in row {row}{f' ({example(row)})' if example else ''}")
         return True
 
+    def refuse_pairs(self, path: str, wrong: np.ndarray, what: str, example: Callable[[int], str]) -> None:
+        """As `refuse`, for elements that are no rows: ``example`` alone tells which they are."""
+        if wrong.any():
+            self.add(path, f"{what}: {np.count_nonzero(wrong):,}, the first: {example(int(np.argmax(wrong)))}")
+
     @contextlib.contextmanager
     def blaming(self, path: str) -> Iterator[None]:
         """A file that cannot be read or makes no sense at all is a problem of that file, not the end of it all."""

@@ -1,0 +1,162 @@
+"""The neighbours table: no leak, an honest count, nothing that does not exist (invariants 1 and 2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrodb.errors import DamagedError
+from retrodb.index.engine import ascending
+from retrodb.manifest import Shard
+from retrodb.quality.scene import NO_CLUSTER, TEMPLATE_NUMBER, ChunkIds, Scene, grouped
+from retrodb.training.columns import scalars
+
+
+@dataclass(frozen=True)
+class NeighbourRows:
+    """A neighbours shard as arrays [n, k], with where each has a value; the table's nulls are not trusted to agree."""
+
+    ids: np.ndarray
+    present: np.ndarray
+    documents: np.ndarray
+    documents_present: np.ndarray
+    distances: np.ndarray
+    distances_present: np.ndarray
+    n_valid: np.ndarray
+
+
+def present_lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of fixed-size lists: its values [rows, size], 0 where null, and bool [rows, size] where not null.
+
+    Raises:
+        DamagedError: a list is null; a missing value is a null *element*.
+    """
+    column = table.column(name).combine_chunks()
+    array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count:
+        raise DamagedError(f"column {name!r} holds {array.null_count} null lists; missing values are null elements.")
+    flat, shape = array.flatten(), (len(array), array.type.list_size)
+    values = pc.fill_null(flat, pa.scalar(0, flat.type)) if flat.null_count else flat
+    present = flat.is_valid().to_numpy(zero_copy_only=False)
+    return values.to_numpy(zero_copy_only=False).reshape(shape), present.reshape(shape)
+
+
+def read_rows(scene: Scene, shard: Shard) -> NeighbourRows:
+    """The columns of a neighbours shard."""
+    names = ("neighbour_ids", "neighbour_document_ids", "distances")
+    table = scene.table(shard, *names, "n_valid")
+    columns = [part for name in names for part in present_lists(table, name)]
+    return NeighbourRows(*columns, scalars(table, "n_valid"))
+
+
+def check_neighbours(scene: Scene) -> None:
+    """Every neighbours shard against its own chunks, and against the chunks it names."""
+    indexed = _indexed_vectors(scene)
+    for shard in scene.shards("neighbours"):
+        with scene.examining(shard):
+            own = scene.ids(shard.number)
+            if own is None:
+                scene.findings.note("chunks or documents are damaged: their neighbours were not looked into")
+                continue
+            chunk_ids = scalars(scene.table(shard, "chunk_id"), "chunk_id")
+            if not np.array_equal(chunk_ids, own.chunk_ids):
+                raise DamagedError("its chunk ids are not those of the chunk shard of the same number, in order")
+            rows = read_rows(scene, shard)
+            if _check_rows(scene, shard, rows):
+                _check_joins(scene, shard, rows, own)
+                _check_honest_count(scene, shard, rows, own, indexed)
+            scene.findings.count("neighbours", int(np.count_nonzero(rows.present)))
+
+
+def _check_rows(scene: Scene, shard: Shard, rows: NeighbourRows) -> bool:
+    """What a row must be in itself; returns whether its ids can be looked up."""
+    refuse, path, metric = scene.findings.refuse, shard.path, scene.facts.metric
+    counted = rows.present.sum(axis=1)
+    n_valid, present = rows.n_valid, rows.present
+    refuse(path, n_valid != counted, "n_valid is not the number of neighbours", lambda r: f"{n_valid[r]}, {counted[r]}")
+    refuse(path, present[:, 1:] & ~present[:, :-1], "a neighbour behind a missing one")
+    unlike = (rows.documents_present != present) | (rows.distances_present != present)
+    refuse(path, unlike, "nulls of ids, document ids and distances disagree")
+    unreal = present & ~np.isfinite(rows.distances)
+    if metric == "l2":
+        unreal |= present & (rows.distances < 0)
+    refuse(path, unreal, "distances that are negative or not finite")
+    keys = ascending(rows.distances, metric)
+    both = present[:, 1:] & present[:, :-1]
+    behind = both & (keys[:, 1:] < keys[:, :-1])
+    refuse(path, behind, "neighbours that are not in the order of their distances")
+    tied = both & (keys[:, 1:] == keys[:, :-1]) & (rows.ids[:, 1:] <= rows.ids[:, :-1])
+    refuse(path, tied, "neighbours of equal distance that are not in the order of their ids")
+    ordered = np.sort(np.where(present, rows.ids, -1 - np.arange(rows.ids.shape[1])), axis=1)
+    refuse(path, np.diff(ordered, axis=1) == 0, "a neighbour twice in one row")
+    return not refuse(path, present & (rows.ids < 0), "a neighbour with a negative id")
+
+
+def _check_joins(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds) -> None:
+    queries, columns = np.nonzero(rows.present)
+    ids, documents = rows.ids[queries, columns], rows.documents[queries, columns]
+    facts, path = scene.facts, shard.path
+
+    def refuse(wrong: np.ndarray, some: np.ndarray, what: str) -> None:
+        scene.findings.refuse_pairs(path, wrong, what, _pair(own.chunk_ids[queries[some]], ids[some]))
+
+    everything = np.arange(len(ids))
+    refuse(ids == own.chunk_ids[queries], everything, "a chunk that is its own neighbour")
+    if facts.exclude != "none":
+        same = documents == own.document_ids[queries]
+        refuse(same, everything, "a neighbour of the query's own document")
+    for number, some in grouped(ids):
+        if not scene.recorded("chunks", number):
+            refuse(np.ones(len(some), dtype=bool), some, f"neighbours of chunk shard {number}, which does not exist")
+            continue
+        other = scene.ids(number)
+        if other is None:
+            scene.findings.note("chunks or documents are damaged: neighbours that are theirs were not looked up")
+            continue
+        found = other.rows(ids[some])
+        refuse(found < 0, some, "a neighbour that does not exist")
+        some, found = some[found >= 0], found[found >= 0]
+        actual = other.document_ids[found]
+        refuse(actual != documents[some], some, "neighbour_document_ids is not the neighbour's document")
+        if facts.exclude != "none":
+            hidden = (actual == own.document_ids[queries[some]]) & (actual != documents[some])
+            refuse(hidden, some, "a neighbour of the query's own document")
+        refuse(other.validation[found], some, "a neighbour of the validation split")
+        if facts.exclude == "cluster":
+            clusters = other.clusters[found]
+            near = (clusters != NO_CLUSTER) & (clusters == own.clusters[queries[some]])
+            refuse(near, some, "a neighbour of the query's own near-duplicate cluster")
+
+
+def _pair(queries: np.ndarray, ids: np.ndarray) -> Callable[[int], str]:
+    return lambda at: f"chunk {queries[at]} has {ids[at]}"
+
+
+def _indexed_vectors(scene: Scene) -> int | None:
+    """How many chunks may be neighbours at all; None where the index has problems."""
+    shards = [shard for shard in scene.shards("index") if shard.number != TEMPLATE_NUMBER]
+    whole = len(scene.shards("index")) == len(scene.manifest.shards("index"))
+    return sum(shard.rows for shard in shards) if whole and scene.done("index") else None
+
+
+def _check_honest_count(
+    scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None
+) -> None:
+    """Fewer than k neighbours only where there are no more (invariant 2); with clusters, at most that many."""
+    if indexed is None:
+        return
+    if scene.facts.exclude == "none":
+        excluded = (~own.validation).astype(np.int64)
+    else:
+        _, document, sizes = np.unique(own.document_ids, return_inverse=True, return_counts=True)
+        excluded = np.where(own.validation, 0, sizes[document])
+    allowed = np.minimum(rows.ids.shape[1], indexed - excluded)
+    wrong = rows.n_valid > allowed if scene.facts.exclude == "cluster" else rows.n_valid != allowed
+    scene.findings.refuse(
+        shard.path,
+        wrong,
+        "n_valid is not what there is to be found",
+        lambda row: f"chunk {own.chunk_ids[row]} has {rows.n_valid[row]} of {allowed[row]}",
+    )
