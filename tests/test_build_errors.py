@@ -374,8 +374,8 @@ def test_build_help_names_every_flag_of_the_contract():
     assert ran.code == 0
     flags = (
         "--out --config --encoder --tokenizer --chunk-tokens --sequence-tokens --neighbours --training-neighbours "
-        "--metric --exclude --min-recall --memory --workers --runner --seed --until --dry-run --json --text-field --id-field "
-        "--title-field --no-text"
+        "--metric --exclude --min-recall --memory --workers --runner --seed --until --dry-run --json --text-field "
+        "--id-field --title-field --no-text"
     )
     for flag in flags.split():
         assert re.search(rf"{flag}\b", ran.out), flag

@@ -58,6 +58,7 @@ def test_compression_is_told_by_the_first_bytes() -> None:
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
 @given(parts=st.lists(st.binary(max_size=400), max_size=5), padding=st.integers(0, 40))
+@settings(deadline=None)
 def test_members_in_a_row_are_one_stream_and_zeros_after_them_padding(
     pack: Callable[[bytes], bytes], parts: list[bytes], padding: int
 ) -> None:
@@ -88,7 +89,7 @@ def test_a_truncated_gzip_gives_all_that_zlib_can_decode_at_every_length() -> No
 
 
 @given(position=st.integers(100, 30_000), mask=st.integers(1, 255))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_damaged_gzip_gives_the_same_whatever_the_size_of_the_reads(position: int, mask: int) -> None:
     packed = bytearray(gzip.compress(TEXT))
     packed[position % len(packed) or 1] ^= mask

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.corpus.records import (
@@ -200,6 +200,7 @@ JSON = st.recursive(
 
 
 @given(record=st.dictionaries(st.sampled_from(["text", "id", "title", "a", "b.c", ""]) | st.text(), JSON))
+@settings(deadline=None)
 def test_every_json_object_has_one_outcome_and_keeps_what_it_held(record: dict[str, Any]) -> None:
     outcome = parse(record)
     if isinstance(outcome, Document):
@@ -217,6 +218,7 @@ def test_every_json_object_has_one_outcome_and_keeps_what_it_held(record: dict[s
 
 
 @given(line=st.binary() | st.text().map(str.encode))
+@settings(deadline=None)
 def test_no_line_of_bytes_can_make_the_parser_fail(line: bytes) -> None:
     outcome = parse(line)
     assert outcome is None or isinstance(outcome, Quarantined)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.corpus import (
@@ -236,7 +236,8 @@ scans = st.builds(
 )
 
 
-@given(files=st.lists(scans, max_size=8, unique_by=lambda file: file.url), target=st.none() | st.integers(1, 2000))
+@given(files=st.lists(scans, max_size=8, unique_by=lambda file: file.url), target=st.none() | st.integers(20, 2000))
+@settings(deadline=None)
 def test_every_plan_covers_every_file_once_and_in_order(files: list[ScannedFile], target: int | None) -> None:
     made = plan(files, target)
     assert made == plan(files, target)

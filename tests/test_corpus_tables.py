@@ -188,6 +188,7 @@ def test_every_line_has_one_outcome_in_order_whatever_the_shard_size(
     cuts=st.lists(st.integers(0, 90), max_size=5),
     blocks=st.integers(1, 20),
 )
+@settings(deadline=None)
 def test_ranges_share_the_lines_out_whatever_the_cuts_and_the_blocks(
     parts: list[bytes], cuts: list[int], blocks: int
 ) -> None:
@@ -253,9 +254,9 @@ def test_a_50_mb_line_is_read_and_one_beyond_the_limit_costs_no_memory(
 def test_a_gzip_truncated_at_any_byte_keeps_every_record_before_the_break(tmp_path: Path) -> None:
     records = [line(f"text {number} {number * 7919}") for number in range(12)]
     data = b"\n".join(records)
-    assert data[:325][-1:] != b"}", "the first member is to end inside a record"
-    packed = gzip.compress(data[:325]) + gzip.compress(data[325:])
-    boundary = len(gzip.compress(data[:325]))
+    assert data[:210][-1:] != b"}", "the first member is to end inside a record"
+    packed = gzip.compress(data[:210]) + gzip.compress(data[210:])
+    boundary = len(gzip.compress(data[:210]))
     path = tmp_path / "a.jsonl.gz"
     for length in range(2, len(packed)):
         path.write_bytes(packed[:length])

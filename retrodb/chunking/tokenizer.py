@@ -315,28 +315,27 @@ def load_tokenizer(spec: str) -> ChunkTokenizer:
     if spec == DEFAULT_TOKENIZER:
         return load_gpt2()
     path = Path(spec).expanduser()
+    if not path.exists():
+        path = _from_hub(spec)
     if path.is_dir():
         candidates = [path / "tokenizer.json", *sorted(path.glob("*.model"))]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            raise InputError(f"the tokenizer folder {spec!r} has neither a tokenizer.json nor a SentencePiece .model.")
+            raise InputError(f"the tokenizer {spec!r} has neither a tokenizer.json nor a SentencePiece .model.")
         path = found
-    if path.is_file():
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(path)
-        return tokenizer_from_json(path.read_bytes(), spec)
-    return _from_hub(spec)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    return tokenizer_from_json(path.read_bytes(), spec)
 
 
-def _from_hub(spec: str) -> ChunkTokenizer:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only when a hub name is given
+def _from_hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only when a hub name is given
 
     try:
-        downloaded = hf_hub_download(spec, "tokenizer.json")
+        return Path(snapshot_download(spec, allow_patterns=["tokenizer.json", "*.model"]))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         raise InputError(
             f"no tokenizer {spec!r}: it is no file or folder here, and the model hub did not give it "
             f"({type(error).__name__}). Use gpt2 (the default), a tokenizer.json, a SentencePiece .model, "
             f"train:VOCAB, or encoder."
         ) from error
-    return tokenizer_from_json(Path(downloaded).read_bytes(), spec)

@@ -92,15 +92,13 @@ def _check_chunks(scene: Scene, shard: Shard, number: int, found: np.ndarray) ->
             scene.findings.add(shard.path, f"{what}: {np.count_nonzero(wrong):,}, the first {ids[np.argmax(wrong)]}")
 
 
-def _check_vectors(
-    scene: Scene, shard: Shard, number: int, index: Any, ids: np.ndarray, places: np.ndarray
-) -> None:
+def _check_vectors(scene: Scene, shard: Shard, number: int, index: Any, ids: np.ndarray, places: np.ndarray) -> None:
     """An exact index (`load_index_shard` gives it as float32) holds the stored vectors."""
     stored, own = scene.shard("embeddings", number), scene.ids(number)
     if stored is None or own is None or scene.findings.has(shard.path):
         return
     vectors = scene.storage.read_array(stored.path)
-    flat = faiss.downcast_index(index.index)
+    flat: Any = faiss.downcast_index(index.index)
     held = faiss.rev_swig_ptr(flat.get_xb(), int(index.ntotal) * int(index.d)).reshape(-1, int(index.d))
     for rows in np.array_split(np.arange(len(ids)), max(1, len(ids) // 8192)):
         wrong = (held[places[rows]] != np.asarray(vectors[own.rows(ids[rows])]).astype(np.float32)).any(axis=1)

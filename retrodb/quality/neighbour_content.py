@@ -47,8 +47,8 @@ def read_rows(scene: Scene, shard: Shard) -> NeighbourRows:
     """The columns of a neighbours shard."""
     names = ("neighbour_ids", "neighbour_document_ids", "distances")
     table = scene.table(shard, *names, "n_valid")
-    columns = [part for name in names for part in present_lists(table, name)]
-    return NeighbourRows(*columns, scalars(table, "n_valid"))
+    ids, documents, distances = (present_lists(table, name) for name in names)
+    return NeighbourRows(*ids, *documents, *distances, n_valid=scalars(table, "n_valid"))
 
 
 def check_neighbours(scene: Scene) -> None:
@@ -115,19 +115,20 @@ def _check_joins(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds)
         if other is None:
             scene.findings.note("chunks or documents are damaged: neighbours that are theirs were not looked up")
             continue
-        found = other.rows(ids[some])
-        refuse(found < 0, some, "a neighbour that does not exist")
-        some, found = some[found >= 0], found[found >= 0]
+        rows_there = other.rows(ids[some])
+        refuse(rows_there < 0, some, "a neighbour that does not exist")
+        there = some[rows_there >= 0]
+        found = rows_there[rows_there >= 0]
         actual = other.document_ids[found]
-        refuse(actual != documents[some], some, "neighbour_document_ids is not the neighbour's document")
+        refuse(actual != documents[there], there, "neighbour_document_ids is not the neighbour's document")
         if facts.exclude != "none":
-            hidden = (actual == own.document_ids[queries[some]]) & (actual != documents[some])
-            refuse(hidden, some, "a neighbour of the query's own document")
-        refuse(other.validation[found], some, "a neighbour of the validation split")
+            hidden = (actual == own.document_ids[queries[there]]) & (actual != documents[there])
+            refuse(hidden, there, "a neighbour of the query's own document")
+        refuse(other.validation[found], there, "a neighbour of the validation split")
         if facts.exclude == "cluster":
             clusters = other.clusters[found]
-            near = (clusters != NO_CLUSTER) & (clusters == own.clusters[queries[some]])
-            refuse(near, some, "a neighbour of the query's own near-duplicate cluster")
+            near = (clusters != NO_CLUSTER) & (clusters == own.clusters[queries[there]])
+            refuse(near, there, "a neighbour of the query's own near-duplicate cluster")
 
 
 def _pair(queries: np.ndarray, ids: np.ndarray) -> Callable[[int], str]:
@@ -141,9 +142,7 @@ def _indexed_vectors(scene: Scene) -> int | None:
     return sum(shard.rows for shard in shards) if whole and scene.done("index") else None
 
 
-def _check_honest_count(
-    scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None
-) -> None:
+def _check_honest_count(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None) -> None:
     """Fewer than k neighbours only where there are no more (invariant 2); with clusters, at most that many."""
     if indexed is None:
         return

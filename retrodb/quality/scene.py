@@ -16,6 +16,7 @@ import pyarrow as pa
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
 from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
+from retrodb.neighbours import Exclude
 from retrodb.quality.findings import Findings
 from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
 from retrodb.storage import Storage
@@ -54,7 +55,7 @@ class Facts:
     metric: Metric
     index_key: str
     k: int | None
-    exclude: str
+    exclude: Exclude
     sequence_tokens: int | None
     training_neighbours: int | None
 
@@ -86,7 +87,7 @@ class Facts:
             metric="ip" if made("index").get("metric") == "ip" else "l2",
             index_key=str(made("index").get("key", "")),
             k=_whole(made("neighbours"), "neighbours"),
-            exclude=str(made("neighbours").get("exclude", "document")),
+            exclude=made("neighbours").get("exclude", "document"),
             sequence_tokens=_whole(made("training"), "sequence_tokens"),
             training_neighbours=_whole(made("training"), "training_neighbours"),
         )
@@ -159,7 +160,7 @@ class _Recent(Generic[Kept]):
     """What was loaded last, up to so many bytes; at least one."""
 
     def __init__(self, load: Callable[[int], Kept], budget: int) -> None:
-        self._load = load
+        self._load: Callable[[int], Kept] = load
         self._budget = budget
         self._kept: OrderedDict[int, Kept] = OrderedDict()
 
@@ -185,8 +186,8 @@ class Scene:
 
     def __post_init__(self) -> None:
         self._trusted = {table: {s.number: s for s in self.manifest.shards(table)} for table in STAGE_OF}
-        self._ids = _Recent(self._load_ids, _ID_CACHE_BYTES)
-        self._tokens = _Recent(self._load_tokens, _TOKEN_CACHE_BYTES)
+        self._ids: _Recent[ChunkIds] = _Recent(self._load_ids, _ID_CACHE_BYTES)
+        self._tokens: _Recent[ChunkTokens] = _Recent(self._load_tokens, _TOKEN_CACHE_BYTES)
 
     def done(self, stage: str) -> bool:
         """Whether a stage is finished."""
@@ -239,7 +240,8 @@ class Scene:
 
     def _load_ids(self, number: int) -> ChunkIds:
         chunks, documents = self.shard("chunks", number), self.shard("documents", number)
-        assert chunks is not None and documents is not None, "asked for by ids"
+        assert chunks is not None, "asked for by ids"
+        assert documents is not None, "asked for by ids"
         table = self.table(chunks, "chunk_id", "document_id")
         chunk_ids, document_ids = scalars(table, "chunk_id"), scalars(table, "document_id")
         owners = self.table(documents, "document_id", "split", "cluster_id")

@@ -1,0 +1,291 @@
+"""A random fraction made once more from the source text, through tokens and vectors to neighbours, and compared.
+
+Whole shards are drawn, because the batches that a vector is computed in are a function of its whole shard. Tokens must
+be the same to the bit. Vectors are the same to the bit on the machine that made them; another processor may round
+differently, so it is a problem only where a vector points elsewhere. Distances must be those of the stored vectors.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pyarrow as pa
+
+from retrodb.chunking import ChunkTokenizer, chunk_documents
+from retrodb.encoding import chunk_texts
+from retrodb.errors import DamagedError
+from retrodb.index.keys import EXACT_KEY
+from retrodb.manifest import Shard
+from retrodb.neighbours import Exclusion, pair_scores
+from retrodb.quality.neighbour_content import NeighbourRows, read_rows
+from retrodb.quality.recall import exact_top, merge_exact
+from retrodb.quality.scene import ChunkIds, Scene, grouped
+from retrodb.training.columns import lists, scalars
+
+if TYPE_CHECKING:
+    from retrodb.database import Database
+    from retrodb.encoding.encoder import Encoder
+
+LEAST_COSINE: Final = {"fp32": 0.9999, "fp16": 0.9999, "bf16": 0.9995}
+"""Of a vector with itself, computed elsewhere in the same precision (bf16 and fp32 of one text: 0.9999 at worst)."""
+_RELATIVE: Final = 1e-5
+"""Two sums of the same float32 terms in another order differ by less."""
+_ABSOLUTE: Final = 1e-6
+_PAIRS: Final = 1 << 15
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The tokenizer and the encoder of a database; None where its stage is not done."""
+
+    tokenizer: ChunkTokenizer | None
+    encoder: "Encoder | None"
+
+
+def load_tools(db: "Database") -> Tools:
+    """What recomputing needs.
+
+    Raises:
+        InputError: the tokenizer or the encoder is not on this machine.
+        MismatchError: what is found under its name is another.
+    """
+    stages = db.manifest.stages
+    tokenizer = db.tokenizer if "chunk" in stages else None
+    return Tools(tokenizer, db.encoder() if "embed" in stages else None)
+
+
+def drawn_shards(numbers: list[int], sample: float, seed: int) -> list[int]:
+    """The shards to recompute: a seeded uniform fraction, rounded up; ascending."""
+    count = min(len(numbers), math.ceil(sample * len(numbers)))
+    drawn = np.random.default_rng(seed).permutation(len(numbers))[:count]
+    return sorted(numbers[at] for at in drawn)
+
+
+def recompute(scene: Scene, tools: Tools, sample: float, seed: int) -> None:
+    """Make the drawn shards once more and compare."""
+    numbers = drawn_shards([shard.number for shard in scene.manifest.shards("chunks")], sample, seed)
+    scene.findings.count("shards recomputed", 0)
+    for number in numbers:
+        chunks, documents = scene.shard("chunks", number), scene.shard("documents", number)
+        if chunks is None or documents is None:
+            scene.findings.note("damaged shards were not recomputed")
+            continue
+        if tools.tokenizer is not None:
+            with scene.examining(chunks):
+                _compare_tokens(scene, chunks, documents, tools.tokenizer)
+        embeddings = scene.shard("embeddings", number)
+        if embeddings is not None and tools.encoder is not None:
+            with scene.examining(embeddings):
+                _compare_vectors(scene, embeddings, chunks, documents, tools)
+        neighbours = scene.shard("neighbours", number)
+        if neighbours is not None:
+            with scene.examining(neighbours):
+                _compare_neighbours(scene, neighbours)
+        scene.findings.count("shards recomputed", 1)
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def _compare_tokens(scene: Scene, chunks: Shard, documents: Shard, tokenizer: ChunkTokenizer) -> None:
+    if not scene.facts.keeps_text:
+        _compare_hashes(scene, chunks, documents, tokenizer)
+        return
+    stored = scene.storage.read_table(chunks.path)
+    source = scene.table(documents, "document_id", "text")
+    made, _ = chunk_documents(
+        scalars(source, "document_id"),
+        source["text"].to_pylist(),
+        tokenizer,
+        int(stored.schema.field("tokens").type.list_size),
+        chunks.number,
+    )
+    if made.num_rows != stored.num_rows:
+        raise DamagedError(f"has {stored.num_rows:,} chunks, the documents' text gives {made.num_rows:,}")
+    for name in ("document_id", "position", "n_tokens", "start", "end"):
+        wrong = scalars(stored, name) != scalars(made, name)
+        scene.findings.refuse(chunks.path, wrong, f"{name} is not what the documents' text gives")
+    wrong = (lists(stored, "tokens") != lists(made, "tokens")).any(axis=1)
+    scene.findings.refuse(chunks.path, wrong, "tokens are not what the documents' text gives")
+    scene.findings.count("chunks recomputed", made.num_rows)
+
+
+def _compare_hashes(scene: Scene, chunks: Shard, documents: Shard, tokenizer: ChunkTokenizer) -> None:
+    """Without the text, a lossless tokenizer's tokens give it back, and the content hash tells whether it is that."""
+    if not tokenizer.lossless:
+        scene.findings.note("the text is not kept and the tokenizer is not lossless: tokens were not recomputed")
+        return
+    source = scene.table(documents, "document_id", "content_hash")
+    hashes = dict(zip(source["document_id"].to_pylist(), source["content_hash"].to_pylist(), strict=True))
+    table = scene.table(chunks, "document_id", "tokens", "n_tokens")
+    document_ids = scalars(table, "document_id")
+    pieces = _token_bytes(lists(table, "tokens"), scalars(table, "n_tokens"), tokenizer)
+    wrong = np.zeros(len(document_ids), dtype=bool)
+    for first, last in _runs(document_ids):
+        found = hashlib.sha256(b"".join(itertools.islice(pieces, last - first))).digest()
+        wrong[first] = found != hashes[int(document_ids[first])]
+    scene.findings.refuse(chunks.path, wrong, "tokens do not decode to the document of the content_hash")
+    scene.findings.count("chunks recomputed", len(document_ids))
+
+
+def _token_bytes(tokens: np.ndarray, n_tokens: np.ndarray, tokenizer: ChunkTokenizer) -> Iterator[bytes]:
+    return (tokenizer.decode(row[:count].tolist()) for row, count in zip(tokens, n_tokens, strict=True))
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and one past the last row of each run of equal values."""
+    if len(values):
+        edges = np.flatnonzero(np.diff(values)) + 1
+        yield from itertools.pairwise([0, *edges.tolist(), len(values)])
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------------
+
+
+def _compare_vectors(scene: Scene, embeddings: Shard, chunks: Shard, documents: Shard, tools: Tools) -> None:
+    encoder = tools.encoder
+    assert encoder is not None, "the caller has looked"
+    table = scene.table(chunks, "document_id", "tokens", "n_tokens", "start", "end")
+    with _one_thread():
+        if scene.facts.own_tokens:
+            tokens, n_tokens = lists(table, "tokens"), scalars(table, "n_tokens")
+            made = encoder.embed_own_tokens([row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)])
+        else:
+            made = encoder.embed(_texts(scene, table, documents, tools))
+    stored = np.asarray(scene.storage.read_array(embeddings.path))
+    a, b = made.astype(np.float64), stored.astype(np.float64)
+    norms = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    cosines = np.where(
+        norms > 0, (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny), (a == b).all(axis=1)
+    )
+    least = LEAST_COSINE.get(encoder.identity.precision, LEAST_COSINE["bf16"])
+    lengths = np.abs(np.sqrt((a * a).sum(axis=1)) - np.sqrt((b * b).sum(axis=1)))
+    wrong = (cosines < least) | (lengths > (1 - least) ** 0.5 * np.sqrt((a * a).sum(axis=1)))
+    scene.findings.refuse(
+        embeddings.path,
+        wrong,
+        f"vectors that are not what {encoder.identity.name} gives for the chunk's text",
+        lambda row: f"cosine {cosines[row]:.6f}",
+    )
+    scene.findings.count("vectors recomputed", len(stored))
+    differing = int((made.view(np.uint16) != stored.view(np.uint16)).any(axis=1).sum())
+    scene.findings.count("vectors not bit-identical", differing)
+    if differing:
+        worst = float(np.abs(a - b).max())
+        scene.findings.note(
+            f"{embeddings.path}: {differing:,} vectors are not bit-identical here (largest difference {worst:.1e}, "
+            f"least cosine {cosines.min():.6f}): another processor or library rounds differently"
+        )
+
+
+def _texts(scene: Scene, table: pa.Table, documents: Shard, tools: Tools) -> list[str]:
+    """The text of every chunk: its exact source slice, or the bytes of its tokens, widened to whole characters."""
+    document_ids, starts, ends = (scalars(table, name) for name in ("document_id", "start", "end"))
+    if scene.facts.keeps_text:
+        source = scene.table(documents, "document_id", "text")
+        texts = dict(zip(source["document_id"].to_pylist(), source["text"].to_pylist(), strict=True))
+    else:
+        assert tools.tokenizer is not None, "vectors come after tokens"
+        pieces = list(_token_bytes(lists(table, "tokens"), scalars(table, "n_tokens"), tools.tokenizer))
+    result: list[str] = []
+    for first, last in _runs(document_ids):
+        whole = texts[int(document_ids[first])].encode() if scene.facts.keeps_text else b"".join(pieces[first:last])
+        result += chunk_texts(whole, starts[first:last], ends[first:last])
+    return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Workers embed on one thread; more may round differently."""
+    import torch  # noqa: PLC0415 - an encoder is loaded already
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+def _compare_neighbours(scene: Scene, shard: Shard) -> None:
+    """Distances from the stored vectors; with an exact index, the whole rows by brute force."""
+    own, queries = scene.ids(shard.number), _vectors(scene, shard.number)
+    if own is None or queries is None:
+        scene.findings.note("damaged shards were not recomputed")
+        return
+    rows = read_rows(scene, shard)
+    _compare_distances(scene, shard, own, queries, rows)
+    if scene.facts.index_key == EXACT_KEY and scene.facts.exclude != "cluster":
+        _compare_with_all(scene, shard, own, queries, rows)
+    scene.findings.count("neighbours recomputed", int(np.count_nonzero(rows.present)))
+
+
+def _vectors(scene: Scene, number: int) -> np.ndarray | None:
+    stored = scene.shard("embeddings", number)
+    return None if stored is None else scene.storage.read_array(stored.path)
+
+
+def _compare_distances(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:
+    at, columns = np.nonzero(rows.present)
+    ids, recorded = rows.ids[at, columns], rows.distances[at, columns]
+    for number, part in grouped(ids):
+        other, vectors = scene.ids(number), _vectors(scene, number)
+        if other is None or vectors is None:
+            continue
+        for start in range(0, len(part), _PAIRS):
+            some = part[start : start + _PAIRS]
+            mine = np.asarray(queries[at[some]]).astype(np.float32)
+            theirs = np.asarray(vectors[other.rows(ids[some])]).astype(np.float32)
+            found = pair_scores(mine, theirs, scene.facts.metric)
+            scene.findings.count("distances not bit-identical", int((found != recorded[some]).sum()))
+            scene.findings.refuse_pairs(
+                shard.path,
+                _unlike(found, recorded[some]),
+                "distances that are not those of the stored vectors",
+                lambda i, some=some, found=found: (  # type: ignore[misc]
+                    f"chunk {own.chunk_ids[at[some[i]]]} to {ids[some[i]]}: {recorded[some[i]]}, it is {found[i]}"
+                ),
+            )
+
+
+def _unlike(found: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    return np.abs(found - recorded) > _ABSOLUTE + _RELATIVE * np.abs(found)
+
+
+def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:
+    """Rows are the k nearest of all chunks that may be neighbours: by distance, for equally near ones are as good."""
+    k, metric = rows.ids.shape[1], scene.facts.metric
+    exclusion = Exclusion.of_chunks(own.chunk_ids, own.document_ids, scene.facts.exclude)
+    asked = np.asarray(queries).astype(np.float32)
+    best = None
+    for chunks in scene.manifest.shards("chunks"):
+        other, vectors = scene.ids(chunks.number), _vectors(scene, chunks.number)
+        if other is None or vectors is None:
+            scene.findings.note("damaged shards: neighbours were not compared with all chunks")
+            return
+        allowed = ~other.validation
+        some = vectors if allowed.all() else vectors[allowed]
+        found = exact_top(asked, exclusion, other.chunk_ids[allowed], some, k=k, metric=metric)
+        best = found if best is None else merge_exact([best, found], k, metric)
+    if best is None:
+        return
+    exact = best[0]
+    there = np.zeros(rows.present.shape, dtype=bool)
+    there[:, : exact.shape[1]] = ~np.isnan(exact)
+    distances = np.zeros(rows.present.shape, dtype=np.float32)
+    distances[:, : exact.shape[1]] = np.nan_to_num(exact)
+    wrong = (there != rows.present) | (there & rows.present & _unlike(distances, rows.distances))
+    scene.findings.refuse(
+        shard.path,
+        wrong.any(axis=1),
+        "rows that are not the nearest of all chunks, though the index is exact",
+        lambda row: f"chunk {own.chunk_ids[row]}",
+    )

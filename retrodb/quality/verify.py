@@ -1,0 +1,108 @@
+"""``retrodb verify``: proves that a database is what it says (invariants 1-4 and 9 of the design).
+
+In order, each step trusting only what the ones before have found whole:
+
+    files            the manifest in itself; every recorded file's size and sha256; no file besides
+    content          schemas and rows; counts from stage to stage; documents, chunks, vectors
+    index_content    the index holds every chunk that may be a neighbour, once
+    neighbour_content  existence, exclusion, order, honest counts
+    training_content every chunk once; tokens, neighbours and continuations re-joined
+    recompute        with ``sample``: a random fraction made once more from the source text
+
+One shard of each table is in memory at a time, and bounded caches of the chunks that others name.
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from retrodb.errors import RetrodbError
+from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest
+from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
+from retrodb.quality.files import check_files, check_manifest
+from retrodb.quality.findings import Findings, Problem, VerifyReport
+from retrodb.quality.index_content import check_index
+from retrodb.quality.neighbour_content import check_neighbours
+from retrodb.quality.recompute import load_tools, recompute
+from retrodb.quality.scene import Facts, Scene
+from retrodb.quality.training_content import check_training
+from retrodb.storage import Storage
+
+if TYPE_CHECKING:
+    from retrodb.database import Database
+
+__all__ = ["DAMAGE_REPORT", "Problem", "VerifyReport", "verify_database"]
+
+DAMAGE_REPORT: Final = "reports/damage.json"
+"""``{"paths": [..]}``: what was found, so that the next build looks at just that byte by byte."""
+
+
+def verify_database(db: "Database", sample: float = 0.0, seed: int = 0) -> VerifyReport:
+    """Verify a database, finished or not, as far as it goes.
+
+    A damaged shard is one problem that names it; it is not looked at again, so that what refers to it is not blamed.
+    Writes nothing where nothing is wrong; else, if it can, `DAMAGE_REPORT`.
+
+    Args:
+        db: the database, opened.
+        sample: the share of chunk shards recomputed from the source text; at least one where it is above 0.
+        seed: which ones.
+
+    Raises:
+        InputError: with ``sample``, the tokenizer or the encoder is not on this machine, and nothing else is wrong.
+        MismatchError: likewise, what is found under its name is another.
+    """
+    findings = Findings()
+    scene = None
+    with findings.blaming(MANIFEST_NAME):
+        check_manifest(db.manifest, findings)
+        scene = Scene(db.storage, db.manifest, Facts.of(db.manifest), findings)
+        _check_all(scene)
+    if scene is not None and sample > 0:
+        _recompute(scene, db, sample, seed)
+    if findings.problems:
+        _look_again(db, findings)
+        _write_damage(db.storage, findings)
+    missing = [stage for stage in STAGES if stage not in db.manifest.stages]
+    if missing:
+        findings.note(f"not complete: {', '.join(missing)} not done; what is done was verified")
+    return findings.report(complete=not missing)
+
+
+def _check_all(scene: Scene) -> None:
+    check_files(scene)
+    check_schemas(scene)
+    check_counts(scene)
+    check_documents(scene)
+    check_chunks(scene)
+    check_embeddings(scene)
+    check_index(scene)
+    check_neighbours(scene)
+    check_training(scene)
+
+
+def _recompute(scene: Scene, db: "Database", sample: float, seed: int) -> None:
+    try:
+        tools = load_tools(db)
+    except RetrodbError as error:
+        if not scene.findings.problems:
+            raise
+        scene.findings.note(f"nothing was recomputed: {error}")
+        return
+    recompute(scene, tools, sample, seed)
+
+
+def _look_again(db: "Database", findings: Findings) -> None:
+    """Where a build has gone on meanwhile, what was found may only be that."""
+    try:
+        changed = Manifest.load(db.storage) != db.manifest
+    except RetrodbError:
+        changed = True
+    if changed:
+        findings.note("the manifest changed while this ran: a build is at work; verify again when it is done")
+
+
+def _write_damage(storage: Storage, findings: Findings) -> None:
+    """Tell the next build, where the folder can be written: any failure to is no business of a verification."""
+    try:
+        storage.commit_json(DAMAGE_REPORT, {"paths": findings.report(complete=True).paths})
+    except Exception:
+        findings.note(f"{DAMAGE_REPORT} could not be written")

@@ -1,0 +1,13 @@
+"""Work that fails, in a module that worker processes can import."""
+
+from retrodb.pipelines.receipts import Receipt
+
+from retrodb.errors import InputError
+
+
+def fail(task):
+    if task.number == 2:
+        raise InputError("shard 2: what, where; the remedy.\nA second line with 'quotes' and \"more\" — and ünïcode")
+    if task.number == 3:
+        raise OSError(28, "No space left on device", "/full/disk")
+    yield Receipt(task.number)
