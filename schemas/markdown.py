@@ -20,13 +20,14 @@ def markdown() -> str:
     lines = [
         "# The tables, column by column",
         "",
-        f"Schema version {schemas.SCHEMA_VERSION}, with the default settings (m = 64, n = 2048, k = 20, k' = 2, GPT-2).",
+        f"Schema version {schemas.SCHEMA_VERSION}, defaults: m = 64, n = 2048, k = 20, k' = 2, GPT-2.",
         "This page is made from `schemas/` by `python -m retrodb.schemas.markdown`; a test keeps it so.",
         "",
-        "Ids are int64 `shard << 32 | row`. Missing values are null elements, never null lists. Padded token slots hold 0",
-        "and are told by the length columns alone. `embeddings/*.npy` are float16 `[rows, d]`; row i belongs to row i of",
-        "the chunk shard of the same number. `index/*.faiss` are faiss indexes over chunk ids.",
-        "`manifest.json` lists every shard with its path, rows, bytes and sha256; what it does not list does not exist.",
+        "Ids are int64 `shard << 32 | row`. Missing values are null elements, never null lists. Padded token slots",
+        "hold 0 and are told by the length columns alone. `embeddings/*.npy` are float16 `[rows, d]`; row i belongs",
+        "to row i of the chunk shard of the same number. `index/*.faiss` are faiss indexes over chunk ids.",
+        "`manifest.json` lists every shard with its path, rows, bytes and sha256; what it does not list does not",
+        "exist.",
     ]
     for name, schema in _TITLES.items():
         lines += ["", f"## {name}", "", "| column | type | |", "|---|---|---|"]

@@ -159,3 +159,11 @@ def test_a_decompression_bomb_streams_in_small_blocks(name: str) -> None:
     sizes = [len(block) for block in read_blocks(io.BytesIO(bomb), detect(bomb[:4]))]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= compression._OUT_BYTES
+
+
+def test_a_truncated_bomb_gives_what_the_decoder_holds_back_too() -> None:
+    bomb = gzip.compress(bytes(4 << 20))
+    for length in range(1000, 1060):  # where the first block of output is full
+        got, reason = decode(bomb[:length])
+        assert len(got) == len(zlib.decompressobj(31).decompress(bomb[:length]))
+        assert reason is not None

@@ -135,6 +135,12 @@ def test_rows_keep_their_numbers_whatever_the_shards_and_the_row_groups(
         assert some == everything[1::2]
 
 
+def test_row_groups_before_the_first_row_wanted_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"text": ["x"] * 30}, row_group_size=10)
+    with parquet.open_parquet(str(path), None, path.stat().st_size) as file:
+        assert [batch.position for batch in parquet.read_batches(str(path), file, 12)] == [10, 20]
+
+
 def damaged(path: Path, group: int) -> Path:
     """Overwrite the last page of a row group's text column."""
     column = pq.ParquetFile(path).metadata.row_group(group).column(0)

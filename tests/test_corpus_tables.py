@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from retrodb import schemas
-from retrodb.corpus import FieldNames, Plan, ShardOutput, expand_inputs, lines, plan, read_split, scan_file
+from retrodb.corpus import FieldNames, Plan, ShardOutput, Split, expand_inputs, lines, plan, read_split, scan_file
 from retrodb.corpus.compression import MAGIC_BYTES, detect
 from retrodb.corpus.lines import read_lines
 from retrodb.errors import InputError
@@ -198,7 +198,8 @@ def test_ranges_share_the_lines_out_whatever_the_cuts_and_the_blocks(
     for start, stop in itertools.pairwise(bounds):
         before = max(0, start - 1)
         pieces = (data[at : at + blocks] for at in range(before, len(data), blocks))
-        got += [(found.position, found.data) for found in read_lines(pieces, before, start, stop)]
+        end = None if stop == len(data) else stop
+        got += [(found.position, found.data) for found in read_lines(pieces, before, start, end)]
     expected = [(sum(len(part) + 1 for part in parts[:row]), part) for row, part in enumerate(parts)]
     assert got == [(position, part) for position, part in expected if position < len(data)]
 
@@ -215,6 +216,14 @@ def test_shards_that_are_not_wanted_change_nothing_in_the_others(
         some = [output for split in made.splits for output in read_split(split, FieldNames(), wanted)]
         assert {output.number for output in some} == wanted
         assert all(output == everything[output.number] for output in some)
+
+
+def test_one_split_may_hold_several_ranges_of_a_plain_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(line(f"text {row}") for row in range(9)))
+    made = make_plan(tmp_path, shard_bytes=40)
+    joined = Split(tuple(shard for split in made.splits for shard in split.shards))
+    assert len(joined.shards) > 3
+    assert list(read_split(joined, FieldNames())) == outputs(made)
 
 
 def test_a_range_inside_one_long_line_is_not_read_to_its_end() -> None:
