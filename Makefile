@@ -26,9 +26,9 @@ $(STAMP): pyproject.toml
 build: $(STAMP)  ## Build a database: the quickstart one, or INPUT="a.jsonl.gz b/" OUT=my-db ARGS="--metric ip".
 ifeq ($(strip $(INPUT)),)
 	@$(BIN)/python -m retrodb.corpus.quickstart quickstart-corpus.jsonl
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/retrodb build quickstart-corpus.jsonl --out $(OUT) $(ARGS)
+	@$(BIN)/retrodb build quickstart-corpus.jsonl --out $(OUT) $(ARGS)
 else
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/retrodb build $(INPUT) --out $(OUT) $(ARGS)
+	@$(BIN)/retrodb build $(INPUT) --out $(OUT) $(ARGS)
 endif
 
 test: $(STAMP)  ## Run all tests.

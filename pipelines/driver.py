@@ -17,8 +17,9 @@ from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embe
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
+from retrodb.errors import InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import Manifest
+from retrodb.manifest import MANIFEST_NAME, Manifest
 from retrodb.storage import Storage
 
 
@@ -55,10 +56,26 @@ def build(
     out.make_root()
     try:
         with build_lock(out):
-            return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+            new = Manifest.load(out) is None
+            if new:
+                Manifest().save(out)  # from here on the folder is a database, whatever happens
+            try:
+                return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+            except InputError:
+                if new:
+                    _abandon(out)
+                raise
     finally:
         if not existed:
             out.delete_root_if_empty()
+
+
+def _abandon(out: Storage) -> None:
+    """Leave nothing of a database that was refused before it held anything."""
+    manifest = Manifest.load(out)
+    if manifest is not None and not manifest.tables:
+        out.delete_folder(WORK_FOLDER)
+        out.delete(MANIFEST_NAME)
 
 
 _STEPS: dict[str, Callable[[Builder], None]] = {

@@ -21,6 +21,9 @@ STAGES: Final = ("corpus", "chunk", "embed", "index", "neighbours", "training")
 """In the order of the data flow; each depends on those before it (see `retrodb.pipelines.stages`)."""
 
 
+_REMEDY: Final = "Put a copy of it back, or delete the database and build it again."
+
+
 def fingerprint(value: Any) -> str:
     """sha256, in hex, of ``value``'s canonical JSON: sorted keys, no spaces. Raises TypeError for what JSON lacks."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -169,12 +172,15 @@ class Manifest:
                 versions=dict(data["versions"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DamagedError(f"{where} is malformed: {error!r}.") from error
+            raise DamagedError(f"{where} is malformed: {error!r}. {_REMEDY}") from error
 
     @staticmethod
     def load(storage: Storage) -> "Manifest | None":
         """The database's manifest, or None where there is no database. Raises as `parse` does."""
-        data = storage.read_json(MANIFEST_NAME)
+        try:
+            data = storage.read_json(MANIFEST_NAME)
+        except DamagedError as error:
+            raise DamagedError(f"{error} {_REMEDY}") from error
         if data is None:
             return None
         return Manifest.parse(data, storage.describe(MANIFEST_NAME))

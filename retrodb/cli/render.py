@@ -1,9 +1,12 @@
 """What the commands print for people."""
 
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -62,11 +65,27 @@ def closing(storage: Storage, outcome: Any, as_json: bool) -> None:
             typer.echo(f"\n  {chunk['title']}  [chunk {chunk['chunk_id']}]\n{quoted(chunk['text'])}")
             typer.echo(f"  ~ {neighbour['title']}  [distance {neighbour['distance']:.3f}]\n{quoted(neighbour['text'])}")
         first = pairs[0][0]["chunk_id"] if pairs else 0
+        retrodb, python, where = _program("retrodb"), _program("python"), _short_path(storage.url)
         typer.echo(
-            f"\nNext:\n  retrodb query {storage.url} 'your question'\n  retrodb show {storage.url} {first}\n"
-            f"  retrodb info {storage.url}\n  retrodb verify {storage.url}\n"
-            f"  python -c \"import retrodb; print(next(iter(retrodb.open('{storage.url}').training()))['tokens'])\""
+            f"\nNext:\n  {retrodb} query {where} 'your question'\n  {retrodb} show {where} {first}\n"
+            f"  {retrodb} info {where}\n  {retrodb} verify {where}\n"
+            f"  {python} -c \"import retrodb; print(next(iter(retrodb.open('{where}').training()))['tokens'])\""
         )
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment from here: by name where the shell would find just that one."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    return name if found and Path(found) == own else _short_path(str(own))
+
+
+def _short_path(path: str) -> str:
+    """A local path relative to here, where that is shorter."""
+    if "://" in path:
+        return path
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(path) else path
 
 
 def _print_counts(facts: Mapping[str, Any], to_stderr: bool) -> None:
@@ -214,10 +233,13 @@ def print_verdict(report: Any) -> None:
     """``retrodb verify``."""
     for name, number in report.checked.items():
         typer.echo(f"  {name}: {number:,}")
+    for note in report.notes:
+        typer.echo(f"  note: {note}")
     for problem in report.problems:
         typer.echo(f"damaged: {problem.path}: {problem.what}", err=True)
     if report.problems:
-        typer.echo(f"{len(report.problems)} problems. Run the build again: it repairs exactly these.", err=True)
+        found = f"problems found: {len(report.problems):,}, in {len(report.paths):,} files."
+        typer.echo(f"{found} Run the build again: it makes exactly the damaged shards anew.", err=True)
     else:
         typer.echo("all of it is as the manifest says.")
 
