@@ -190,7 +190,8 @@ class Builder:
         for name in self.storage.list_files(""):
             if name.startswith(TEMPORARY_PREFIX):
                 self.storage.delete(name)
-        self.storage.delete(DAMAGE_REPORT)
+        if self.storage.size(DAMAGE_REPORT) is not None:
+            self.storage.delete(DAMAGE_REPORT)
         if set(self.manifest.stages) == set(stages.STAGE_TABLES):
             self.storage.delete_folder(WORK_FOLDER)
 

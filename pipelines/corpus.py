@@ -44,7 +44,9 @@ def _read(storage: Storage, fields: FieldNames, task: Task) -> Iterator[Receipt]
             if table == "documents" or rows.num_rows:
                 committed = storage.commit_table(shard_path(table, output.number), rows, DOCUMENT_ROW_GROUP)
                 shards[table] = Shard.of(committed, output.number, rows.num_rows)
-        yield Receipt(output.number, shards, output.counts)
+        receipt = Receipt(output.number, shards, output.counts)
+        del output, rows  # one shard's documents at a time: the next one is read before these names are bound again
+        yield receipt
 
 
 def corpus_pipeline(

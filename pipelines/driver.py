@@ -52,8 +52,7 @@ def build(
     """
     refuse_foreign(out)
     ingredients = resolve(config, run)
-    existed = out.root_exists()
-    out.make_root()
+    made = out.make_root()
     try:
         with build_lock(out):
             new = Manifest.load(out) is None
@@ -66,8 +65,7 @@ def build(
                     _abandon(out)
                 raise
     finally:
-        if not existed:
-            out.delete_root_if_empty()
+        out.unmake(made)
 
 
 def _abandon(out: Storage) -> None:
@@ -93,6 +91,5 @@ def _run_all(builder: Builder) -> BuildOutcome:
         step(builder)
         if stage == builder.run.until:
             break
-    if builder.done or builder.storage.list_folders(WORK_FOLDER):
-        builder.clean_up()
+    builder.clean_up()
     return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds)

@@ -8,7 +8,7 @@ from retrodb.manifest import Manifest, Shard
 from retrodb.storage import Storage
 
 DAMAGE_REPORT: Final = "reports/damage.json"
-"""What `verify` found, for the next build; any path named there is looked at byte by byte."""
+"""What `verify` found, for the next build: shards named there are made again, whatever their checksum says."""
 
 CHECK_ALL_BYTES: Final = 2 << 30
 """A database up to this size is checked byte by byte at every build (seconds); a larger one by sizes alone."""
@@ -24,7 +24,7 @@ def damaged_shards(storage: Storage, manifest: Manifest) -> dict[str, set[int]]:
 
     def check(entry: tuple[str, Shard]) -> bool:
         shard = entry[1]
-        return is_intact(storage, shard, read=everything or shard.path in suspects)
+        return shard.path not in suspects and is_intact(storage, shard, read=everything)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(check, entries))

@@ -12,7 +12,7 @@ from retrodb.pipelines.ingredients import OWN_TOKENIZER, TRAINED_TOKENIZER
 from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import settle_tokenizer
 
-from retrodb.corpus import FieldNames, ScannedFile, plan
+from retrodb.corpus import FieldNames, Plan, ScannedFile, plan, read_split
 from retrodb.errors import InputError
 from retrodb.manifest import Shard, fingerprint
 
@@ -29,7 +29,10 @@ def build_corpus(builder: Builder) -> None:
     layout = plan(scans, config.shard_bytes)
     parts = stages.corpus_parts(scans, config, layout.shard_bytes)
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
-    damaged = damaged_documents(builder) if builder.is_current("corpus", parts) else set()
+    current = builder.is_current("corpus", parts)
+    if not current and builder.manifest.tables:
+        refuse_useless(layout, fields)
+    damaged = damaged_documents(builder) if current else set()
     receipts = builder.run_stage(
         StageWork(
             stage="corpus",
@@ -50,6 +53,21 @@ def build_corpus(builder: Builder) -> None:
     tables = shards_by_table(receipts, "documents", "quarantine")
     builder.record("corpus", parts, tables, counts, {}, inputs=[scan.as_json() for scan in scans])
     builder.progress.end(describe_counts(counts))
+
+
+def refuse_useless(layout: Plan, fields: FieldNames) -> None:
+    """Before the tables of an existing database give way: is there any document in the new inputs?
+
+    Raises:
+        InputError: there is none.
+    """
+    for split in layout.splits:
+        if any(output.counts["kept"] for output in read_split(split, fields)):
+            return
+    raise InputError(
+        "no document to build from: none of the records of the new inputs can be kept. The database was left as it is. "
+        "Is --text-field right?"
+    )
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:

@@ -177,7 +177,7 @@ class Storage:
         """
         try:
             return json.loads(self.read_bytes(relative))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise DamagedError(f"{self.describe(relative)} is not valid JSON ({error}).") from error
@@ -278,16 +278,12 @@ class Storage:
         self._filesystem.invalidate_cache()
         try:
             return not self._filesystem.ls(self._root, detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return True
 
     def is_a_file(self) -> bool:
         """Whether the URL names a file, where a folder was meant."""
         return bool(self._filesystem.isfile(self._root))
-
-    def root_exists(self) -> bool:
-        """Whether the folder itself exists."""
-        return bool(self._filesystem.isdir(self._root))
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -366,9 +362,34 @@ class Storage:
 
         return self.commit(relative, write)
 
-    def make_root(self) -> None:
-        """Create the folder where the filesystem has folders."""
-        self._filesystem.makedirs(self._root, exist_ok=True)
+    def make_root(self) -> list[str]:
+        """Create the folder where the filesystem has folders.
+
+        Returns:
+            The local folders that were made, outermost first: what `unmake` takes back.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        if not self.is_local:
+            return []
+        made: list[str] = []
+        folder = Path(self._root)
+        while not folder.exists() and folder != folder.parent:
+            made.insert(0, str(folder))
+            folder = folder.parent
+        try:
+            os.makedirs(self._root, exist_ok=True)
+        except OSError as error:
+            self.unmake(made)
+            raise InputError(f"cannot make the folder {self.url}: {error.strerror or error}.") from error
+        return made
+
+    def unmake(self, made: list[str]) -> None:
+        """Remove folders that `make_root` made, as far as they are empty."""
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
 
     def delete(self, relative: str) -> None:
         """Remove a file if it is there."""
@@ -379,11 +400,6 @@ class Storage:
         """Remove a folder of our own and all in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm(self.path(relative), recursive=True)
-
-    def delete_root_if_empty(self) -> None:
-        """Remove the database folder itself if nothing is in it."""
-        if self.is_local and self.root_exists() and self.is_empty():
-            os.rmdir(self._root)
 
 
 def _write_all(writer: HashingWriter, data: bytes) -> None:

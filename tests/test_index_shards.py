@@ -242,3 +242,12 @@ def test_merging_equals_sorting_all_by_distance_then_id(data: st.DataObject, met
     assert found[0, :n].tolist() == [i for _, i in expected]
     assert (sign * distances[0, :n]).tolist() == [s for s, _ in expected]
     assert (found[0, n:] == MISSING).all()
+
+
+def test_every_list_is_read_though_an_hnsw_quantiser_reaches_only_some() -> None:
+    # Equal centroids: HNSW finds 89 of the 128 lists.
+    sample = np.repeat(part(0, 4)[1], 1_300, axis=0)
+    template = train_template(sample.astype(np.float32), "IVF128_HNSW32,Flat", "l2", 0)
+    index = build_index_shard(template, [(np.arange(5_200), sample)], D, "l2")
+    _, ids = search_group(index, sample[:3].astype(np.float32), 5_200, 128)
+    assert (ids != MISSING).all()

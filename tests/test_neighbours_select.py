@@ -40,7 +40,8 @@ class Database:
         kind = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
         self.index = faiss.IndexIDMap(faiss.IndexFlat(self.vectors.shape[1], kind))
         if len(self.chunk_ids):
-            self.index.add_with_ids(self.vectors.astype(np.float32), self.chunk_ids)
+            # Backwards: faiss keeps the first of equals, and ours must be the lowest id whatever it keeps.
+            self.index.add_with_ids(self.vectors[::-1].astype(np.float32), self.chunk_ids[::-1])
 
     @property
     def ntotal(self) -> int:
@@ -174,6 +175,26 @@ def test_hundreds_of_exact_duplicates_are_ordered_by_id_and_cut_there(metric: st
             allowed = base.documents != base.documents[query]
             best = np.lexsort((base.chunk_ids[allowed], exact[query][allowed]))[:20]
             assert np.allclose(found.distances[query], exact[query][allowed][best], atol=1e-6)
+
+
+class Noisy(Database):
+    """Raw distances misordered by as much as float32 may."""
+
+    def search(self, queries: np.ndarray, candidates: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        raw, ids = search_group(self.index, queries, self.ntotal)
+        noise = np.random.default_rng(11).uniform(-3e-7, 3e-7, raw.shape) * (queries**2).sum(axis=1)[:, None]
+        return merge([((raw + noise).astype(np.float32), ids)], candidates, self.metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_float_error_of_the_index_never_changes_who_is_kept_among_equals(metric: str) -> None:
+    rng = np.random.default_rng(12)
+    values = (rng.integers(-1, 2, (150, D))).astype(np.float16)
+    values[(values == 0).all(axis=1)] = 1
+    base = database([[1] * 150], values, metric)
+    noisy = Noisy(base.chunk_ids, base.documents, base.vectors, metric)
+    for candidates in (5, 40, 150):
+        check(base, noisy.find(5, candidates=candidates), 5, "document")
 
 
 def test_a_document_of_300_near_identical_chunks_does_not_starve_its_queries() -> None:

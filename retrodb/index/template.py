@@ -120,7 +120,6 @@ def train_template(sample: np.ndarray, key: str, metric: Metric, seed: int, thre
     with faiss_threads(threads):
         whole = len(sample) <= BEST_POINTS_PER_LIST * lists
         index = _train_l2(shuffled, key) if metric == "l2" and whole else _train_directly(shuffled, key, metric)
-    index.reset()
     check_index(index, sample.shape[1], metric, 0, f"the trained index {key}")
     return serialize(index)
 

@@ -97,13 +97,14 @@ def rescore(
     """
     scores = np.empty(len(ids), dtype=np.float32)
     step = max(1, budget_bytes // (6 * queries.shape[1]))
+    order = np.argsort(ids, kind="stable")  # so that a vector is fetched, and turned into float32, about once
     for start in range(0, len(ids), step):
-        unique, inverse = np.unique(ids[start : start + step], return_inverse=True)
+        pairs = order[start : start + step]
+        unique, inverse = np.unique(ids[pairs], return_inverse=True)
         stored = vectors.rows(unique).astype(np.float32)
-        for first in range(0, len(inverse), _PAIRS_AT_ONCE):
-            own = inverse[first : first + _PAIRS_AT_ONCE]
-            at = slice(start + first, start + first + len(own))
-            scores[at] = pair_scores(queries[rows[at]], stored[own], metric)
+        for first in range(0, len(pairs), _PAIRS_AT_ONCE):
+            own = pairs[first : first + _PAIRS_AT_ONCE]
+            scores[own] = pair_scores(queries[rows[own]], stored[inverse[first : first + _PAIRS_AT_ONCE]], metric)
     return scores
 
 

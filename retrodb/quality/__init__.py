@@ -1,7 +1,7 @@
 """How good a database is, and whether it is what it says.
 
 `recall` measures the index against exact search in every build and chooses the cheapest search that reaches the gate;
-`summary` is what ``retrodb info`` answers, `describe` the words for it.
+`summary` is what ``retrodb info`` answers.
 
 `verify` proves the design's invariants on a finished database, or on as much of it as there is. A `Problem` names one
 file and what is wrong with it; a `VerifyReport` holds them, what was looked at, and notes. The steps are modules of
