@@ -44,7 +44,7 @@ class SearchSettings:
     metric: Metric
     k: int
     exclude: Exclude
-    exact: bool
+    raw_is_exact: bool
     n_lists: int
     nprobe: int
 
@@ -189,7 +189,7 @@ class _Searching(beam.DoFn):
             settings.metric,
             nprobe=settings.nprobe,
             n_lists=settings.n_lists,
-            raw_is_exact=settings.exact,
+            raw_is_exact=settings.raw_is_exact,
         )
         self._documents = StoredDocuments(storage, settings.chunks)
         self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)

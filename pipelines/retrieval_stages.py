@@ -16,7 +16,15 @@ from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.training import JoinSettings, join_tasks, join_waves, training_pipeline
 
 from retrodb.errors import RecallError
-from retrodb.index import IndexFile, KeyChoice, bytes_per_vector, choose_key, group_shards, seeded_sample
+from retrodb.index import (
+    IndexFile,
+    KeyChoice,
+    bytes_per_vector,
+    choose_key,
+    group_shards,
+    has_exact_codes,
+    seeded_sample,
+)
 from retrodb.manifest import shard_of
 from retrodb.neighbours import from_table
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
@@ -183,7 +191,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         metric=builder.config.metric,
         k=builder.config.neighbours,
         exclude=builder.config.exclude,
-        exact=choice.exact,
+        raw_is_exact=has_exact_codes(choice.key),
         n_lists=choice.n_lists,
         nprobe=1,
     )
@@ -214,7 +222,7 @@ def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, 
     Raises:
         RecallError: none does.
     """
-    if settings.exact:
+    if settings.n_lists == 1:
         return 1
     ladder = nprobe_ladder(settings.n_lists)
     recalls: dict[int, float | None] = {}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+import pyarrow as pa
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
@@ -61,13 +62,21 @@ def refuse_useless(layout: Plan, fields: FieldNames) -> None:
     Raises:
         InputError: there is none.
     """
+    reasons: list[str] = []
     for split in layout.splits:
-        if any(output.counts["kept"] for output in read_split(split, fields)):
-            return
+        for output in read_split(split, fields):
+            if output.counts["kept"]:
+                return
+            reasons += _reasons(output.quarantine)
     raise InputError(
-        "no document to build from: none of the records of the new inputs can be kept. The database was left as it is. "
-        "Is --text-field right?"
+        "no document to build from: no record of these inputs can be kept. The database was left as it is."
+        + "".join(reasons[:3])
     )
+
+
+def _reasons(quarantine: pa.Table) -> list[str]:
+    rows = quarantine.slice(0, 3).to_pylist()
+    return [f"\n  {row['source']} at {row['position']}: {row['reason']}" for row in rows]
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
@@ -126,8 +135,7 @@ def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapp
         return
     reasons: list[str] = []
     for shard in shards_by_table(receipts, "quarantine")["quarantine"]:
-        rows = builder.storage.read_table(shard.path, ["source", "position", "reason"]).slice(0, 3).to_pylist()
-        reasons += [f"\n  {row['source']} at {row['position']}: {row['reason']}" for row in rows]
+        reasons += _reasons(builder.storage.read_table(shard.path, ["source", "position", "reason"]))
     _remove(builder, [shard for receipt in receipts.values() for shard in receipt.shards.values()])
     dropped = ", ".join(
         f"{number:,} {name}" for name, number in counts.items() if number and name not in ("in", "kept")

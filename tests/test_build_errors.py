@@ -340,14 +340,14 @@ def test_errors_are_one_json_object_where_json_was_asked_for(tmp_path):
 
 
 def test_a_recall_below_the_gate_ends_with_its_own_exit_code(tmp_path, tiny_encoder):
-    """One byte a vector, however many lists are looked at, cannot find the ten true neighbours of every chunk."""
+    """One bit a dimension, however many lists are looked at, cannot find the ten true neighbours of every chunk."""
     records = [{"id": str(i), "text": f"{i * 7919} {i} words {i * i}. " * 30} for i in range(40)]
     source = write_jsonl(tmp_path / "in.jsonl", records)
     arguments = ("build", source, "--out", tmp_path / "db", "--encoder", tiny_encoder, "--chunk-tokens", 8)
     ran = retrodb(
-        *arguments, "--sequence-tokens", 64, "--neighbours", 10, "--index-key", "IVF4,PQ1", "--min-recall", 1.0
+        *arguments, "--sequence-tokens", 64, "--neighbours", 10, "--index-key", "IVF4,RaBitQ", "--min-recall", 1.0
     )
-    assert_refused(ran, 5, "--min-recall", "IVF4,PQ1")
+    assert_refused(ran, 5, "--min-recall", "IVF4,RaBitQ")
     assert retrodb("info", tmp_path / "db", "--json").json["stages"][-1] == "index"
 
 

@@ -14,7 +14,7 @@ What an index returns are *candidates*: raw distances may be those of a code. `r
 from the stored vectors, and orders them.
 """
 
-from retrodb.index.engine import Metric
+from retrodb.index.engine import Metric, has_exact_codes
 from retrodb.index.keys import EXACT_BELOW, KeyChoice, choose_key
 from retrodb.index.search import MISSING, GroupedIndex, IndexFile, merge, search_group
 from retrodb.index.shards import (
@@ -38,6 +38,7 @@ __all__ = [
     "choose_key",
     "commit_index_shard",
     "group_shards",
+    "has_exact_codes",
     "load_index_shard",
     "load_template",
     "merge",

@@ -76,6 +76,11 @@ def ivf_of(index: faiss.Index) -> Any:
     return faiss.try_extract_index_ivf(index)
 
 
+def has_exact_codes(key: str) -> bool:
+    """Whether the raw distances of an index of ``key`` are those of the stored vectors, not of a code."""
+    return key == EXACT_KEY or (key.startswith("IVF") and key.endswith(",Flat"))
+
+
 def n_lists(index: faiss.Index) -> int:
     """Inverted lists of ``index``; 1 for an exact index, which has no choice of what to read."""
     ivf = ivf_of(index)

@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 
 from retrodb.errors import InputError, MismatchError
-from retrodb.index import GroupedIndex, IndexFile
+from retrodb.index import GroupedIndex, IndexFile, has_exact_codes
 from retrodb.manifest import Manifest
 from retrodb.neighbours.exclusion import Exclusion
 from retrodb.neighbours.select import find_neighbours
@@ -38,7 +38,7 @@ class Searcher:
             self.metric,
             nprobe=tuned.details["nprobe"] if tuned else state.details["n_lists"],
             n_lists=state.details["n_lists"],
-            raw_is_exact=state.details["exact"],
+            raw_is_exact=has_exact_codes(state.details["key"]),
             cache_bytes=_CACHE_BYTES,
         )
 
