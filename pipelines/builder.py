@@ -110,7 +110,7 @@ class Builder:
         reasons = stages.why_rebuilt(self.manifest, stage, parts)
         if reasons:
             self.progress.note(f"{stage}: made again, because {'; '.join(reasons)}")
-        gone_stages = stages.downstream(stage)
+        gone_stages = stages.undone_by(self.manifest, stage, parts)
         gone_tables = [table for name in gone_stages for table in stages.STAGE_TABLES[name]]
         if any(name in self.manifest.stages for name in gone_stages):
             old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
@@ -192,7 +192,11 @@ class Builder:
                 self.storage.delete(name)
         if self.storage.size(DAMAGE_REPORT) is not None:
             self.storage.delete(DAMAGE_REPORT)
-        if set(self.manifest.stages) == set(stages.STAGE_TABLES):
+        for name in self.storage.list_folders(WORK_FOLDER):
+            if name.startswith("scan-"):
+                self.storage.delete_folder(f"{WORK_FOLDER}/{name}")
+        complete = set(self.manifest.stages) == set(stages.STAGE_TABLES)
+        if complete or not self.storage.list_folders(WORK_FOLDER):
             self.storage.delete_folder(WORK_FOLDER)
 
 

@@ -16,6 +16,7 @@ from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 TRAINED_TOKENIZER = "tokenizer.json"
 OWN_TOKENIZER = "encoder"
+_MANY_VECTORS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,23 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
             f"--no-text needs a lossless tokenizer, because the text to embed then comes from the tokens; "
             f"{config.tokenizer!r} is not lossless. Keep the text, or use gpt2, train:VOCAB or encoder."
         )
+    if config.index_key is not None:
+        _check_index_key(config, encoder.dimension)
     return Ingredients(files, encoder, given, spec, tokenizer)
+
+
+def _check_index_key(config: BuildConfig, dimension: int) -> None:
+    """Refuse a key before hours of embedding, not after.
+
+    Raises:
+        InputError: no index of this key is possible for these vectors.
+    """
+    from retrodb.index import choose_key  # noqa: PLC0415 - imports faiss, and only few name a key
+
+    try:
+        choose_key(_MANY_VECTORS, dimension, config.memory_bytes, config.metric, config.index_key)
+    except InputError as error:
+        raise InputError(f"--index-key {config.index_key!r}: {error}") from error
 
 
 def tokenizer_identity(tokenizer: ChunkTokenizer, name: str, stored: str | None = None) -> TokenizerIdentity:

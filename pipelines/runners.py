@@ -21,10 +21,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from retrodb.pipelines.tasks import original_error
+from retrodb.pipelines.worker import DRIVER_VARIABLE
 
 from retrodb.errors import RetrodbError, WorkerError
 
-_POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.25
+_CENSUS_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 3.0
 _WORKER_MODULE: Final = "retrodb.pipelines.worker"
 _ONE_THREAD: Final = {
@@ -51,7 +53,7 @@ def run_local(
         RetrodbError: what a worker raised, or WorkerError when one died.
     """
     quieten()
-    with _environment(_ONE_THREAD):
+    with _environment({**_ONE_THREAD, DRIVER_VARIABLE: str(os.getpid())}):
         outcome = _Outcome(build, processes)
         thread = threading.Thread(target=outcome.run, name="retrodb-pipeline", daemon=True)
         thread.start()
@@ -99,22 +101,37 @@ class _Outcome:
 
 
 def _watch(thread: threading.Thread, outcome: _Outcome, processes: int, tick: Callable[[], None]) -> None:
-    seen: set[int] = set()
-    missing_since: float | None = None
+    census = _Census(processes)
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
         tick()
-        if processes == 1 or not thread.is_alive():
-            continue
+        if processes > 1 and thread.is_alive() and (error := census.casualty()) is not None:
+            outcome.error = error
+            return
+
+
+class _Census:
+    """Notices a worker process that is gone while its pipeline still runs: the runner itself would wait for ever."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._seen: set[int] = set()
+        self._missing_since: float | None = None
+        self._next = 0.0
+
+    def casualty(self) -> WorkerDiedError | None:
+        """An error when a worker has been missing for longer than the end of a pipeline takes."""
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + _CENSUS_SECONDS
         alive = {process.pid for process in local_workers()}
-        seen |= alive
-        if len(alive) < len(seen):
-            missing_since = missing_since or time.monotonic()
-            if time.monotonic() - missing_since > _GRACE_SECONDS and thread.is_alive():
-                outcome.error = WorkerDiedError(
-                    f"a worker process died ({len(seen) - len(alive)} of {processes}): killed, or out of memory?"
-                )
-                return
+        self._seen |= alive
+        missing = len(self._seen - alive)
+        self._missing_since = (self._missing_since or now) if missing else None
+        if self._missing_since is None or now - self._missing_since <= _GRACE_SECONDS:
+            return None
+        return WorkerDiedError(f"a worker process died ({missing} of {self._processes}): killed, or out of memory?")
 
 
 def local_workers() -> list[psutil.Process]:

@@ -78,8 +78,12 @@ def chunk_parts(corpus: str, config: BuildConfig, tokenizer: str) -> dict[str, A
 
 def embed_parts(chunk: Mapping[str, Any], encoder: EncoderIdentity) -> dict[str, Any]:
     """The vectors depend on the chunks, not on whether the documents' text is kept."""
-    chunks = {name: value for name, value in chunk.items() if name != "text"}
-    return {"code": _CODE["embed"], "chunks": fingerprint(chunks), "encoder": encoder.fingerprint}
+    return {"code": _CODE["embed"], "chunks": fingerprint(_chunks_of(chunk)), "encoder": encoder.fingerprint}
+
+
+def _chunks_of(chunk: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the chunk stage that reach the chunks."""
+    return {name: value for name, value in chunk.items() if name != "text"}
 
 
 def index_parts(embed: str, config: BuildConfig, choice: KeyChoice) -> dict[str, Any]:
@@ -112,6 +116,17 @@ def training_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
 def downstream(stage: str) -> tuple[str, ...]:
     """``stage`` and every stage after it."""
     return STAGES[STAGES.index(stage) :]
+
+
+def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages that have to be made again when ``stage`` is made from ``parts``: it, and what its bytes reach.
+
+    Keeping the documents' text or not changes the documents alone.
+    """
+    state = manifest.stages.get(stage)
+    if stage == "chunk" and state is not None and _chunks_of(state.made_from) == _chunks_of(parts):
+        return (stage,)
+    return downstream(stage)
 
 
 def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline,
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER, TRAINED_TOKENIZER
 from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
-from retrodb.pipelines.vocabulary import settle_tokenizer
+from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
 from retrodb.corpus import FieldNames, Plan, ScannedFile, plan, read_split
 from retrodb.errors import InputError
@@ -119,7 +119,11 @@ def damaged_documents(builder: Builder) -> set[int]:
     damaged = builder.damage.get("documents", set()) | builder.damage.get("quarantine", set())
     parts = chunk_stage_parts(builder)
     if builder.is_current("chunk", parts):
-        return damaged | (set() if builder.config.text else builder.damage.get("chunks", set()))
+        if builder.config.text:
+            return damaged
+        if not is_stored(builder, builder.book("chunk", parts)):
+            return {shard.number for shard in builder.manifest.shards("documents")}
+        return damaged | builder.damage.get("chunks", set())
     if "chunk" in builder.manifest.stages and not builder.manifest.config.get("text", True):
         return {shard.number for shard in builder.manifest.shards("documents")}
     return damaged - set(builder.book("chunk", parts).read_all(damaged))
@@ -179,7 +183,9 @@ def chunk_settings(builder: Builder) -> ChunkSettings:
 def build_chunks(builder: Builder) -> None:
     """chunks, and the documents' last columns."""
     parts = chunk_stage_parts(builder)
-    tokenizer = settle_tokenizer(builder, fingerprint(parts))
+    if not builder.is_current("chunk", parts):
+        builder.begin("chunk", parts)
+    tokenizer = settle_tokenizer(builder, builder.book("chunk", parts))
     settings = chunk_settings(builder)
     receipts = builder.run_stage(
         StageWork(

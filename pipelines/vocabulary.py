@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.ingredients import TRAINED_TOKENIZER, tokenizer_identity
+from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
@@ -13,27 +14,38 @@ from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
 _SAMPLE_CHARACTERS: Final = 32 << 20
 
 
-def settle_tokenizer(builder: Builder, chunk_fingerprint: str) -> TokenizerIdentity:
+def settle_tokenizer(builder: Builder, chunk: ReceiptBook) -> TokenizerIdentity:
     """The tokenizer of this build; learnt first where it has to be.
 
-    A stored one is kept as long as the chunk stage it was learnt for is current and its bytes are the recorded ones.
+    A learnt one is kept with the chunk stage's receipts until the stage is done, and as ``tokenizer.json`` from then
+    on: documents may lose their text while they are chunked, so it cannot always be learnt twice.
     """
     if builder.ingredients.tokenizer is not None:
         return builder.ingredients.tokenizer
+    storage = builder.storage
+    if not is_stored(builder, chunk):
+        kept = f"{chunk.folder}/vocabulary/{TRAINED_TOKENIZER}"
+        if storage.size(kept) is None:
+            vocabulary = int(builder.config.tokenizer.removeprefix("train:"))
+            storage.commit_bytes(kept, train_tokenizer(sample_texts(builder), vocabulary))
+        storage.commit_bytes(TRAINED_TOKENIZER, storage.read_bytes(kept))
+    tokenizer = tokenizer_from_json(storage.read_bytes(TRAINED_TOKENIZER), builder.config.tokenizer)
+    return tokenizer_identity(tokenizer, builder.config.tokenizer, stored=TRAINED_TOKENIZER)
+
+
+def is_stored(builder: Builder, chunk: ReceiptBook) -> bool:
+    """Whether the tokenizer this build needs is in place: none of its own, or the recorded one, undamaged."""
+    if builder.ingredients.tokenizer is not None:
+        return True
     state = builder.manifest.stages.get("chunk")
     recorded = builder.manifest.fingerprints.get("tokenizer", {}).get("fingerprint")
     storage = builder.storage
-    kept = (
+    return (
         state is not None
-        and state.fingerprint == chunk_fingerprint
+        and state.fingerprint == chunk.fingerprint
         and storage.size(TRAINED_TOKENIZER) is not None
         and storage.sha256(TRAINED_TOKENIZER) == recorded
     )
-    if not kept:
-        vocabulary = int(builder.config.tokenizer.removeprefix("train:"))
-        storage.commit_bytes(TRAINED_TOKENIZER, train_tokenizer(sample_texts(builder), vocabulary))
-    tokenizer = tokenizer_from_json(storage.read_bytes(TRAINED_TOKENIZER), builder.config.tokenizer)
-    return tokenizer_identity(tokenizer, builder.config.tokenizer, stored=TRAINED_TOKENIZER)
 
 
 def sample_texts(builder: Builder) -> Iterator[str]:

@@ -7,14 +7,33 @@ logging and control channels.
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
+import time
+from typing import Final
+
+DRIVER_VARIABLE: Final = "RETRODB_DRIVER"
+"""Process id of the driver, in a worker's environment."""
+
+_WATCH_SECONDS: Final = 1.0
+
+
+def _end_with_the_driver() -> None:
+    """A worker that was starting while its driver was killed would wait for it for ever."""
+    driver = os.environ.get(DRIVER_VARIABLE)
+    while driver is not None:
+        if os.getppid() != int(driver):
+            os._exit(1)
+        time.sleep(_WATCH_SECONDS)
 
 
 def main() -> None:
     """Serve the driver that started this process, until it says so or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle, once
     logging.getLogger().addHandler(logging.NullHandler())
+    threading.Thread(target=_end_with_the_driver, name="retrodb-watchdog", daemon=True).start()
     from apache_beam.runners.worker import sdk_worker_main  # noqa: PLC0415 - warns while it is imported
 
     sdk_worker_main.main(sys.argv)

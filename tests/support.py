@@ -186,8 +186,8 @@ def make_tiny_encoder(folder: Path) -> Path:
             shutil.copy(source / name, folder / name)
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        BertModel(BertConfig(**shape)).save_pretrained(folder, safe_serialization=True)
+        card = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        BertModel(card).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

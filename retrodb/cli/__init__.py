@@ -58,10 +58,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on from there.", err=True)
-        _leave(INTERRUPTED)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code == INTERRUPTED:  # what Typer makes of KeyboardInterrupt
+            typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on.", err=True)
+        _leave(code)
     except RetrodbError as error:
         typer.echo(f"error: {error}", err=True)
         if "--json" in sys.argv:
