@@ -115,7 +115,7 @@ class _Census:
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
-        self._seen: set[int] = set()
+        self._started = False
         self._missing_since: float | None = None
         self._next = 0.0
 
@@ -125,10 +125,10 @@ class _Census:
         if now < self._next:
             return None
         self._next = now + _CENSUS_SECONDS
-        alive = {process.pid for process in local_workers()}
-        self._seen |= alive
-        missing = len(self._seen - alive)
-        self._missing_since = (self._missing_since or now) if missing else None
+        alive = len(local_workers())
+        self._started = self._started or alive > 0
+        missing = self._processes - alive if self._started else 0
+        self._missing_since = (self._missing_since or now) if missing > 0 else None
         if self._missing_since is None or now - self._missing_since <= _GRACE_SECONDS:
             return None
         return WorkerDiedError(f"a worker process died ({missing} of {self._processes}): killed, or out of memory?")

@@ -121,10 +121,10 @@ def downstream(stage: str) -> tuple[str, ...]:
 def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple[str, ...]:
     """The stages that have to be made again when ``stage`` is made from ``parts``: it, and what its bytes reach.
 
-    Keeping the documents' text or not changes the documents alone.
+    Keeping the documents' text or not changes the documents alone: vectors made from the same chunks stay.
     """
-    state = manifest.stages.get(stage)
-    if stage == "chunk" and state is not None and _chunks_of(state.made_from) == _chunks_of(parts):
+    embed = manifest.stages.get("embed")
+    if stage == "chunk" and embed is not None and embed.made_from.get("chunks") == fingerprint(_chunks_of(parts)):
         return (stage,)
     return downstream(stage)
 

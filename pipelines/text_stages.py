@@ -183,8 +183,6 @@ def chunk_settings(builder: Builder) -> ChunkSettings:
 def build_chunks(builder: Builder) -> None:
     """chunks, and the documents' last columns."""
     parts = chunk_stage_parts(builder)
-    if not builder.is_current("chunk", parts):
-        builder.begin("chunk", parts)
     tokenizer = settle_tokenizer(builder, builder.book("chunk", parts))
     settings = chunk_settings(builder)
     receipts = builder.run_stage(
@@ -199,6 +197,7 @@ def build_chunks(builder: Builder) -> None:
         )
     )
     if receipts is None:
+        builder.storage.delete_folder(builder.book("chunk", parts).folder)  # a tokenizer learnt again leaves one
         return
     counts = add_counts(receipts)
     if not counts.get("chunks"):
