@@ -14,7 +14,6 @@ from retrodb.lock import LOCK_NAME
 from retrodb.manifest import Manifest
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
-TRAINED_TOKENIZER = "tokenizer.json"
 OWN_TOKENIZER = "encoder"
 _MANY_VECTORS = 1_000_000
 

@@ -6,10 +6,10 @@ from typing import Any, Final
 import pyarrow as pa
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
+from retrodb.pipelines.chunk import TRAINED_TOKENIZER, ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
-from retrodb.pipelines.ingredients import OWN_TOKENIZER, TRAINED_TOKENIZER
+from retrodb.pipelines.ingredients import OWN_TOKENIZER
 from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 

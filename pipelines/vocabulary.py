@@ -5,7 +5,8 @@ from typing import Final
 
 import numpy as np
 from retrodb.pipelines.builder import Builder
-from retrodb.pipelines.ingredients import TRAINED_TOKENIZER, tokenizer_identity
+from retrodb.pipelines.chunk import TRAINED_TOKENIZER
+from retrodb.pipelines.ingredients import tokenizer_identity
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.stages import TokenizerIdentity
 
