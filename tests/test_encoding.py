@@ -1,6 +1,7 @@
 """The featuriser: vectors equal sentence-transformers' own, and depend on nothing but the texts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -35,12 +36,61 @@ def test_vectors_equal_those_of_sentence_transformers(encoder, texts):
     assert cosine.min() >= 0.995
 
 
-def test_cards_run_directly_and_by_sentence_transformers_give_the_same_vectors(encoder, texts):
-    from retrodb.encoding.encoder import _SentenceTransformersNetwork
+@pytest.mark.parametrize("how", ["sentence_transformers", "transformers"])
+def test_however_a_card_is_run_the_vectors_are_the_same_to_the_last_bit_of_float16(encoder, texts, how, monkeypatch):
+    from retrodb.encoding import encoder as module
 
     folder = resolve_encoder(DEFAULT_ENCODER).folder
-    other = replace(encoder, network=_SentenceTransformersNetwork(folder, encoder.identity, "cpu"))
-    np.testing.assert_array_equal(encoder.embed(texts), other.embed(texts))
+    monkeypatch.setattr(module, "is_common_bert", lambda folder: False)
+    runs = module._SentenceTransformersNetwork if how == "sentence_transformers" else module._CardNetwork
+    other = replace(encoder, network=runs(folder, encoder.identity, "cpu"))
+    np.testing.assert_allclose(encoder.embed(texts), other.embed(texts), atol=7e-5)
+
+
+def test_the_bert_tokenizer_read_directly_gives_the_ids_of_transformers(encoder, texts):
+    from retrodb.encoding.encoder import _transformers_featuriser
+
+    other = _transformers_featuriser(resolve_encoder(DEFAULT_ENCODER).folder, encoder.identity.max_length)
+    strange = [*texts, "\x00\u200b\ufeff a\u0301 \U0001f600 [SEP] [MASK] ##ing", "naïve İstanbul ǅ ß", "中文字 ﷺ"]
+    assert encoder.featuriser.tokenize(strange) == other.tokenize(strange)
+    assert replace(encoder.featuriser, tokenizer=other.tokenizer) == other
+
+
+def copy_of_the_encoder(folder, **changed):
+    for path in resolve_encoder(DEFAULT_ENCODER).folder.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(resolve_encoder(DEFAULT_ENCODER).folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for name, settings in changed.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return resolve_encoder(str(folder))
+
+
+def test_another_activation_or_casing_than_the_common_bert_is_left_to_transformers(tmp_path):
+    from retrodb.encoding.bert import is_common_bert
+    from retrodb.encoding.encoder import Encoder, _bert_tokenizer
+
+    files = copy_of_the_encoder(
+        tmp_path / "relu", config={"hidden_act": "relu"}, tokenizer_config={"do_lower_case": False}
+    )
+    assert not is_common_bert(files.folder)
+    assert _bert_tokenizer(files.folder) is None
+    found = Encoder.load(files).embed(["A Text"])
+    common = Encoder.load(copy_of_the_encoder(tmp_path / "same")).embed(["A Text"])
+    assert found.shape == (1, 384)
+    assert (found.astype(np.float32) * common).sum() < 0.99
+
+
+def test_without_onednns_packed_products_the_public_operators_give_the_same_vectors(encoder, texts, monkeypatch):
+    import torch
+
+    from retrodb.encoding.encoder import Encoder
+
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    other = Encoder.load(resolve_encoder(DEFAULT_ENCODER))
+    np.testing.assert_allclose(encoder.embed(texts), other.embed(texts), atol=7e-5)
 
 
 def test_embedding_the_same_shard_again_gives_the_same_bytes(encoder, texts):

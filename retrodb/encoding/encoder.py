@@ -1,8 +1,9 @@
 """The frozen encoder: texts in, float16 vectors out. Imports torch; `source` does not."""
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
 from retrodb.encoding.batches import length_batches
+from retrodb.encoding.bert import Bert, is_common_bert
 from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify
 from retrodb.errors import InputError, MismatchError, WorkerError
 
@@ -69,12 +73,11 @@ class Encoder:
         """
         device = choose_device(device)
         identity = identify(files, precision)
-        _quieten()
         loader = _CardNetwork if _is_plain_card(identity) else _SentenceTransformersNetwork
         try:
             network = loader(files.folder, identity, device)
             featuriser = Featuriser.load(files.folder, identity.max_length)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the encoder {files.name!r} from {files.folder}: {error}") from error
         return Encoder(identity, device, featuriser, network)
 
@@ -133,11 +136,17 @@ def _is_plain_card(identity: EncoderIdentity) -> bool:
     return plain and identity.pooling in ("mean", "cls")
 
 
+class TextTokenizer(Protocol):
+    """Texts to token ids with special tokens, truncated."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]: ...
+
+
 @dataclass(frozen=True)
 class Featuriser:
     """The text side of an encoder: token ids with the special tokens, never longer than ``max_length``."""
 
-    tokenizer: Any
+    tokenizer: TextTokenizer
     max_length: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -145,28 +154,13 @@ class Featuriser:
 
     @staticmethod
     def load(folder: Path, max_length: int) -> "Featuriser":
-        from transformers import AutoTokenizer  # noqa: PLC0415 - seconds
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        probe = tokenizer("a", return_special_tokens_mask=True)
-        special = np.asarray(probe["special_tokens_mask"], dtype=bool)
-        first, last = int(np.argmin(special)), len(special) - int(np.argmin(special[::-1]))
-        ids = probe["input_ids"]
-        return Featuriser(tokenizer, max_length, tuple(ids[:first]), tuple(ids[last:]), tokenizer.pad_token_id or 0)
+        if (own := _bert_tokenizer(folder)) is not None:
+            return _bert_featuriser(own, max_length)
+        return _transformers_featuriser(folder, max_length)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, truncated as sentence-transformers truncates."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        return list(encoded["input_ids"])
+        return self.tokenizer(list(texts)) if texts else []
 
     def wrap(self, ids: Sequence[int]) -> list[int]:
         """A chunk of the encoder's own tokens between its special tokens."""
@@ -174,24 +168,80 @@ class Featuriser:
         return [*self.prefix, *(int(token) for token in ids[:room]), *self.suffix]
 
 
+def _around(ids: Sequence[int], special_mask: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens before and after a text's own."""
+    special = np.asarray(special_mask, dtype=bool)
+    first, last = int(np.argmin(special)), len(special) - int(np.argmin(special[::-1]))
+    return tuple(ids[:first]), tuple(ids[last:])
+
+
+def _bert_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in tokenizer.json, where it is a BERT's whose settings say the same: transformers would take the
+    settings' side, and costs two seconds to import."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        normaliser = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["normalizer"]
+        expected = {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "lowercase": settings.get("do_lower_case", True),
+            "strip_accents": settings.get("strip_accents"),
+            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+        }
+        if settings.get("tokenizer_class") not in ("BertTokenizer", "BertTokenizerFast") or normaliser != expected:
+            return None
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # tokenizers raises bare Exceptions; whatever is wrong, transformers says it better
+        return None
+
+
+def _bert_featuriser(tokenizer: Tokenizer, max_length: int) -> Featuriser:
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    probe = tokenizer.encode("a")
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+
+    return Featuriser(
+        tokenize, max_length, *_around(probe.ids, probe.special_tokens_mask), tokenizer.token_to_id("[PAD]") or 0
+    )
+
+
+def _transformers_featuriser(folder: Path, max_length: int) -> Featuriser:
+    _quieten()
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    probe = tokenizer("a", return_special_tokens_mask=True)
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            texts,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return list(encoded["input_ids"])
+
+    around = _around(probe["input_ids"], probe["special_tokens_mask"])
+    return Featuriser(tokenize, max_length, *around, tokenizer.pad_token_id or 0)
+
+
 class _CardNetwork:
     """The common card, run directly: importing sentence-transformers alone costs several seconds a worker."""
 
     def __init__(self, folder: Path, identity: EncoderIdentity, device: str) -> None:
-        from transformers import AutoModel  # noqa: PLC0415 - seconds
-
         dtype = _DTYPES[identity.precision]
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-        try:
-            model = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
-        except TypeError:  # architectures without a pooling layer do not know the option
-            model = AutoModel.from_pretrained(folder, **options)
-        self._model = model.eval().requires_grad_(False).to(device)
+        common = is_common_bert(folder)
+        self._hidden = Bert(folder, dtype, device) if common else _transformers_model(folder, dtype, device)
         self._pooling = identity.pooling
         self._normalise = identity.normalise
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self._model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        hidden = self._hidden(input_ids, attention_mask).float()
         if self._pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -200,10 +250,29 @@ class _CardNetwork:
         return torch.nn.functional.normalize(pooled, dim=1) if self._normalise else pooled
 
 
+def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Callable[..., torch.Tensor]:
+    _quieten()
+    from transformers import AutoModel  # noqa: PLC0415 - seconds
+
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+    try:
+        model = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+    except TypeError:  # architectures without a pooling layer do not know the option
+        model = AutoModel.from_pretrained(folder, **options)
+    model = model.eval().requires_grad_(False).to(device)
+
+    def hidden_states(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return found
+
+    return hidden_states
+
+
 class _SentenceTransformersNetwork:
     """Any other card: sentence-transformers runs its modules."""
 
     def __init__(self, folder: Path, identity: EncoderIdentity, device: str) -> None:
+        _quieten()
         from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - seconds
 
         self._model = SentenceTransformer(str(folder), device=device, local_files_only=True).eval()

@@ -22,7 +22,9 @@ _LAST: Final = np.iinfo(np.int64).max
 def search_group(
     index: faiss.Index, queries: np.ndarray, candidates: int, nprobe: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest vectors of one index shard, on one thread; a query's answer does not depend on its batch.
+    """The nearest vectors of one index shard, on one thread.
+
+    A query's answer does not depend on its batch, but for the last bits of an exact index' distances.
 
     Args:
         index: from `load_index_shard`.

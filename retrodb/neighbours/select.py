@@ -25,6 +25,7 @@ EXTRA_CANDIDATES: Final = 32
 CODED_CANDIDATES: Final = 128
 """Fetched at least, where raw distances are those of a code and the order must come from re-scoring."""
 
+_LARGEST_FIRST_DOUBLINGS: Final = 2
 _BYTES_PER_CANDIDATE: Final = 96
 _PAIRS_AT_ONCE: Final = 2_048
 _NPROBE_GROWTH: Final = 4
@@ -253,7 +254,7 @@ def find_neighbours(
         np.zeros(len(queries), dtype=np.int16),
     )
     first = candidates or initial_candidates(k, source.raw_is_exact)
-    work = [(np.arange(len(queries), dtype=np.int64), min(first, source.ntotal), source.nprobe)]
+    work = [(rows, min(asked, source.ntotal), source.nprobe) for rows, asked in _first_requests(exclusion, k, first)]
     while work:
         pending, asked, nprobe = work.pop()
         if asked == 0:
@@ -282,6 +283,18 @@ def find_neighbours(
             _again(work, rows[wider], asked, min(_NPROBE_GROWTH * nprobe, source.n_lists))
     _add_documents(result, documents, max(1, budget_bytes // (k * 48)))
     return result
+
+
+def _first_requests(exclusion: Exclusion, k: int, first: int) -> list[tuple[np.ndarray, int]]:
+    """How many candidates each query is asked for first, as (rows int64, candidates).
+
+    More where its own document could take the nearest places: asking again costs a whole search, asking for more at
+    once little. Few different numbers, so that a search has many queries.
+    """
+    asked = np.full(len(exclusion), first, dtype=np.int64)
+    for _ in range(_LARGEST_FIRST_DOUBLINGS):
+        asked[asked < k + (exclusion.last - exclusion.first)] *= 2
+    return [(np.flatnonzero(asked == number), int(number)) for number in np.unique(asked)]
 
 
 def _again(work: list[tuple[np.ndarray, int, int]], rows: np.ndarray, asked: int, nprobe: int) -> None:
