@@ -2,7 +2,7 @@
 
     python benchmarks/build.py CORPUS.jsonl.gz [--chunks 20000] [--memory]
 
-Builds a database of about ``--chunks`` chunks with the command line, then runs the encoder's bare forward pass (tokens
+Builds a database of about ``--chunks`` chunks with the command line, and runs the encoder's bare forward pass (tokens
 ready, weights loaded) over a sample of the same chunks on all cores, in each of a few configurations, with the code of
 transformers and with retrodb's; the best of each is a *bound*. Prints the embed stage and the whole build as ratios to
 both. ``--memory`` builds 10,000 and 40,000 chunks instead and prints the peak memory of a process.
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 import retrodb
-from retrodb.encoding import length_batches, resolve_encoder
+from retrodb.encoding import cpu_precision, length_batches, resolve_encoder
 
 CODES = ("transformers", "retrodb")
 """Whose forward pass: the library's, in its best configuration, and the one a build runs, without anything around."""
@@ -47,11 +47,11 @@ def cut_corpus(source: Path, chunks: int, target: Path) -> None:
             copy += 1
 
 
-def run_build(corpus: Path, out: Path) -> tuple[dict, float, int]:
+def run_build(corpus: Path, out: Path, *more: str) -> tuple[dict, float, int]:
     """``retrodb build --json``: what it said, wall seconds, and the peak resident bytes of any of its processes."""
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "retrodb", "build", str(corpus), "--out", str(out), "--json"],
+        [sys.executable, "-m", "retrodb", "build", str(corpus), "--out", str(out), "--json", *more],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -115,48 +115,51 @@ def bare(arguments: tuple[list[list[int]], str, int, int, str, object]) -> float
         return time.monotonic() - started
 
 
-def bound(texts: list[str], precision: str) -> dict[str, float]:
-    """Chunks a second of the bare forward pass, by configuration, on all cores."""
+def configurations() -> list[tuple[str, int, int, int]]:
+    """(whose code, processes, threads of each, tokens in a batch) to try."""
+    cores = len(os.sched_getaffinity(0))
+    tried = [("transformers", 1, cores, 4096)]
+    return tried + [(code, cores, 1, tokens) for code in CODES for tokens in (2048, 4096, 8192)]
+
+
+def rate(texts: list[str], precision: str, configuration: tuple[str, int, int, int]) -> float:
+    """Chunks a second of the bare forward pass on all cores."""
     from retrodb.encoding.encoder import Featuriser
 
     rows = Featuriser.load(resolve_encoder("all-MiniLM-L6-v2").folder, 256).tokenize(texts)
-    cores = len(os.sched_getaffinity(0))
-    results = {}
+    code, processes, threads, batch_tokens = configuration
     context = multiprocessing.get_context("spawn")
-    for code, processes, threads, batch_tokens in [
-        ("transformers", 1, cores, 4096),
-        *(("transformers", cores, 1, batch_tokens) for batch_tokens in (2048, 4096, 8192)),
-        *(("retrodb", cores, 1, batch_tokens) for batch_tokens in (2048, 4096, 8192)),
-    ]:
-        with context.Manager() as manager, context.Pool(processes) as pool:
-            barrier = manager.Barrier(processes)
-            parts = [(rows[i::processes], precision, batch_tokens, threads, code, barrier) for i in range(processes)]
-            seconds = max(pool.map(bare, parts, chunksize=1))
-        results[f"{code}, {processes} x {threads} threads, {batch_tokens} tokens"] = len(rows) / seconds
-    return results
+    with context.Manager() as manager, context.Pool(processes) as pool:
+        barrier = manager.Barrier(processes)
+        parts = [(rows[i::processes], precision, batch_tokens, threads, code, barrier) for i in range(processes)]
+        return len(rows) / max(pool.map(bare, parts, chunksize=1))
 
 
 def measure_speed(source: Path, chunks: int, folder: Path) -> None:
+    """The bound is measured just before the embed stage and again after the build: machines' speed drifts."""
     corpus = folder / "corpus.jsonl"
     cut_corpus(source, chunks, corpus)
-    facts, wall, peak = run_build(corpus, folder / "db")
-    n, precision = facts["chunks"], facts["embeddings"]["precision"]
-    rates = bound(sample_texts(folder / "db", 1500), precision)
-    bounds = {code: max(rate for name, rate in rates.items() if name.startswith(code)) for code in CODES}
-    embed = facts["seconds"]["embed"]
-    print(f"{n:,} chunks, {precision}")
-    for name, rate in sorted(rates.items()):
-        print(f"  bare forward, {name:<44} {rate:7.1f} chunks/s")
+    _, first, _ = run_build(corpus, folder / "db", "--until", "chunk")
+    texts, precision = sample_texts(folder / "db", 2000), cpu_precision()
+    tried = {configuration: rate(texts, precision, configuration) for configuration in configurations()}
+    facts, second, peak = run_build(corpus, folder / "db")
+    best = {code: max((c for c in tried if c[0] == code), key=lambda c: tried[c]) for code in CODES}
+    again = {code: rate(texts, precision, configuration) for code, configuration in best.items()}
+    n, embed, wall = facts["chunks"], facts["seconds"]["embed"], first + second
+    print(f"{n:,} chunks, {facts['embeddings']['precision']}")
+    for (code, processes, threads, tokens), value in tried.items():
+        print(f"  bare forward, {code}, {processes} x {threads} threads, {tokens} tokens: {value:.1f} chunks/s")
     print(f"  embed stage {embed:.1f} s, whole build {wall:.1f} s")
-    for code, rate in bounds.items():
-        seconds = n / rate
+    for code, configuration in best.items():
+        before, after = tried[configuration], again[code]
+        seconds = n / ((before + after) / 2)
         print(
-            f"  bound of {code:<13} {rate:6.1f} chunks/s {seconds:7.1f} s: "
+            f"  bound of {code}: {before:.1f} chunks/s before, {after:.1f} after, so {seconds:.1f} s: "
             f"embed stage {embed / seconds:.3f} x, whole build {wall / seconds:.3f} x"
         )
     for stage, value in facts["seconds"].items():
         print(f"    {stage:<12} {value:8.1f} s")
-    print(f"    start-up and the rest {wall - sum(facts['seconds'].values()):.1f} s")
+    print(f"    until chunk (with start-up) {first:.1f} s, all after it {second:.1f} s")
     print(f"  peak memory of a process {peak / 1e6:,.0f} MB; recall@10 {facts['neighbours']['recall_at_10']:.4f}")
 
 
