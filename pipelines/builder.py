@@ -10,15 +10,15 @@ import apache_beam as beam
 from retrodb.pipelines import stages
 from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, one_wave
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.integrity import DAMAGE_REPORT, damaged_shards
+from retrodb.pipelines.integrity import damaged_shards
 from retrodb.pipelines.progress import Progress
-from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import Task
 
 from retrodb import __version__
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
-from retrodb.manifest import TABLES, Manifest, Shard, StageState, fingerprint
+from retrodb.manifest import DAMAGE_REPORT, TABLES, WORK_FOLDER, Manifest, Shard, StageState, fingerprint
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 _PACKAGES: Final = ("apache-beam", "autofaiss", "faiss-cpu", "numpy", "pyarrow", "tokenizers", "torch", "transformers")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.ingredients import refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
-from retrodb.pipelines.receipts import WORK_FOLDER
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
@@ -19,7 +18,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_NAME, Manifest
+from retrodb.manifest import MANIFEST_NAME, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 
 

@@ -7,12 +7,13 @@ from typing import Final
 
 import apache_beam as beam
 from retrodb.pipelines.progress import Progress
-from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.runners import WorkerDiedError, run_local
 from retrodb.pipelines.tasks import Task
 
 from retrodb.config import RunSettings
 from retrodb.errors import WorkerError
+from retrodb.manifest import WORK_FOLDER
 
 _ATTEMPTS: Final = 3
 _PROGRESS_SECONDS: Final = 0.5

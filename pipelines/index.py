@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import apache_beam as beam
 import numpy as np
@@ -13,11 +12,8 @@ from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, fin
 
 from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
 from retrodb.index.engine import Metric
-from retrodb.manifest import Shard, shard_path
+from retrodb.manifest import TEMPLATE_NUMBER, TEMPLATE_PATH, Shard, shard_path
 from retrodb.storage import Storage
-
-TEMPLATE_NUMBER: Final = -1
-TEMPLATE_PATH: Final = "index/quantiser.faiss"
 
 
 @dataclass(frozen=True)

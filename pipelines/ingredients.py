@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retrodb.pipelines.receipts import WORK_FOLDER
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking import ChunkTokenizer, load_tokenizer, token_type_for
@@ -11,7 +10,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.encoding import EncoderFiles, EncoderIdentity, cpu_precision, identify, resolve_encoder
 from retrodb.errors import InputError
 from retrodb.lock import LOCK_NAME
-from retrodb.manifest import Manifest
+from retrodb.manifest import WORK_FOLDER, Manifest
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 OWN_TOKENIZER = "encoder"

@@ -4,11 +4,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from retrodb.manifest import Manifest, Shard
+from retrodb.manifest import DAMAGE_REPORT, Manifest, Shard
 from retrodb.storage import Storage
-
-DAMAGE_REPORT: Final = "reports/damage.json"
-"""What `verify` found, for the next build: shards named there are made again, whatever their checksum says."""
 
 CHECK_ALL_BYTES: Final = 2 << 30
 """A database up to this size is checked byte by byte at every build (seconds); a larger one by sizes alone."""

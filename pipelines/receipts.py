@@ -5,11 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from retrodb.manifest import Shard
+from retrodb.manifest import WORK_FOLDER, Shard
 from retrodb.storage import Storage
-
-WORK_FOLDER: Final = ".build"
-"""Holds receipts and intermediate files while a build runs; gone when it is done."""
 
 _READERS: Final = 16
 

@@ -9,7 +9,7 @@ from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import neighbours as neighbours_stage
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.index import TEMPLATE_NUMBER, TEMPLATE_PATH, IndexSettings
+from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, SearchSettings, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import shard_files
@@ -25,7 +25,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import shard_of
+from retrodb.manifest import TEMPLATE_NUMBER, TEMPLATE_PATH, shard_of
 from retrodb.neighbours import from_table
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS

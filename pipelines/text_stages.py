@@ -10,12 +10,12 @@ from retrodb.pipelines.chunk import TRAINED_TOKENIZER, ChunkSettings, chunk_pipe
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER
-from retrodb.pipelines.receipts import WORK_FOLDER, Receipt, ReceiptBook
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
 from retrodb.corpus import FieldNames, Plan, ScannedFile, plan, read_split
 from retrodb.errors import InputError
-from retrodb.manifest import Shard, fingerprint
+from retrodb.manifest import WORK_FOLDER, Shard, fingerprint
 
 _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 Text = Optional[str]
-Number = Optional[int]
+Number = Optional[str]
+"""Read as a number by `retrodb.config`, which names the value that is none."""
 
 
 def build(
@@ -24,22 +25,28 @@ def build(
     tokenizer: Annotated[
         Text, typer.Option(help="gpt2, tokenizer.json, SentencePiece .model, train:VOCAB, encoder, hub name. [gpt2]")
     ] = None,
-    chunk_tokens: Annotated[Number, typer.Option(help="Tokens in a chunk, m. [64]")] = None,
-    sequence_tokens: Annotated[Number, typer.Option(help="Tokens in a training sequence, n. [2048]")] = None,
-    neighbours: Annotated[Number, typer.Option(help="Neighbours kept per chunk. [20]")] = None,
-    training_neighbours: Annotated[Number, typer.Option(help="Neighbours joined into sequences, k. [2]")] = None,
+    chunk_tokens: Annotated[Number, typer.Option(metavar="<int>", help="Tokens in a chunk, m. [64]")] = None,
+    sequence_tokens: Annotated[
+        Number, typer.Option(metavar="<int>", help="Tokens in a training sequence, n. [2048]")
+    ] = None,
+    neighbours: Annotated[Number, typer.Option(metavar="<int>", help="Neighbours kept per chunk. [20]")] = None,
+    training_neighbours: Annotated[
+        Number, typer.Option(metavar="<int>", help="Neighbours joined into sequences, k. [2]")
+    ] = None,
     metric: Annotated[Text, typer.Option(help="l2 or ip (inner product). [l2]")] = None,
     exclude: Annotated[
         Text, typer.Option(help="What is never a neighbour: document, cluster, none. [document]")
     ] = None,
-    min_recall: Annotated[Optional[float], typer.Option(help="Recall@10 the index must reach. [0.95]")] = None,
+    min_recall: Annotated[
+        Number, typer.Option(metavar="<float>", help="Recall@10 the index must reach. [0.95]")
+    ] = None,
     index_key: Annotated[Text, typer.Option(help="faiss index key. [autofaiss' choice; exact below 65,536]")] = None,
     memory: Annotated[Text, typer.Option(help="Memory for the searched index, as 8GB. [16GB]")] = None,
     precision: Annotated[Text, typer.Option(help="auto, fp32, bf16, fp16. [auto]")] = None,
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda. [auto]")] = None,
-    workers: Annotated[Number, typer.Option(help="Worker processes. [the cores]")] = None,
+    workers: Annotated[Number, typer.Option(metavar="<int>", help="Worker processes. [the cores]")] = None,
     runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
-    seed: Annotated[Number, typer.Option(help="Seed of every random choice. [0]")] = None,
+    seed: Annotated[Number, typer.Option(metavar="<int>", help="Seed of every random choice. [0]")] = None,
     until: Annotated[Text, typer.Option(help="Last stage: corpus, chunk, embed, index, neighbours, training.")] = None,
     shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,

@@ -8,14 +8,21 @@ from typing import Any, Final
 
 from retrodb.encoding import EncoderIdentity
 from retrodb.lock import LOCK_NAME
-from retrodb.manifest import MANIFEST_NAME, STAGES, TABLES, Manifest, Shard, fingerprint, shard_path
+from retrodb.manifest import (
+    MANIFEST_NAME,
+    STAGES,
+    TABLES,
+    TEMPLATE_NUMBER,
+    TEMPLATE_PATH,
+    WORK_FOLDER,
+    Manifest,
+    Shard,
+    fingerprint,
+    shard_path,
+)
 from retrodb.quality.findings import Findings
-from retrodb.quality.scene import STAGE_OF, TEMPLATE_NUMBER, Scene
+from retrodb.quality.scene import STAGE_OF, Scene
 from retrodb.storage import TEMPORARY_PREFIX, Storage
-
-TEMPLATE_PATH: Final = "index/quantiser.faiss"
-WORK_FOLDER: Final = ".build"
-"""Where a build keeps the receipts of what it has not recorded yet."""
 
 _THREADS: Final = 4
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")

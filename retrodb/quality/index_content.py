@@ -9,8 +9,8 @@ import numpy as np
 from retrodb.errors import DamagedError
 from retrodb.index import load_index_shard, load_template
 from retrodb.index.engine import ivf_of
-from retrodb.manifest import Shard, shard_path
-from retrodb.quality.scene import TEMPLATE_NUMBER, Scene, grouped
+from retrodb.manifest import TEMPLATE_NUMBER, Shard, shard_path
+from retrodb.quality.scene import Scene, grouped
 
 
 def check_index(scene: Scene) -> None:

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
 from retrodb.index.engine import ascending
-from retrodb.manifest import Shard
-from retrodb.quality.scene import NO_CLUSTER, TEMPLATE_NUMBER, ChunkIds, Scene, grouped
+from retrodb.manifest import TEMPLATE_NUMBER, Shard
+from retrodb.quality.scene import NO_CLUSTER, ChunkIds, Scene, grouped
 from retrodb.training.columns import scalars
 
 

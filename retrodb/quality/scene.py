@@ -22,9 +22,6 @@ from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 
-TEMPLATE_NUMBER: Final = -1
-"""The trained quantiser among the shards of the index."""
-
 STAGE_OF: Final = {
     "documents": "corpus",
     "quarantine": "corpus",

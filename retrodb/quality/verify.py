@@ -12,10 +12,10 @@ In order, each step trusting only what the ones before have found whole:
 One shard of each table is in memory at a time, and bounded caches of the chunks that others name.
 """
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from retrodb.errors import RetrodbError
-from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest
+from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
 from retrodb.quality.files import check_files, check_manifest
 from retrodb.quality.findings import Findings, Problem, VerifyReport
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DAMAGE_REPORT", "Problem", "VerifyReport", "verify_database"]
 
-DAMAGE_REPORT: Final = "reports/damage.json"
 """``{"paths": [..]}``: what was found, so that the next build looks at just that byte by byte."""
 
 
