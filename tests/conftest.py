@@ -1,12 +1,19 @@
 """Shared fixtures: the quickstart database, built once by the command line, and an encoder that costs nothing."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from support import make_tiny_encoder, retrodb
 
 from retrodb.corpus.quickstart import quickstart_lines
+
+
+def pytest_configure() -> None:
+    """A run in the background ignores Ctrl-C, and the builds it starts would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -66,11 +66,6 @@ def retrodb(*arguments: object, timeout: float = 600, **environment: str) -> Ran
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def _hear_interrupts() -> None:
-    """A test run started in the background ignores Ctrl-C, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @dataclass
 class Running:
     """A ``retrodb`` process under way, leader of a process group of its own; stderr arrives in ``said``."""
@@ -86,7 +81,6 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=_hear_interrupts,
         )
         running = Running(process)
         running._reader = threading.Thread(target=running._read, daemon=True)
