@@ -9,7 +9,7 @@ OUT ?= $(if $(INPUT),my-db,quickstart-db)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test test-fast lint format types check bench clean
+.PHONY: help install build test test-fast lint format types check bench kill-test clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ check: lint types test  ## Everything CI checks but the build.
 
 bench: $(STAMP)  ## Measure the build against the bare encoder: INPUT=corpus.jsonl.gz.
 	@$(BIN)/python benchmarks/build.py $(INPUT)
+
+kill-test: $(STAMP)  ## Kill a build 100 times at random moments, and compare what comes of it: ARGS="--kills 10".
+	@$(BIN)/python benchmarks/kill_test.py $(ARGS)
 
 clean:  ## Remove the quickstart database and caches; the environment stays.
 	@rm -rf quickstart-db quickstart-corpus.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis

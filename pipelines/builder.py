@@ -1,7 +1,7 @@
 """One build under way: what every stage shares, from comparing fingerprints to recording shards."""
 
 import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -18,7 +18,17 @@ from retrodb.pipelines.tasks import Task
 from retrodb import __version__
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
-from retrodb.manifest import DAMAGE_REPORT, TABLES, WORK_FOLDER, Manifest, Shard, StageState, fingerprint
+from retrodb.manifest import (
+    DAMAGE_REPORT,
+    RECALL_REPORT,
+    TABLES,
+    TRAINED_TOKENIZER,
+    WORK_FOLDER,
+    Manifest,
+    Shard,
+    StageState,
+    fingerprint,
+)
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 _PACKAGES: Final = ("apache-beam", "autofaiss", "faiss-cpu", "numpy", "pyarrow", "tokenizers", "torch", "transformers")
@@ -190,14 +200,23 @@ class Builder:
         for name in self.storage.list_files(""):
             if name.startswith(TEMPORARY_PREFIX):
                 self.storage.delete(name)
-        if self.storage.size(DAMAGE_REPORT) is not None:
-            self.storage.delete(DAMAGE_REPORT)
+        for name in self._outdated_files():
+            if self.storage.size(name) is not None:
+                self.storage.delete(name)
         for name in self.storage.list_folders(WORK_FOLDER):
             if name.startswith("scan-"):
                 self.storage.delete_folder(f"{WORK_FOLDER}/{name}")
         complete = set(self.manifest.stages) == set(stages.STAGE_TABLES)
         if complete or not self.storage.list_folders(WORK_FOLDER):
             self.storage.delete_folder(WORK_FOLDER)
+
+    def _outdated_files(self) -> Iterator[str]:
+        """Files beside the tables that say nothing of the database as it is now."""
+        yield DAMAGE_REPORT
+        if "neighbours" not in self.manifest.stages:
+            yield RECALL_REPORT
+        if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
+            yield TRAINED_TOKENIZER
 
 
 def _is_ours(name: str) -> bool:

@@ -17,7 +17,6 @@ from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
 CHUNK_ROW_GROUP = 1 << 16
-TRAINED_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)

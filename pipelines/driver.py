@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retrodb.pipelines.builder import Builder
-from retrodb.pipelines.ingredients import refuse_foreign, resolve
+from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
@@ -50,6 +50,7 @@ def build(
         WorkerError: a worker failed; what was finished is kept.
     """
     refuse_foreign(out)
+    config = located(config)
     ingredients = resolve(config, run)
     made = out.make_root()
     try:
@@ -96,6 +97,7 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
 
 
 def _run_all(builder: Builder) -> BuildOutcome:
+    builder.ingredients.prove(builder.manifest, builder.run)
     for stage, step in _STEPS.items():
         step(builder)
         if stage == builder.run.until:

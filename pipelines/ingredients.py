@@ -5,9 +5,17 @@ from pathlib import Path
 
 from retrodb.pipelines.stages import TokenizerIdentity
 
-from retrodb.chunking import ChunkTokenizer, load_tokenizer, token_type_for
+from retrodb.chunking import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.encoding import EncoderFiles, EncoderIdentity, cpu_precision, identify, resolve_encoder
+from retrodb.encoding import (
+    DEFAULT_ENCODER,
+    EncoderFiles,
+    EncoderIdentity,
+    check_weights,
+    cpu_precision,
+    identify,
+    resolve_encoder,
+)
 from retrodb.errors import InputError
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import WORK_FOLDER, Manifest
@@ -39,14 +47,39 @@ class Ingredients:
         candidate = replace(self.encoder, precision=recorded["precision"])
         return candidate if candidate.fingerprint == recorded["fingerprint"] else self.encoder
 
+    def prove(self, manifest: Manifest, run: RunSettings) -> None:
+        """Load another encoder than the database has, before the vectors of the old one give way.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        if "embed" not in manifest.stages or run.until in ("corpus", "chunk"):
+            return
+        if self.settled_encoder(manifest).fingerprint == manifest.fingerprints["encoder"]["fingerprint"]:
+            return
+        from retrodb.encoding.encoder import Encoder  # noqa: PLC0415 - imports torch
+
+        Encoder.load(self.files, self.encoder.precision, run.device).embed(["text"])
+
+
+def located(config: BuildConfig) -> BuildConfig:
+    """With the absolute paths of an encoder or tokenizer given as a path: a database is read from anywhere."""
+    known = (DEFAULT_ENCODER, DEFAULT_TOKENIZER, OWN_TOKENIZER)
+    specs = {"encoder": config.encoder, "tokenizer": config.tokenizer}
+    paths = {name: Path(spec).expanduser() for name, spec in specs.items() if spec not in known}
+    return config.model_copy(update={name: str(path.absolute()) for name, path in paths.items() if path.exists()})
+
 
 def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
-    """Find the encoder and the tokenizer.
+    """Find the encoder and the tokenizer, and the device that was asked for.
 
     Raises:
         InputError: one of them does not exist, or they do not fit the other settings.
     """
     files = resolve_encoder(config.encoder)
+    check_weights(files)
+    if run.device == "cuda":
+        _check_cuda(run.device)
     given = config.precision != "auto"
     encoder = identify(files, config.precision if given else _automatic_precision(run))
     spec = str(files.folder / "tokenizer.json") if config.tokenizer == OWN_TOKENIZER else config.tokenizer
@@ -88,6 +121,12 @@ def tokenizer_identity(tokenizer: ChunkTokenizer, name: str, stored: str | None 
         token_type=token_type_for(tokenizer.vocabulary_size),
         stored=stored,
     )
+
+
+def _check_cuda(device: str) -> None:
+    from retrodb.encoding.encoder import choose_device  # noqa: PLC0415 - imports torch
+
+    choose_device(device)
 
 
 def _automatic_precision(run: RunSettings) -> str:

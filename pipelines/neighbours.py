@@ -143,10 +143,13 @@ class WriteTruth(_BookDoFn):
     """The merged truth -> a receipt that holds its distances."""
 
     def process(self, top: Any) -> Iterator[int]:
-        distances = np.asarray(top[0], dtype=np.float64)
-        rows = [[None if np.isnan(cell) else float(cell) for cell in row] for row in distances]
-        self._book.write(Receipt(TRUTH_NUMBER, details={"distances": rows}))
-        yield TRUTH_NUMBER
+        try:
+            distances = np.asarray(top[0], dtype=np.float64)
+            rows = [[None if np.isnan(cell) else float(cell) for cell in row] for row in distances]
+            self._book.write(Receipt(TRUTH_NUMBER, details={"distances": rows}))
+            yield TRUTH_NUMBER
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, TRUTH_NUMBER, error) from error
 
 
 def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:

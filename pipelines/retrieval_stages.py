@@ -25,7 +25,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import TEMPLATE_NUMBER, TEMPLATE_PATH, shard_of
+from retrodb.manifest import RECALL_REPORT, TEMPLATE_NUMBER, TEMPLATE_PATH, shard_of
 from retrodb.neighbours import from_table
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS
@@ -33,6 +33,7 @@ from retrodb.training.shards import VALIDATION_ROWS
 RECALL_QUERIES: Final = 512
 _SMALL_VECTORS: Final = 30_000
 _SMALL_QUERIES: Final = 6_000
+_SMALL_TUNING_VECTORS: Final = 1 << 22
 _SMALL_JOIN_CHUNKS: Final = 20_000
 
 
@@ -168,9 +169,7 @@ def build_neighbours(builder: Builder) -> None:
     refuse_low_recall(details, builder.config.min_recall, choice.key)
     details |= {"nprobe": settings.nprobe, "metric": settings.metric}
     builder.record("neighbours", parts, shards_by_table(receipts, "neighbours"), add_counts(receipts), details)
-    builder.storage.commit_json(
-        "reports/recall.json", {**details, "index": choice.key, "gate": builder.config.min_recall}
-    )
+    builder.storage.commit_json(RECALL_REPORT, {**details, "index": choice.key, "gate": builder.config.min_recall})
     recall = details["recall_at_10"]
     found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
     short = add_counts(receipts)["short"]
@@ -226,14 +225,16 @@ def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, 
         return 1
     ladder = nprobe_ladder(settings.n_lists)
     recalls: dict[int, float | None] = {}
-    step = builder.run.workers
+    # The sample is small: worker processes take longer to start than to search, but for a large index.
+    small = _SMALL_TUNING_VECTORS if builder.manifest.rows("embeddings") <= _SMALL_TUNING_VECTORS else 0
+    step = 1 if small else builder.run.workers
     for start in range(0, len(ladder), step):
         receipts = builder.executor.complete(
             book,
             neighbours_stage.nprobe_tasks(ladder[start : start + step], RECALL_QUERIES),
             lambda pipeline, tasks: neighbours_stage.tuning_pipeline(pipeline, book, tasks, settings),
             unit="queries",
-            small=2,
+            small=small,
         )
         recalls |= {receipt.details["nprobe"]: receipt.details["recall"] for receipt in receipts.values()}
         if any(recall is None or recall >= builder.config.min_recall for recall in recalls.values()):

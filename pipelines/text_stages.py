@@ -6,7 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.chunk import TRAINED_TOKENIZER, ChunkSettings, chunk_pipeline, chunk_tasks
+from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER
@@ -15,7 +15,7 @@ from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
 from retrodb.corpus import FieldNames, Plan, ScannedFile, plan, read_split
 from retrodb.errors import InputError
-from retrodb.manifest import WORK_FOLDER, Shard, fingerprint
+from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, fingerprint
 
 _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20

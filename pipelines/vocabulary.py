@@ -5,12 +5,12 @@ from typing import Final
 
 import numpy as np
 from retrodb.pipelines.builder import Builder
-from retrodb.pipelines.chunk import TRAINED_TOKENIZER
 from retrodb.pipelines.ingredients import tokenizer_identity
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
+from retrodb.manifest import TRAINED_TOKENIZER
 
 _SAMPLE_CHARACTERS: Final = 32 << 20
 
@@ -30,6 +30,10 @@ def settle_tokenizer(builder: Builder, chunk: ReceiptBook) -> TokenizerIdentity:
             vocabulary = int(builder.config.tokenizer.removeprefix("train:"))
             storage.commit_bytes(kept, train_tokenizer(sample_texts(builder), vocabulary))
         storage.commit_bytes(TRAINED_TOKENIZER, storage.read_bytes(kept))
+        state = builder.manifest.stages.get("chunk")
+        if state is not None and state.fingerprint == chunk.fingerprint:
+            builder.progress.note(f"chunk: {TRAINED_TOKENIZER} was damaged and is learnt again")
+            builder.done.append("chunk")
     tokenizer = tokenizer_from_json(storage.read_bytes(TRAINED_TOKENIZER), builder.config.tokenizer)
     return tokenizer_identity(tokenizer, builder.config.tokenizer, stored=TRAINED_TOKENIZER)
 

@@ -14,8 +14,6 @@ import threading
 import time
 from typing import Final
 
-import grpc
-
 DRIVER_VARIABLE: Final = "RETRODB_DRIVER"
 """Process id of the driver, in a worker's environment."""
 
@@ -31,28 +29,16 @@ def _end_with_the_driver() -> None:
         time.sleep(_WATCH_SECONDS)
 
 
-def _is_quiet(error: BaseException | None) -> bool:
-    """Whether an error only says that the driver is gone: interrupted, or finished with this worker."""
-    return isinstance(error, grpc.RpcError)
-
-
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    if not _is_quiet(failure.exc_value):
-        threading.__excepthook__(failure)
-
-
 def main() -> None:
     """Serve the driver that started this process, until it says so or is gone."""
-    threading.excepthook = _thread_failed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle, once
     logging.getLogger().addHandler(logging.NullHandler())
     threading.Thread(target=_end_with_the_driver, name="retrodb-watchdog", daemon=True).start()
     from apache_beam.runners.worker import sdk_worker_main  # noqa: PLC0415 - warns while it is imported
 
-    try:
-        sdk_worker_main.main(sys.argv)
-    except grpc.RpcError:
-        os._exit(1)
+    # Beam prints tracebacks here, also when the driver is gone. What failed reaches the driver, and it says so.
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    sdk_worker_main.main(sys.argv)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ class BuildConfig(BaseModel):
     title_field: str | None = None
     text: bool = True
     shard_bytes: int | None = Field(default=None, ge=1024)
-    tokenizer: str = DEFAULT_TOKENIZER
+    tokenizer: str = Field(default=DEFAULT_TOKENIZER, min_length=1)
     chunk_tokens: int = Field(default=64, ge=1, le=8192)
-    encoder: str = DEFAULT_ENCODER
+    encoder: str = Field(default=DEFAULT_ENCODER, min_length=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     metric: Literal["l2", "ip"] = "l2"
     index_key: str | None = None
@@ -138,7 +138,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the config file {path}: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"the config file {path} is not valid TOML: {error}.") from error
-    return {key.replace("-", "_"): value for key, value in table.items()}
+    settings = {key.replace("-", "_"): value for key, value in table.items()}
+    if len(settings) < len(table):
+        raise InputError(f"the config file {path} says a setting twice, with - and with _.")
+    return settings
 
 
 def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[BuildConfig, RunSettings]:
@@ -148,26 +151,44 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
         InputError: the file holds a setting that does not exist or is out of range.
         UsageError: a flag is out of range.
     """
-    run_names = set(RunSettings.model_fields)
     names = ["no_text", *BuildConfig.model_fields, *RunSettings.model_fields]
     names.remove("text")
     unknown = sorted(set(file_settings) - set(names))
     if unknown:
         known = ", ".join(name.replace("_", "-") for name in names)
         raise InputError(f"the config file holds unknown settings {unknown}. Known: {known}.")
-    merged = {**file_settings, **flags}
-    if (no_text := merged.pop("no_text", None)) is not None:
-        merged["text"] = not no_text
+    for name, value in file_settings.items():
+        if isinstance(value, bool) != (name == "no_text"):
+            wanted = "true or false" if name == "no_text" else "no true or false"
+            raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; that is {wanted}.")
     try:
-        run = RunSettings(**{name: value for name, value in merged.items() if name in run_names})
-        return BuildConfig(**{name: value for name, value in merged.items() if name not in run_names}), run
+        return _validated({**file_settings, **flags})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
-        from_file = any(item["loc"] and item["loc"][0] in set(file_settings) - set(flags) for item in error.errors())
-        raise (InputError if from_file else UsageError)("; ".join(lines) + ".") from error
+        raise (UsageError if _is_wrong_alone(flags) else InputError)("; ".join(lines) + ".") from error
+
+
+def _is_wrong_alone(flags: dict[str, Any]) -> bool:
+    """Whether the flags, without the file, are refused as well."""
+    try:
+        _validated(flags)
+    except ValidationError:
+        return True
+    return False
+
+
+def _validated(settings: dict[str, Any]) -> tuple[BuildConfig, RunSettings]:
+    merged = dict(settings)
+    run_names = set(RunSettings.model_fields)
+    if (no_text := merged.pop("no_text", None)) is not None:
+        merged["text"] = not no_text
+    run = RunSettings(**{name: value for name, value in merged.items() if name in run_names})
+    return BuildConfig(**{name: value for name, value in merged.items() if name not in run_names}), run
 
 
 def _explain(item: Any) -> str:
     name = ".".join(str(part).replace("_", "-") for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
-    return f"--{name} {item['input']!r}: {message}" if name else message
+    given = item["input"]
+    shown = given if isinstance(given, str) and re.fullmatch(r"\S+", given) else repr(given)
+    return f"--{name} {shown}: {message}" if name else message

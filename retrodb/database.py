@@ -182,7 +182,11 @@ class Database:
             MismatchError: what is found there is another encoder; names both fingerprints.
         """
         recorded = self.encoder_identity
-        files = resolve_encoder(spec or recorded.name)
+        try:
+            files = resolve_encoder(spec or recorded.name)
+        except InputError as error:
+            where = "" if spec else " Say where it is now with --encoder (in Python: encoder=)."
+            raise InputError(f"{self.storage.url} was embedded by {recorded.name!r}: {error}{where}") from error
         found = identify(files, recorded.precision)
         if found.fingerprint != recorded.fingerprint:
             raise MismatchError(
@@ -211,8 +215,16 @@ class Database:
 
         Raises:
             MismatchError: another metric or encoder, or a vector of another width.
-            InputError: the database has no index yet.
+            InputError: the database has no index yet; ``k`` is below 1; or the query is no text and no vector.
         """
+        if k < 1:
+            raise InputError(f"k is {k}: ask for at least one neighbour.")
+        if isinstance(query, str) and not _is_unicode(query):
+            raise InputError(f"the query {query!r} holds bytes that are not UTF-8.")
+        if not isinstance(query, str) and np.ndim(query) != 1:
+            raise InputError(
+                f"a query is a text or a vector of {self.encoder_identity.dimension} numbers, not {query!r}."
+            )
         vector = self.embed([query], encoder)[0] if isinstance(query, str) else np.asarray(query)
         found = self._searcher.search(vector[None, :], k, metric)
         columns = (found.neighbour_ids[0], found.neighbour_document_ids[0], found.distances[0])
@@ -308,3 +320,12 @@ class Database:
 def _document(row: Mapping[str, Any]) -> Document:
     names = ("document_id", "key", "source", "title", "text", "n_chunks", "metadata", "split")
     return Document(**{name: row[name] for name in names})
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` is free of lone surrogates, which stand for bytes that were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

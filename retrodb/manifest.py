@@ -19,13 +19,16 @@ FORMAT_NAME: Final = "retrodb"
 TABLES: Final = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training")
 STAGES: Final = ("corpus", "chunk", "embed", "index", "neighbours", "training")
 """In the order of the data flow; each depends on those before it (see `retrodb.pipelines.stages`)."""
+TRAINED_TOKENIZER: Final = "tokenizer.json"
+"""A tokenizer learnt by the build itself."""
+RECALL_REPORT: Final = "reports/recall.json"
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
 WORK_FOLDER: Final = ".build"
 """Where a build keeps its receipts until a stage is recorded."""
 DAMAGE_REPORT: Final = "reports/damage.json"
-"""What a verification found damaged, for the next build to repair."""
+"""``{"paths": [..]}``: what a verification found, so that the next build looks at just that byte by byte."""
 
 _REMEDY: Final = "Put a copy of it back, or delete the database and build it again."
 

@@ -131,6 +131,8 @@ class Storage:
     _root: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.url.strip():
+            raise InputError("the database's name is blank; name a folder or a URL.")
         self.url = absolute_url(self.url)
         self._filesystem, self._root = filesystem_of(self.url)
 

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from support import Ran, build_here, retrodb, stamps, write_jsonl
 
+import retrodb as retrodb_package
+from retrodb.errors import InputError
+
 pytestmark = pytest.mark.slow
 
 GOOD = {"id": "a", "text": "A text long enough to be cut into a chunk or two. " * 8}
@@ -145,7 +148,10 @@ def test_an_unknown_tokenizer_is_refused(tmp_path, good):
     ("flags", "says"),
     [
         (["--no-such-flag"], "--no-such-flag"),
-        (["--chunk-tokens", "many"], "--chunk-tokens"),
+        (["--chunk-tokens", "many"], "--chunk-tokens many"),
+        (["--min-recall", "high"], "--min-recall high"),
+        (["--encoder", ""], "--encoder ''"),
+        (["--tokenizer", ""], "--tokenizer ''"),
         (["--chunk-tokens", "0"], "--chunk-tokens 0"),
         (["--sequence-tokens", "2000"], "2000"),
         (["--neighbours", "0"], "--neighbours 0"),
@@ -182,6 +188,10 @@ def test_a_build_without_inputs_or_without_out_is_a_usage_error(tmp_path, good):
         ('metric = "cosine"', "cosine"),
         ('chunk_tokens = "many"', "many"),
         ("[build]\nchunk_tokens = 64", "build"),
+        ('no-text = "no"', "no-text"),
+        ("workers = true", "workers"),
+        ("chunk-tokens = 64\nchunk_tokens = 32", "twice"),
+        ("neighbours = 1", "training-neighbours 2"),
     ],
 )
 def test_a_config_file_that_cannot_be_meant_is_refused(tmp_path, good, toml, says):
@@ -297,6 +307,61 @@ def test_an_unknown_encoder_leaves_an_existing_database_as_it_was(tmp_path, good
     assert stamps(database) == before
 
 
+def broken_copy(encoder: Path, folder: Path) -> Path:
+    """An encoder whose weights are whole by their header, but do not fit its config."""
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7, "hidden_act": "no such"}))
+    return folder
+
+
+def test_an_encoder_that_cannot_be_loaded_leaves_an_existing_database_as_it_was(tmp_path, finished, tiny_encoder):
+    """Known only once it is loaded: before the vectors of the old encoder give way."""
+    out = tmp_path / "db"
+    shutil.copytree(finished, out)
+    before = stamps(out)
+    broken = broken_copy(tiny_encoder, tmp_path / "broken")
+    ran = retrodb("build", finished.parent / "in.jsonl", "--out", out, "--encoder", broken)
+    assert_refused(ran, 3, "broken")
+    assert stamps(out) == before
+
+
+def test_weights_cut_short_are_refused_before_anything_is_made(tmp_path, good, tiny_encoder):
+    shutil.copytree(tiny_encoder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    refused_build(tmp_path, 3, [good, "--encoder", tmp_path / "cut"], "model.safetensors")
+
+
+@pytest.mark.parametrize("more", [(), ("--precision", "fp32"), ("--precision", "fp32", "--dry-run")], ids=len)
+def test_a_missing_cuda_device_that_was_asked_for_is_refused_first(tmp_path, good, more):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    refused_build(tmp_path, 3, [good, "--device", "cuda", *more], "--device cuda", "--device cpu")
+
+
+def test_a_blank_out_is_refused(tmp_path, good):
+    assert_refused(retrodb("build", good, "--out", ""), 3, "blank")
+    assert_refused(retrodb("info", ""), 3, "blank")
+
+
+def test_a_database_built_with_relative_paths_is_read_from_anywhere(tmp_path, tiny_encoder):
+    write_jsonl(tmp_path / "in.jsonl", [GOOD, {**GOOD, "id": "b"}])
+    shutil.copytree(tiny_encoder, tmp_path / "tiny")
+    given = ("in.jsonl", "--out", "db", "--encoder", "tiny", "--tokenizer", "encoder", "--no-text")
+    for done in (["corpus", "chunk", "embed", "index", "neighbours", "training"], []):
+        command = [sys.executable, "-m", "retrodb", "build", *given, "--json"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert json.loads(ran.stdout.splitlines()[-1])["done"] == done
+    assert retrodb("verify", tmp_path / "db", "--sample", 1).code == 0
+    assert retrodb("query", tmp_path / "db", "a text").code == 0
+    (tmp_path / "tiny").rename(tmp_path / "moved")
+    assert_refused(retrodb("query", tmp_path / "db", "a text", HF_HUB_OFFLINE="1"), 3, tmp_path / "db", "--encoder")
+    assert retrodb("verify", tmp_path / "db", "--encoder", tmp_path / "moved").code == 0
+
+
 # -- looking ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +378,16 @@ def test_a_query_of_blank_text_or_of_no_neighbours_is_a_usage_error(finished):
 @pytest.mark.parametrize("chunk_id", [10**6, 7 << 32, 2**62, 2**70])
 def test_showing_a_chunk_that_does_not_exist_is_refused(finished, chunk_id):
     assert_refused(retrodb("show", finished, chunk_id), 3, chunk_id)
+
+
+def test_a_query_that_is_not_unicode_is_a_usage_error(finished):
+    assert_refused(retrodb("query", finished, b"\xff\xfe".decode(errors="surrogateescape")), 2, "UTF-8")
+
+
+@pytest.mark.parametrize(("query", "k", "says"), [("words", 0, "k is 0"), (None, 1, "no"), ("\udcff", 1, "UTF-8")])
+def test_a_search_in_python_names_what_is_wrong_with_it(finished, query, k, says):
+    with pytest.raises(InputError, match=says):
+        retrodb_package.open(str(finished)).search(query, k)
 
 
 def test_showing_a_negative_chunk_id_is_refused(finished):

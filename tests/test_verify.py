@@ -41,6 +41,16 @@ def whole(quickstart_corpus: Path, tiny_encoder: Path, tmp_path_factory: pytest.
     return out
 
 
+def test_a_shard_whose_records_were_all_put_aside_is_no_damage(
+    quickstart_corpus: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.jsonl").write_text('{"id": "torn", "text": ')
+    inputs = [quickstart_corpus, tmp_path / "torn.jsonl"]
+    build_here(inputs, tmp_path / "db", encoder=str(tiny_encoder), shard_bytes="16KiB")
+    assert 0 in [shard["rows"] for shard in manifest_of(tmp_path / "db")["tables"]["training"]["shards"]]
+    assert verify(tmp_path / "db", sample=1.0).ok
+
+
 @pytest.fixture
 def database(whole: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""

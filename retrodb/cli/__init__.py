@@ -4,6 +4,7 @@ Only these modules print. Nothing heavy is imported before a command runs, so th
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -71,7 +72,8 @@ def main() -> None:
         _leave(0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        typer.echo(f"error: {error.strerror or error}{where}. What is finished is kept; run it again.", err=True)
+        first = "Free some space: what" if error.errno == errno.ENOSPC else "What"
+        typer.echo(f"error: {error.strerror or error}{where}. {first} is finished is kept; run it again.", err=True)
         _leave(1)
     _leave(0)
 

@@ -1,7 +1,7 @@
 """``retrodb verify``: proves that a database is what its manifest says."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -14,6 +14,9 @@ def verify(
         float, typer.Option(min=0.0, max=1.0, help="Share of shards recomputed from the source text.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Which shards are recomputed.")] = 0,
+    encoder: Annotated[
+        Optional[str], typer.Option(help="Where the encoder is now, if not where it was. Refused if it is another.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prove counts, checksums, joins, continuations, exclusion; exit 4 and the shard's name if anything is off."""
@@ -23,7 +26,7 @@ def verify(
     from retrodb.quality.verify import verify_database  # noqa: PLC0415
 
     db = open_database(database)
-    report = verify_database(db, sample=sample, seed=seed)
+    report = verify_database(db, sample=sample, seed=seed, encoder=encoder)
     if as_json:
         typer.echo(json.dumps(report.as_json(), ensure_ascii=False))
     else:

@@ -87,6 +87,22 @@ def resolve_encoder(spec: str) -> EncoderFiles:
     return EncoderFiles(spec, _from_hub(spec))
 
 
+def check_weights(files: EncoderFiles) -> None:
+    """Refuse weights that are cut short or no safetensors, from their headers alone.
+
+    Raises:
+        InputError: names the file.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - few milliseconds, and not needed to read
+
+    for path in sorted(files.folder.rglob("*.safetensors")):
+        try:
+            with safe_open(str(path), "np") as weights:
+                weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the encoder {files.name!r} cannot be loaded: {path}: {error}") from error
+
+
 def cpu_precision() -> str:
     """The fastest precision that keeps neighbours faithful: bf16 where the CPU has it natively, else fp32.
 

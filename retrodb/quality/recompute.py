@@ -47,8 +47,8 @@ class Tools:
     encoder: "Encoder | None"
 
 
-def load_tools(db: "Database") -> Tools:
-    """What recomputing needs.
+def load_tools(db: "Database", encoder: str | None = None) -> Tools:
+    """What recomputing needs; ``encoder`` says where that is now, if not where it was.
 
     Raises:
         InputError: the tokenizer or the encoder is not on this machine.
@@ -56,7 +56,7 @@ def load_tools(db: "Database") -> Tools:
     """
     stages = db.manifest.stages
     tokenizer = db.tokenizer if "chunk" in stages else None
-    return Tools(tokenizer, db.encoder() if "embed" in stages else None)
+    return Tools(tokenizer, db.encoder(encoder) if "embed" in stages else None)
 
 
 def drawn_shards(numbers: list[int], sample: float, seed: int) -> list[int]:

@@ -134,6 +134,8 @@ def _explain(scene: Scene, shard: Shard, found: np.ndarray, ids: ChunkIds) -> No
 
 
 def _check_block(scene: Scene, shard: Shard, own: OwnShard, table: pa.Table, start: int, layout: np.ndarray) -> None:
+    if not len(layout):  # a shard whose documents were all quarantined or dropped
+        return
     used = layout >= 0
     rows = np.maximum(layout, 0)
 

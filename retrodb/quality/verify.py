@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DAMAGE_REPORT", "Problem", "VerifyReport", "verify_database"]
 
-"""``{"paths": [..]}``: what was found, so that the next build looks at just that byte by byte."""
 
-
-def verify_database(db: "Database", sample: float = 0.0, seed: int = 0) -> VerifyReport:
+def verify_database(db: "Database", sample: float = 0.0, seed: int = 0, encoder: str | None = None) -> VerifyReport:
     """Verify a database, finished or not, as far as it goes.
 
     A damaged shard is one problem that names it; it is not looked at again, so that what refers to it is not blamed.
@@ -44,6 +42,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0) -> Verif
         db: the database, opened.
         sample: the share of chunk shards recomputed from the source text; at least one where it is above 0.
         seed: which ones.
+        encoder: where the encoder is now, if not where it was.
 
     Raises:
         InputError: with ``sample``, the tokenizer or the encoder is not on this machine, and nothing else is wrong.
@@ -56,7 +55,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0) -> Verif
         scene = Scene(db.storage, db.manifest, Facts.of(db.manifest), findings)
         _check_all(scene)
     if scene is not None and sample > 0:
-        _recompute(scene, db, sample, seed)
+        _recompute(scene, db, sample, seed, encoder)
     if findings.problems:
         _look_again(db, findings)
         _write_damage(db.storage, findings)
@@ -78,9 +77,9 @@ def _check_all(scene: Scene) -> None:
     check_training(scene)
 
 
-def _recompute(scene: Scene, db: "Database", sample: float, seed: int) -> None:
+def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: str | None) -> None:
     try:
-        tools = load_tools(db)
+        tools = load_tools(db, encoder)
     except RetrodbError as error:
         if not scene.findings.problems:
             raise
