@@ -81,7 +81,7 @@ def test_a_parquet_scan_has_the_row_groups(tmp_path: Path, suffix: str) -> None:
     assert got.damage is None
 
 
-@pytest.mark.parametrize("data", [b"PAR1 no footer", b"", gzip.compress(b"PAR1")[:-3]])
+@pytest.mark.parametrize("data", [b"PAR1 no footer", b"", gzip.compress(b"PAR1", mtime=0)[:-3]])
 def test_what_is_no_parquet_is_scanned_all_the_same(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.parquet").write_bytes(data)
     got = scan_file(InputFile(str(tmp_path / "a.parquet"), "parquet", len(data), ""))
