@@ -1,4 +1,4 @@
-"""Faults of a disk: one bit flipped anywhere is found and named, and a full disk costs nothing that was finished.
+"""Faults of a disk, and kills: one bit flipped anywhere is found and named, and nothing that was finished is lost.
 
 Bits are flipped in place and put back, in one database that is built once; ``RETRODB_FAULTS`` says how many. A full
 disk is a real one: a small tmpfs in a mount namespace that ends with the test.
@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,3 +339,13 @@ def test_a_full_disk_is_told_in_one_clear_message_with_what_to_do(story: Story) 
     assert re.search("no space left on (the )?device", story.said, flags=re.IGNORECASE)
     assert re.search("run (it|the same command) again", story.said)
     assert "Traceback" not in story.said
+
+
+# -- kills at random moments -------------------------------------------------------------------------------------------
+
+
+def test_builds_killed_at_random_moments_end_as_the_undisturbed_one() -> None:
+    """What `make kill-test` does a hundred times."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kill_test.py"
+    ran = subprocess.run([sys.executable, script, "--kills", "3"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
