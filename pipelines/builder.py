@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import apache_beam as beam
 from retrodb.pipelines import stages
-from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, one_wave
+from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, forget_scans, one_wave
 from retrodb.pipelines.ingredients import Ingredients
 from retrodb.pipelines.integrity import damaged_shards
 from retrodb.pipelines.progress import Progress
@@ -203,11 +203,8 @@ class Builder:
         for name in self._outdated_files():
             if self.storage.size(name) is not None:
                 self.storage.delete(name)
-        for name in self.storage.list_folders(WORK_FOLDER):
-            if name.startswith("scan-"):
-                self.storage.delete_folder(f"{WORK_FOLDER}/{name}")
-        complete = set(self.manifest.stages) == set(stages.STAGE_TABLES)
-        if complete or not self.storage.list_folders(WORK_FOLDER):
+        forget_scans(self.storage)
+        if set(self.manifest.stages) == set(stages.STAGE_TABLES):
             self.storage.delete_folder(WORK_FOLDER)
 
     def _outdated_files(self) -> Iterator[str]:

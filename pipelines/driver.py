@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.execute import forget_scans
 from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
@@ -61,21 +62,12 @@ def build(
             try:
                 return _run_all(Builder(inputs, out, config, run, progress, ingredients))
             except InputError:
-                _forget_scans(out)
+                forget_scans(out)
                 if new:
                     _abandon(out)
                 raise
     finally:
         out.unmake(made)
-
-
-def _forget_scans(out: Storage) -> None:
-    """A refusal leaves a database as it was: without the scans of inputs that were not used."""
-    for name in out.list_folders(WORK_FOLDER):
-        if name.startswith("scan-"):
-            out.delete_folder(f"{WORK_FOLDER}/{name}")
-    if not out.list_folders(WORK_FOLDER):
-        out.delete_folder(WORK_FOLDER)
 
 
 def _abandon(out: Storage) -> None:

@@ -14,6 +14,7 @@ from retrodb.pipelines.tasks import Task
 from retrodb.config import RunSettings
 from retrodb.errors import WorkerError
 from retrodb.manifest import WORK_FOLDER
+from retrodb.storage import Storage
 
 _ATTEMPTS: Final = 3
 _PROGRESS_SECONDS: Final = 0.5
@@ -108,6 +109,15 @@ class _Ticker:
             return
         self._next = time.monotonic() + _PROGRESS_SECONDS
         self._progress.advance(round(sum(self._weights.get(number, 0) for number in self._book.seen())))
+
+
+def forget_scans(storage: Storage) -> None:
+    """Remove the scans of inputs: a finished build has recorded what it used, a refused one used none."""
+    for name in storage.list_folders(WORK_FOLDER):
+        if name.startswith("scan-"):
+            storage.delete_folder(f"{WORK_FOLDER}/{name}")
+    if not storage.list_folders(WORK_FOLDER):
+        storage.delete_folder(WORK_FOLDER)
 
 
 def forget_other_receipts(book: ReceiptBook, stages: Sequence[str]) -> None:

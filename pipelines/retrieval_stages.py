@@ -225,16 +225,15 @@ def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, 
         return 1
     ladder = nprobe_ladder(settings.n_lists)
     recalls: dict[int, float | None] = {}
-    # The sample is small: worker processes take longer to start than to search, but for a large index.
-    small = _SMALL_TUNING_VECTORS if builder.manifest.rows("embeddings") <= _SMALL_TUNING_VECTORS else 0
-    step = 1 if small else builder.run.workers
+    # One task runs in this process: the sample is small, and a worker takes longer to start, but for a large index.
+    step = 1 if builder.manifest.rows("embeddings") <= _SMALL_TUNING_VECTORS else builder.run.workers
     for start in range(0, len(ladder), step):
         receipts = builder.executor.complete(
             book,
             neighbours_stage.nprobe_tasks(ladder[start : start + step], RECALL_QUERIES),
             lambda pipeline, tasks: neighbours_stage.tuning_pipeline(pipeline, book, tasks, settings),
             unit="queries",
-            small=small,
+            small=0,
         )
         recalls |= {receipt.details["nprobe"]: receipt.details["recall"] for receipt in receipts.values()}
         if any(recall is None or recall >= builder.config.min_recall for recall in recalls.values()):

@@ -159,8 +159,8 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
         raise InputError(f"the config file holds unknown settings {unknown}. Known: {known}.")
     for name, value in file_settings.items():
         if isinstance(value, bool) != (name == "no_text"):
-            wanted = "true or false" if name == "no_text" else "no true or false"
-            raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; that is {wanted}.")
+            takes = "takes true or false alone" if name == "no_text" else "does not take true or false"
+            raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; this setting {takes}.")
     try:
         return _validated({**file_settings, **flags})
     except ValidationError as error:

@@ -380,8 +380,8 @@ def test_showing_a_chunk_that_does_not_exist_is_refused(finished, chunk_id):
     assert_refused(retrodb("show", finished, chunk_id), 3, chunk_id)
 
 
-def test_a_query_that_is_not_unicode_is_a_usage_error(finished):
-    assert_refused(retrodb("query", finished, b"\xff\xfe".decode(errors="surrogateescape")), 2, "UTF-8")
+def test_a_query_that_is_not_unicode_is_refused(finished):
+    assert_refused(retrodb("query", finished, b"\xff\xfe".decode(errors="surrogateescape")), 3, "UTF-8")
 
 
 @pytest.mark.parametrize(("query", "k", "says"), [("words", 0, "k is 0"), (None, 1, "no"), ("\udcff", 1, "UTF-8")])

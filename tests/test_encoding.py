@@ -83,12 +83,27 @@ def test_another_activation_or_casing_than_the_common_bert_is_left_to_transforme
     assert (found.astype(np.float32) * common).sum() < 0.99
 
 
-def test_without_onednns_packed_products_the_public_operators_give_the_same_vectors(encoder, texts, monkeypatch):
+class WrongProducts:
+    """oneDNN's operators in a version of torch where they mean something else."""
+
+    @staticmethod
+    def _reorder_linear_weight(weight, rows):
+        return weight
+
+    @staticmethod
+    def _linear_pointwise(rows, weight, bias, *how):
+        return (rows @ weight.T) * 2
+
+
+@pytest.mark.parametrize("operators", [None, WrongProducts], ids=["missing", "other"])
+def test_without_onednns_packed_products_the_public_operators_give_the_same_vectors(
+    encoder, texts, monkeypatch, operators
+):
     import torch
 
     from retrodb.encoding.encoder import Encoder
 
-    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
     other = Encoder.load(resolve_encoder(DEFAULT_ENCODER))
     np.testing.assert_allclose(encoder.embed(texts), other.embed(texts), atol=7e-5)
 

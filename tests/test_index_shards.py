@@ -4,6 +4,7 @@ import pickle
 from itertools import pairwise
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from retrodb.index import (
     search_group,
     train_template,
 )
+from retrodb.index.engine import faiss_threads
 from retrodb.storage import Storage
 
 D = 16
@@ -99,6 +101,15 @@ def test_shards_searched_apart_and_merged_equal_one_whole_index(
             else:
                 assert np.array_equal(distances, expected[0])
                 assert np.array_equal(ids, expected[1])
+
+
+def test_a_few_queries_are_compared_by_a_matrix_product_and_faiss_is_left_as_it_was() -> None:
+    """faiss 1.15 does so from 128,000 / d queries on: a shard's few hundred then take ten times as long."""
+    before = faiss.cvar.distance_compute_blas_threshold
+    with faiss_threads(1):
+        assert faiss.cvar.distance_compute_blas_threshold == 20
+        assert faiss.cvar.precomputed_table_max_bytes == 0
+    assert faiss.cvar.distance_compute_blas_threshold == before
 
 
 @pytest.mark.parametrize("key", KEYS)

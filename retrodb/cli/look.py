@@ -37,10 +37,6 @@ def query(
 
     if not text.strip():
         raise UsageError("TEXT is blank: nothing to look for.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"TEXT {text!r} is not UTF-8.") from None
     db = open_database(database)
     found = db.search(text, k, metric=metric, encoder=encoder)
     hits = [_described(db, hit) for hit in found]
