@@ -82,7 +82,7 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
         _check_cuda(run.device)
     given = config.precision != "auto"
     encoder = identify(files, config.precision if given else _automatic_precision(run))
-    spec = str(files.folder / "tokenizer.json") if config.tokenizer == OWN_TOKENIZER else config.tokenizer
+    spec = str(files.transformer / "tokenizer.json") if config.tokenizer == OWN_TOKENIZER else config.tokenizer
     if config.tokenizer == OWN_TOKENIZER and not Path(spec).is_file():
         raise InputError(f"--tokenizer encoder: the encoder {files.name!r} has no tokenizer.json.")
     tokenizer = None if spec.startswith("train:") else tokenizer_identity(load_tokenizer(spec), config.tokenizer)

@@ -252,7 +252,7 @@ class Database:
         if recorded.get("stored"):
             tokenizer = tokenizer_from_json(self.storage.read_bytes(recorded["stored"]), recorded["name"])
         elif recorded["name"] == "encoder":
-            folder = resolve_encoder(self.manifest.config["encoder"]).folder
+            folder = resolve_encoder(self.manifest.config["encoder"]).transformer
             tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
         else:
             tokenizer = load_tokenizer(recorded["name"])

@@ -68,6 +68,20 @@ def copy_of_the_encoder(folder, **changed):
     return resolve_encoder(str(folder))
 
 
+def test_an_encoder_whose_transformer_lies_in_a_folder_of_its_own_gives_the_same_vectors(encoder, texts, tmp_path):
+    from retrodb.encoding.encoder import Encoder
+
+    files = copy_of_the_encoder(tmp_path / "old")
+    inner = files.folder / "0_Transformer"
+    inner.mkdir()
+    for path in [path for path in files.folder.iterdir() if path.is_file() and path.name != "modules.json"]:
+        path.rename(inner / path.name)
+    modules = json.loads((files.folder / "modules.json").read_text())
+    modules[0]["path"] = inner.name
+    (files.folder / "modules.json").write_text(json.dumps(modules))
+    np.testing.assert_array_equal(Encoder.load(files).embed(texts), encoder.embed(texts))
+
+
 def test_another_activation_or_casing_than_the_common_bert_is_left_to_transformers(tmp_path):
     from retrodb.encoding.bert import is_common_bert
     from retrodb.encoding.encoder import Encoder, _bert_tokenizer

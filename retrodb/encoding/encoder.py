@@ -73,10 +73,13 @@ class Encoder:
         """
         device = choose_device(device)
         identity = identify(files, precision)
-        loader = _CardNetwork if _is_plain_card(identity) else _SentenceTransformersNetwork
         try:
-            network = loader(files.folder, identity, device)
-            featuriser = Featuriser.load(files.folder, identity.max_length)
+            network: Network
+            if _is_plain_card(identity):
+                network = _CardNetwork(files.transformer, identity, device)
+            else:
+                network = _SentenceTransformersNetwork(files.folder, identity, device)
+            featuriser = Featuriser.load(files.transformer, identity.max_length)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the encoder {files.name!r} from {files.folder}: {error}") from error
         return Encoder(identity, device, featuriser, network)

@@ -18,7 +18,16 @@ from retrodb.manifest import fingerprint
 DEFAULT_ENCODER: Final = "all-MiniLM-L6-v2"
 DEFAULT_WEIGHTS_SHA256: Final = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_HASHED: Final = ("*.json", "*.safetensors", "vocab.txt", "merges.txt", "*.model", "*/config.json", "*/*.safetensors")
+_HASHED: Final = (
+    "*.json",
+    "*.safetensors",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/vocab.txt",
+)
 _DEFAULT_MAX_LENGTH: Final = 512
 
 
@@ -28,6 +37,11 @@ class EncoderFiles:
 
     name: str
     folder: Path
+
+    @property
+    def transformer(self) -> Path:
+        """Where config, weights and tokenizer lie: the folder itself, or its first module's (``0_Transformer``)."""
+        return self.folder / next((m["path"] for m in _read_json(self.folder / "modules.json", default=[])), "")
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ def identify(files: EncoderFiles, precision: str) -> EncoderIdentity:
     """
     folder = files.folder
     modules = tuple(_module_name(module) for module in _read_json(folder / "modules.json", default=[]))
-    transformer = folder / next((m["path"] for m in _read_json(folder / "modules.json", default=[])), "")
+    transformer = files.transformer
     config = _read_json(transformer / "config.json")
     prompts = _read_json(folder / "config_sentence_transformers.json", default={})
     return EncoderIdentity(
