@@ -20,6 +20,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.manifest import (
     DAMAGE_REPORT,
+    DEDUP_REPORT,
     RECALL_REPORT,
     TABLES,
     TRAINED_TOKENIZER,
@@ -121,6 +122,11 @@ class Builder:
         if reasons:
             self.progress.note(f"{stage}: made again, because {'; '.join(reasons)}")
         gone_stages = stages.undone_by(self.manifest, stage, parts)
+        self.undo(gone_stages)
+        forget_other_receipts(self.book(stage, parts), gone_stages)
+
+    def undo(self, gone_stages: Sequence[str]) -> None:
+        """Take stages and their tables out of the manifest, then off the disk."""
         gone_tables = [table for name in gone_stages for table in stages.STAGE_TABLES[name]]
         if any(name in self.manifest.stages for name in gone_stages):
             old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
@@ -130,7 +136,6 @@ class Builder:
                 self.storage.delete(shard.path)
         for table in gone_tables:
             self.damage.pop(table, None)
-        forget_other_receipts(self.book(stage, parts), gone_stages)
 
     def replace_template(self, recorded: Shard, made: Shard) -> None:
         """A damaged quantiser was trained again. Other bytes than before undo every index shard and what follows."""
@@ -212,6 +217,9 @@ class Builder:
         yield DAMAGE_REPORT
         if "neighbours" not in self.manifest.stages:
             yield RECALL_REPORT
+        dedup = self.manifest.stages.get("dedup")
+        if dedup is None or dedup.made_from["dedup"] == "off":
+            yield DEDUP_REPORT
         if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
             yield TRAINED_TOKENIZER
 

@@ -13,6 +13,7 @@ from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from retrodb import schemas
 from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
 from retrodb.chunking.tokenizer import tokenizer_from_json
+from retrodb.corpus.near_duplicates import without_removed
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
@@ -29,6 +30,14 @@ class ChunkSettings:
     keep_text: bool
 
 
+@dataclass(frozen=True)
+class ChunkInput:
+    """One shard's documents, and what the dedup stage says of them; "" where that is nothing."""
+
+    documents: str
+    duplicates: str
+
+
 @functools.lru_cache(maxsize=2)
 def open_tokenizer(url: str, spec: str, stored: bool) -> ChunkTokenizer:
     """The tokenizer of a database, once a process."""
@@ -39,7 +48,7 @@ def open_tokenizer(url: str, spec: str, stored: bool) -> ChunkTokenizer:
 
 def _chunk(storage: Storage, settings: ChunkSettings, task: Task) -> Iterator[Receipt]:
     number = task.number
-    documents = storage.read_table(task.payload)
+    documents = kept_documents(storage, task.payload)
     tokenizer = open_tokenizer(storage.url, settings.tokenizer, settings.stored)
     chunks, counts = chunk_documents(
         documents["document_id"].to_numpy(), documents["text"].to_pylist(), tokenizer, settings.chunk_tokens, number
@@ -57,6 +66,14 @@ def _chunk(storage: Storage, settings: ChunkSettings, task: Task) -> Iterator[Re
     )
 
 
+def kept_documents(storage: Storage, item: ChunkInput) -> pa.Table:
+    """A shard's documents without those that the dedup stage removes; finished ones are that already."""
+    documents = storage.read_table(item.documents)
+    if not item.duplicates or documents["n_chunks"].null_count == 0:
+        return documents
+    return without_removed(documents, storage.read_table(item.duplicates))
+
+
 def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool) -> pa.Table:
     """The documents with their number of chunks, and without their text where it is not to be kept."""
     schema = schemas.documents()
@@ -67,9 +84,16 @@ def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def chunk_tasks(documents: Sequence[Shard]) -> list[Task]:
+def chunk_inputs(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> dict[int, ChunkInput]:
+    """What is read for each document shard."""
+    paths = {shard.number: shard.path for shard in duplicates}
+    return {shard.number: ChunkInput(shard.path, paths.get(shard.number, "")) for shard in documents}
+
+
+def chunk_tasks(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> list[Task]:
     """One task a document shard."""
-    return [Task(shard.number, shard.path, weight=shard.bytes) for shard in documents]
+    inputs = chunk_inputs(documents, duplicates)
+    return [Task(shard.number, inputs[shard.number], weight=shard.bytes) for shard in documents]
 
 
 def chunk_pipeline(

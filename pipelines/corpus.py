@@ -7,7 +7,7 @@ import apache_beam as beam
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
-from retrodb.corpus import FieldNames, InputFile, Split, read_split, scan_file
+from retrodb.corpus import FieldNames, InputFile, Split, SplitOf, all_train, read_split, scan_file
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
@@ -37,8 +37,8 @@ def read_tasks(splits: Sequence[Split]) -> list[Task]:
     return tasks
 
 
-def _read(storage: Storage, fields: FieldNames, task: Task) -> Iterator[Receipt]:
-    for output in read_split(task.payload, fields, wanted=set(task.numbers)):
+def _read(storage: Storage, fields: FieldNames, split_of: SplitOf, task: Task) -> Iterator[Receipt]:
+    for output in read_split(task.payload, fields, set(task.numbers), split_of):
         shards = {}
         for table, rows in (("documents", output.documents), ("quarantine", output.quarantine)):
             if table == "documents" or rows.num_rows:
@@ -50,8 +50,8 @@ def _read(storage: Storage, fields: FieldNames, task: Task) -> Iterator[Receipt]
 
 
 def corpus_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], fields: FieldNames
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], fields: FieldNames, split_of: SplitOf = all_train
 ) -> beam.PCollection:
     """Read splits, write document and quarantine shards."""
-    work = functools.partial(_read, book.storage, fields)
+    work = functools.partial(_read, book.storage, fields, split_of)
     return pipeline | DealOut(tasks) | "read" >> beam.ParDo(DoTasks(book, work))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.execute import forget_scans
 from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
@@ -80,6 +81,7 @@ def _abandon(out: Storage) -> None:
 
 _STEPS: dict[str, Callable[[Builder], None]] = {
     "corpus": build_corpus,
+    "dedup": build_dedup,
     "chunk": build_chunks,
     "embed": build_embeddings,
     "index": build_index,

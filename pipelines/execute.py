@@ -88,7 +88,7 @@ class Executor:
 
     def _run_wave(self, tasks: Sequence[Task], builder: PipelineBuilder, small: int, tick: "_Ticker") -> None:
         worth_it = sum(task.weight for task in tasks) >= small
-        processes = min(self.run.workers, len(tasks)) if worth_it else 1
+        processes = min(self.run.workers, sum(task.width for task in tasks)) if worth_it else 1
         run_local(lambda pipeline: builder(pipeline, tasks), processes, tick)
 
 

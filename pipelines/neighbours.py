@@ -2,23 +2,27 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
+from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, finish
 
 from retrodb.index import GroupedIndex, IndexFile
 from retrodb.index.engine import Metric
 from retrodb.manifest import Shard, shard_path
 from retrodb.neighbours import (
+    NO_CLUSTER,
+    ClusterSource,
     Exclude,
     Exclusion,
     Neighbours,
+    SameCluster,
+    StoredClusters,
     StoredDocuments,
     StoredVectors,
     find_neighbours,
@@ -38,6 +42,7 @@ class SearchSettings:
     """How chunks are searched, and where everything is."""
 
     index: tuple[IndexFile, ...]
+    documents: Mapping[int, str]
     chunks: Mapping[int, str]
     embeddings: Mapping[int, str]
     dimension: int
@@ -51,26 +56,28 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """Query chunks drawn for measuring recall: ids and excluded ranges int64 [q], vectors float16 [q, d]."""
+    """Query chunks drawn for measuring recall: ids, excluded ranges and clusters int64 [q], vectors float16 [q, d]."""
 
     chunk_ids: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    clusters: np.ndarray
     vectors: np.ndarray
 
-    @property
-    def exclusion(self) -> Exclusion:
-        return Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64))
+    def exclusion(self, source: ClusterSource) -> Exclusion:
+        """Of these queries; ``source`` knows the clusters of candidates."""
+        hook = SameCluster(self.clusters, source) if (self.clusters != NO_CLUSTER).any() else None
+        return Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64), hook)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
-        np.savez(buffer, chunk_ids=self.chunk_ids, first=self.first, last=self.last, vectors=self.vectors)
+        np.savez(buffer, **vars(self))
         return buffer.getvalue()
 
     @staticmethod
     def from_bytes(data: bytes) -> "Sample":
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Sample(**{name: arrays[name] for name in ("chunk_ids", "first", "last", "vectors")})
+            return Sample(**{name: arrays[name] for name in ("chunk_ids", "first", "last", "clusters", "vectors")})
 
 
 def draw_sample(
@@ -83,9 +90,17 @@ def draw_sample(
             continue
         chunk_ids, document_ids = chunk_columns(storage, files[number])
         exclusion = Exclusion.of_chunks(chunk_ids, document_ids, exclude).take(own)
+        clusters = query_clusters(storage, files[number], document_ids, exclude)[own]
         vectors = np.asarray(vectors_of(storage, files[number], len(chunk_ids))[own])
-        parts.append((chunk_ids[own], exclusion.first, exclusion.last, vectors))
+        parts.append((chunk_ids[own], exclusion.first, exclusion.last, clusters, vectors))
     return Sample(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray, exclude: Exclude) -> np.ndarray:
+    """int64 [n]: the cluster that each chunk of a shard may have no neighbour of; `NO_CLUSTER` for none."""
+    if exclude != "cluster":
+        return np.full(len(document_ids), NO_CLUSTER)
+    return chunk_clusters(storage, files, document_ids)
 
 
 def sample_path(book: ReceiptBook) -> str:
@@ -133,8 +148,11 @@ class ExactOfShard(_BookDoFn):
     def process(self, task: Task) -> Iterator[Any]:
         try:
             sample = self._queries()
-            chunk_ids, vectors = indexed_part(self._book.storage, task.payload)
-            yield exact_top(sample.vectors, sample.exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric)
+            storage, files = self._book.storage, task.payload
+            chunk_ids, vectors = indexed_part(storage, files)
+            documents = StoredDocuments(storage, {task.number: files.chunks})
+            exclusion = sample.exclusion(StoredClusters(documents, {task.number: files.documents}))
+            yield exact_top(sample.vectors, exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric)
         except Exception as error:
             raise TaskFailedError(self._book.stage, task.number, error) from error
 
@@ -196,6 +214,7 @@ class _Searching(beam.DoFn):
         )
         self._documents = StoredDocuments(storage, settings.chunks)
         self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
+        self._clusters = StoredClusters(self._documents, settings.documents)
 
     def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
         return find_neighbours(
@@ -219,7 +238,7 @@ class TryNprobe(_Searching):
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
-            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion)
+            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters))
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number
@@ -242,6 +261,9 @@ class SearchShard(_Searching):
         storage = self._book.storage
         chunk_ids, document_ids = chunk_columns(storage, files)
         exclusion = Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude)
+        clusters = query_clusters(storage, files, document_ids, self._settings.exclude)
+        if (clusters != NO_CLUSTER).any():
+            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
         found = self._find(chunk_ids, vectors_of(storage, files, len(chunk_ids)), exclusion)
         committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
         counts = {

@@ -90,7 +90,8 @@ def _all_parts(
 ) -> dict[str, dict[str, Any]]:
     tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
     parts = {"corpus": stages.corpus_parts(scans, config, layout.shard_bytes)}
-    parts["chunk"] = stages.chunk_parts(fingerprint(parts["corpus"]), config, tokenizer)
+    parts["dedup"] = stages.dedup_parts(fingerprint(parts["corpus"]), config)
+    parts["chunk"] = stages.chunk_parts(fingerprint(parts["dedup"]), config, tokenizer)
     parts["embed"] = stages.embed_parts(parts["chunk"], encoder)
     parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, choice)
     parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, choice)

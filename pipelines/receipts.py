@@ -36,15 +36,21 @@ class Receipt:
 
 @dataclass(frozen=True)
 class ReceiptBook:
-    """The receipts of one stage under one fingerprint: other settings have other receipts."""
+    """The receipts of one stage under one fingerprint: other settings have other receipts.
+
+    ``step`` names a part of a stage that counts its tasks by itself.
+    """
 
     storage: Storage
     stage: str
     fingerprint: str
+    step: str = ""
 
     @property
     def folder(self) -> str:
-        return f"{WORK_FOLDER}/{self.stage}-{self.fingerprint[:16]}"
+        """Where the receipts lie, and what the steps of a stage leave for each other."""
+        folder = f"{WORK_FOLDER}/{self.stage}-{self.fingerprint[:16]}"
+        return f"{folder}/{self.step}" if self.step else folder
 
     def path(self, number: int) -> str:
         return f"{self.folder}/{number:05d}.json"

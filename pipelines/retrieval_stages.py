@@ -184,6 +184,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
     manifest = builder.manifest
     return SearchSettings(
         index=tuple(IndexFile(s.path, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
+        documents={shard.number: shard.path for shard in manifest.shards("documents")},
         chunks={shard.number: shard.path for shard in manifest.shards("chunks")},
         embeddings={shard.number: shard.path for shard in manifest.shards("embeddings")},
         dimension=manifest.fingerprints["encoder"]["dimension"],

@@ -6,6 +6,7 @@ import numpy as np
 
 from retrodb.errors import DamagedError
 from retrodb.manifest import Manifest
+from retrodb.neighbours import clusters_of
 from retrodb.storage import Storage
 
 
@@ -47,6 +48,12 @@ def validation_chunks(storage: Storage, files: ShardFiles, document_ids: np.ndar
     documents = storage.read_table(files.documents, ["document_id", "split"])
     is_validation = np.array(documents["split"].to_pylist(), dtype=object) == "validation"
     return np.isin(document_ids, documents["document_id"].to_numpy()[is_validation])
+
+
+def chunk_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray) -> np.ndarray:
+    """int64 [n]: the near-duplicate cluster of each chunk's document, `NO_CLUSTER` where it has none."""
+    documents = storage.read_table(files.documents, ["document_id", "cluster_id"])
+    return clusters_of(documents)[np.searchsorted(documents["document_id"].to_numpy(), document_ids)]
 
 
 def vectors_of(storage: Storage, files: ShardFiles, n_chunks: int) -> np.ndarray:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from retrodb.config import BuildConfig
-from retrodb.corpus import ScannedFile
+from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice
 from retrodb.manifest import STAGES, Manifest, fingerprint
 
 STAGE_TABLES: Final = {
     "corpus": ("documents", "quarantine"),
+    "dedup": ("duplicates",),
     "chunk": ("chunks",),
     "embed": ("embeddings",),
     "index": ("index",),
@@ -26,6 +27,7 @@ STAGE_TABLES: Final = {
 
 UPSTREAM: Final = {
     "corpus": "the documents",
+    "documents": "the documents that are kept",
     "chunks": "the chunks",
     "embeddings": "the embeddings",
     "index": "the index",
@@ -54,21 +56,32 @@ class TokenizerIdentity:
 
 def corpus_parts(files: Sequence[ScannedFile], config: BuildConfig, shard_bytes: int) -> dict[str, Any]:
     """By content: a touched or copied-over file of the same bytes changes nothing. ``shard_bytes`` is the plan's."""
-    return {
+    parts = {
         "code": _CODE["corpus"],
-        "inputs": {file.url: file.sha256 for file in files},
+        "inputs": {file.url: file.sha256 for file in files if file.split == TRAIN},
         "text_field": config.text_field,
         "id_field": config.id_field,
         "title_field": config.title_field,
         "shard_bytes": shard_bytes,
     }
+    if held_out := {file.url: file.sha256 for file in files if file.split == VALIDATION}:
+        parts["validation"] = held_out
+    if config.validation_fraction:
+        parts |= {"validation_fraction": config.validation_fraction, "seed": config.seed}
+    return parts
 
 
-def chunk_parts(corpus: str, config: BuildConfig, tokenizer: str) -> dict[str, Any]:
+def dedup_parts(corpus: str, config: BuildConfig) -> dict[str, Any]:
+    """``decontaminate`` matters only beside validation documents."""
+    parts = {"code": _CODE["dedup"], "corpus": corpus, "dedup": config.dedup}
+    return {**parts, "decontaminate": config.decontaminate} if config.has_validation else parts
+
+
+def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str) -> dict[str, Any]:
     """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide)."""
     return {
         "code": _CODE["chunk"],
-        "corpus": corpus,
+        "documents": dedup,
         "tokenizer": tokenizer,
         "chunk_tokens": config.chunk_tokens,
         "text": config.text,
@@ -139,8 +152,8 @@ def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> lis
         old, new = state.made_from.get(name), parts.get(name)
         if old == new:
             continue
-        if name == "inputs":
-            changes += _input_changes(old or {}, new or {})
+        if name in ("inputs", "validation"):
+            changes += _input_changes(old or {}, new or {}, "input" if name == "inputs" else "validation input")
         elif name == "code":
             changes.append("made by an earlier version of this stage")
         elif name in UPSTREAM:
@@ -150,11 +163,11 @@ def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> lis
     return changes
 
 
-def _input_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+def _input_changes(old: Mapping[str, str], new: Mapping[str, str], kind: str) -> list[str]:
     groups = {
-        "new input": sorted(set(new) - set(old)),
-        "input gone": sorted(set(old) - set(new)),
-        "input changed": sorted(url for url in set(old) & set(new) if old[url] != new[url]),
+        f"new {kind}": sorted(set(new) - set(old)),
+        f"{kind} gone": sorted(set(old) - set(new)),
+        f"{kind} changed": sorted(url for url in set(old) & set(new) if old[url] != new[url]),
     }
     return [f"{what}: {_several(urls)}" for what, urls in groups.items() if urls]
 

@@ -59,13 +59,15 @@ def original_error(text: str) -> errors.RetrodbError | None:
 class Task:
     """One shard's worth of work: ``number`` names it, ``payload`` is a small frozen dataclass the stage knows.
 
-    ``numbers`` are the shards whose receipts the task writes; more than one where a stream gives several.
+    ``numbers`` are the shards whose receipts the task writes; more than one where a stream gives several. ``width`` is
+    how many workers can share it, where the pipeline cuts it further.
     """
 
     number: int
     payload: Any
     numbers: tuple[int, ...] = ()
     weight: int = 1
+    width: int = 1
 
     @property
     def receipts(self) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ class Task:
         """This task for the wanted receipts alone, or None where it gives none of them."""
         numbers = tuple(number for number in self.receipts if number in wanted)
         weight = max(1, self.weight * len(numbers) // len(self.receipts))
-        return Task(self.number, self.payload, numbers, weight) if numbers else None
+        return Task(self.number, self.payload, numbers, weight, self.width) if numbers else None
 
 
 class DoTasks(beam.DoFn):

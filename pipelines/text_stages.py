@@ -1,6 +1,7 @@
 """The stages from raw files to vectors: what each is made from, its tasks, and what is recorded of it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -8,12 +9,13 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
+from retrodb.pipelines.dedup_stage import dedup_parts, documents_are_finished, read_fingerprint
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
-from retrodb.corpus import FieldNames, Plan, ScannedFile, plan, read_split
+from retrodb.corpus import FieldNames, FractionSplit, Plan, ScannedFile, all_train, plan, read_split
 from retrodb.errors import InputError
 from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, fingerprint
 
@@ -30,6 +32,8 @@ def build_corpus(builder: Builder) -> None:
     layout = plan(scans, config.shard_bytes)
     parts = stages.corpus_parts(scans, config, layout.shard_bytes)
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
+    split_of = FractionSplit(config.validation_fraction, config.seed) if config.validation_fraction else all_train
+    unread_for_dedup(builder, parts)
     current = builder.is_current("corpus", parts)
     if not current and builder.manifest.tables:
         refuse_useless(layout, fields)
@@ -40,10 +44,10 @@ def build_corpus(builder: Builder) -> None:
             parts=parts,
             tasks=read_tasks(layout.splits),
             damaged=damaged,
-            pipeline=lambda pipeline, book, tasks: corpus_pipeline(pipeline, book, tasks, fields),
+            pipeline=lambda pipeline, book, tasks: corpus_pipeline(pipeline, book, tasks, fields, split_of),
             unit="bytes",
             small=_SMALL_READ_BYTES,
-            rewritten_later=("documents",) if "chunk" in builder.manifest.stages else (),
+            rewritten_later=("documents",) if documents_are_finished(builder) else (),
         )
     )
     builder.damage.setdefault("chunks", set()).update(damaged)
@@ -52,8 +56,23 @@ def build_corpus(builder: Builder) -> None:
     counts = add_counts(receipts)
     refuse_empty(builder, receipts, counts)
     tables = shards_by_table(receipts, "documents", "quarantine")
-    builder.record("corpus", parts, tables, counts, {}, inputs=[scan.as_json() for scan in scans])
+    details = {"documents": read_fingerprint(tables["documents"])}
+    builder.record("corpus", parts, tables, counts, details, inputs=[scan.as_json() for scan in scans])
     builder.progress.end(describe_counts(counts))
+
+
+def unread_for_dedup(builder: Builder, parts: Mapping[str, Any]) -> None:
+    """Near-duplicates are found in the documents as they were read: where those are finished already, and other
+    duplicates are wanted, they are read again."""
+    wanted = dedup_parts(builder)
+    if (
+        builder.is_current("corpus", parts)
+        and documents_are_finished(builder)
+        and not builder.is_current("dedup", wanted)
+    ):
+        reasons = stages.why_rebuilt(builder.manifest, "dedup", wanted)
+        builder.progress.note(f"corpus: read again for other near-duplicates ({'; '.join(reasons)})")
+        builder.undo(stages.downstream("corpus"))
 
 
 def refuse_useless(layout: Plan, fields: FieldNames) -> None:
@@ -82,6 +101,8 @@ def _reasons(quarantine: pa.Table) -> list[str]:
 def describe_counts(counts: Mapping[str, int]) -> str:
     """``2,657 documents of 2,846, 187 empty, 2 quarantined``."""
     text = f"{counts['kept']:,} documents of {counts['in']:,}"
+    if counts.get("validation"):
+        text += f", {counts['validation']:,} of them for validation"
     for name, number in counts.items():
         if name.startswith("dropped.") and number:
             text += f", {number:,} {name.removeprefix('dropped.')}"
@@ -107,7 +128,7 @@ def scan_inputs(builder: Builder) -> list[ScannedFile]:
             small=_SMALL_SCAN_BYTES,
         )
         scans |= {file.url: ScannedFile.from_json(receipts[n].details) for n, file in enumerate(fresh)}
-    return [scans[file.url] for file in builder.inputs]
+    return [replace(scans[file.url], split=file.split) for file in builder.inputs]
 
 
 def damaged_documents(builder: Builder) -> set[int]:
@@ -116,16 +137,19 @@ def damaged_documents(builder: Builder) -> set[int]:
     A shard that the chunk stage, not yet done, has already finished is no damage; one whose chunks are to be made
     again, but whose text is not kept, has to be read again.
     """
+    everything = {shard.number for shard in builder.manifest.shards("documents")}
+    if builder.damage.get("duplicates"):
+        return everything  # found again, in the documents as they were read
     damaged = builder.damage.get("documents", set()) | builder.damage.get("quarantine", set())
     parts = chunk_stage_parts(builder)
     if builder.is_current("chunk", parts):
         if builder.config.text:
             return damaged
         if not is_stored(builder, builder.book("chunk", parts)):
-            return {shard.number for shard in builder.manifest.shards("documents")}
+            return everything
         return damaged | builder.damage.get("chunks", set())
     if "chunk" in builder.manifest.stages and not builder.manifest.config.get("text", True):
-        return {shard.number for shard in builder.manifest.shards("documents")}
+        return everything
     return damaged - set(builder.book("chunk", parts).read_all(damaged))
 
 
@@ -163,10 +187,10 @@ def _remove(builder: Builder, shards: list[Shard]) -> None:
 
 def chunk_stage_parts(builder: Builder) -> dict[str, Any]:
     """What the chunk stage would be made from now."""
-    corpus = builder.manifest.stages.get("corpus")
+    dedup = builder.manifest.stages.get("dedup")
     tokenizer = builder.ingredients.tokenizer
     name = tokenizer.fingerprint if tokenizer else builder.config.tokenizer
-    return stages.chunk_parts(corpus.fingerprint if corpus else "", builder.config, name)
+    return stages.chunk_parts(dedup.fingerprint if dedup else "", builder.config, name)
 
 
 def chunk_settings(builder: Builder) -> ChunkSettings:
@@ -189,7 +213,7 @@ def build_chunks(builder: Builder) -> None:
         StageWork(
             stage="chunk",
             parts=parts,
-            tasks=chunk_tasks(builder.manifest.shards("documents")),
+            tasks=chunk_tasks(builder.manifest.shards("documents"), builder.manifest.shards("duplicates")),
             damaged=builder.damage.get("chunks", set()),
             pipeline=lambda pipeline, book, tasks: chunk_pipeline(pipeline, book, tasks, settings),
             unit="bytes",

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+import pyarrow.compute as pc
 from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.chunk import chunk_inputs, kept_documents
 from retrodb.pipelines.ingredients import tokenizer_identity
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking.tokenizer import tokenizer_from_json, train_tokenizer
+from retrodb.corpus import TRAIN
 from retrodb.manifest import TRAINED_TOKENIZER
 
 _SAMPLE_CHARACTERS: Final = 32 << 20
@@ -54,13 +57,18 @@ def is_stored(builder: Builder, chunk: ReceiptBook) -> bool:
 
 
 def sample_texts(builder: Builder) -> Iterator[str]:
-    """Documents in a seeded random order of shards, and of documents in each, up to a bounded amount of text."""
+    """Training documents in a seeded random order of shards, and of documents in each, up to a bounded amount of text.
+
+    Those that are removed are left out, whether they are there still or not: learnt again, it is the same tokenizer.
+    """
     generator = np.random.default_rng(builder.config.seed)
     shards = builder.manifest.shards("documents")
+    inputs = chunk_inputs(shards, builder.manifest.shards("duplicates"))
     room = _SAMPLE_CHARACTERS
     share = max(1, room // max(1, min(len(shards), 64)))
     for at in generator.permutation(len(shards)):
-        texts = builder.storage.read_table(shards[at].path, ["text"])["text"]
+        documents = kept_documents(builder.storage, inputs[shards[at].number])
+        texts = documents.filter(pc.equal(documents["split"], TRAIN))["text"]
         left = min(share, room)
         for row in generator.permutation(len(texts)):
             if left <= 0:

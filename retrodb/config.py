@@ -31,6 +31,8 @@ _UNITS: Final = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 _MINIMUM_TRAINED_VOCABULARY: Final = 256
 
+_SWITCHES: Final = ("no_text", "decontaminate")
+
 DEFAULT_MEMORY: Final = 16 * 10**9
 """Fixed, not this machine's: the same corpus gets the same index key everywhere."""
 
@@ -62,6 +64,10 @@ class BuildConfig(BaseModel):
     text_field: str | None = None
     id_field: str | None = None
     title_field: str | None = None
+    validation: tuple[str, ...] = ()
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dedup: Literal["keep", "drop", "off"] = "keep"
+    decontaminate: bool = True
     text: bool = True
     shard_bytes: int | None = Field(default=None, ge=1024)
     tokenizer: str = Field(default=DEFAULT_TOKENIZER, min_length=1)
@@ -82,6 +88,11 @@ class BuildConfig(BaseModel):
     @classmethod
     def _size(cls, value: Any) -> Any:
         return parse_size(value) if isinstance(value, str) else value
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("tokenizer")
     @classmethod
@@ -104,9 +115,21 @@ class BuildConfig(BaseModel):
                 f"training-neighbours {self.training_neighbours} is more than neighbours {self.neighbours}, "
                 "the number kept per chunk"
             )
-        if self.exclude == "cluster":
-            raise ValueError("exclude cluster needs near-duplicate clusters, which this version does not compute yet")
+        if self.validation and self.validation_fraction:
+            raise ValueError("give validation inputs or a validation-fraction of the others, not both")
+        if self.dedup == "off" and self.exclude == "cluster":
+            raise ValueError("exclude cluster needs near-duplicate clusters: give dedup keep or drop, not off")
+        if self.dedup == "off" and self.decontaminate and self.has_validation:
+            raise ValueError(
+                "dedup off finds no near-duplicates of the validation documents: "
+                "give dedup keep or drop, or no-decontaminate"
+            )
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether some documents are set apart for validation."""
+        return bool(self.validation or self.validation_fraction)
 
     @property
     def memory_bytes(self) -> int:
@@ -158,8 +181,8 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
         known = ", ".join(name.replace("_", "-") for name in names)
         raise InputError(f"the config file holds unknown settings {unknown}. Known: {known}.")
     for name, value in file_settings.items():
-        if isinstance(value, bool) != (name == "no_text"):
-            takes = "takes true or false alone" if name == "no_text" else "does not take true or false"
+        if isinstance(value, bool) != (name in _SWITCHES):
+            takes = "takes true or false alone" if name in _SWITCHES else "does not take true or false"
             raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; this setting {takes}.")
     try:
         return _validated({**file_settings, **flags})

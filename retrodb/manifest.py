@@ -16,12 +16,13 @@ from retrodb.storage import Committed, Storage, checked_relative
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT_NAME: Final = "retrodb"
-TABLES: Final = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training")
-STAGES: Final = ("corpus", "chunk", "embed", "index", "neighbours", "training")
+TABLES: Final = ("documents", "quarantine", "duplicates", "chunks", "embeddings", "index", "neighbours", "training")
+STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training")
 """In the order of the data flow; each depends on those before it (see `retrodb.pipelines.stages`)."""
 TRAINED_TOKENIZER: Final = "tokenizer.json"
 """A tokenizer learnt by the build itself."""
 RECALL_REPORT: Final = "reports/recall.json"
+DEDUP_REPORT: Final = "reports/dedup.json"
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"

@@ -95,6 +95,23 @@ def quarantine() -> pa.Schema:
     )
 
 
+def duplicates() -> pa.Schema:
+    """One row a document that has near-duplicates, kept or removed."""
+    return _schema(
+        "duplicates",
+        [
+            ("row", pa.int32(), "its place among the documents of its shard as they were read"),
+            ("document_id", pa.int64(), "its id; null where it was removed"),
+            ("cluster_id", pa.int64(), "its near-duplicate cluster: the id of the first document of it that was kept"),
+            ("cluster_kept", pa.int64(), "documents of the cluster that were kept"),
+            ("removed", pa.string(), "near_duplicate, validation_duplicate; null where it was kept"),
+            ("key", pa.string(), "as in documents"),
+            ("source", pa.string(), "as in documents"),
+            ("content_hash", pa.binary(CONTENT_HASH_BYTES), "as in documents"),
+        ],
+    )
+
+
 def training(sequence_tokens: int, chunk_tokens: int, neighbours: int, token_type: str) -> pa.Schema:
     """One row a sequence of n = ``sequence_tokens`` tokens: n/m chunks with k' = ``neighbours`` neighbours each."""
     slots = sequence_tokens // chunk_tokens

@@ -12,6 +12,7 @@ _TITLES = {
     "neighbours": schemas.neighbours(20),
     "training": schemas.training(2048, 64, 2, "uint16"),
     "quarantine": schemas.quarantine(),
+    "duplicates": schemas.duplicates(),
 }
 
 

@@ -1,6 +1,7 @@
 """``retrodb build``: the whole way, or the rest of it, or nothing."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -20,6 +21,20 @@ def build(
     text_field: Annotated[Text, typer.Option(help="Field with the text. [guessed: text, content, body, ...]")] = None,
     id_field: Annotated[Text, typer.Option(help="Field with the record's id. [guessed: id, _id, key, ...]")] = None,
     title_field: Annotated[Text, typer.Option(help="Field with the title. [guessed: title, headline, name]")] = None,
+    validation: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Validation documents: queries, never neighbours; may be given again. [none]"),
+    ] = None,
+    validation_fraction: Annotated[
+        Number, typer.Option(metavar="<float>", help="Share of INPUT's documents set apart for validation. [0]")
+    ] = None,
+    dedup: Annotated[
+        Text, typer.Option(help="Near-duplicate documents: keep (told by cluster_id), drop all but one, off. [keep]")
+    ] = None,
+    decontaminate: Annotated[
+        Optional[bool],
+        typer.Option(help="Remove training documents that are near-duplicates of validation ones. [yes]"),
+    ] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not keep the documents' text.")] = False,
     encoder: Annotated[Text, typer.Option(help="Embedded default, folder, or hub name. [all-MiniLM-L6-v2]")] = None,
     tokenizer: Annotated[
@@ -47,7 +62,9 @@ def build(
     workers: Annotated[Number, typer.Option(metavar="<int>", help="Worker processes. [the cores]")] = None,
     runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
     seed: Annotated[Number, typer.Option(metavar="<int>", help="Seed of every random choice. [0]")] = None,
-    until: Annotated[Text, typer.Option(help="Last stage: corpus, chunk, embed, index, neighbours, training.")] = None,
+    until: Annotated[
+        Text, typer.Option(help="Last stage: corpus, dedup, chunk, embed, index, neighbours, training.")
+    ] = None,
     shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")] = False,
@@ -60,6 +77,10 @@ def build(
         "text_field": text_field,
         "id_field": id_field,
         "title_field": title_field,
+        "validation": validation or None,
+        "validation_fraction": validation_fraction,
+        "dedup": dedup,
+        "decontaminate": decontaminate,
         "no_text": no_text or None,
         "encoder": encoder,
         "tokenizer": tokenizer,
@@ -83,19 +104,19 @@ def build(
     given = {name: value for name, value in flags.items() if value is not None}
     settings, run = make_config(read_config_file(config) if config else {}, given)
     storage = Storage(out)
-    listing = _list_inputs(inputs, storage)
+    listing = _list_inputs(inputs, settings.validation, storage)
     if dry_run:
         _dry_run(listing, storage, settings, run, as_json)
         return
     _build(listing, storage, settings, run, as_json)
 
 
-def _list_inputs(inputs: list[str], storage: Any) -> Any:
+def _list_inputs(inputs: list[str], validation: Sequence[str], storage: Any) -> Any:
     """The input files; those of the database itself, where it lies inside an input folder, are none."""
-    from retrodb.corpus import Listing, expand_inputs  # noqa: PLC0415
+    from retrodb.corpus import Listing, expand_inputs, with_validation  # noqa: PLC0415
     from retrodb.errors import InputError  # noqa: PLC0415
 
-    listing = expand_inputs(inputs)
+    listing = with_validation(expand_inputs(inputs), validation)
     files = tuple(file for file in listing.files if not f"{file.url}/".startswith(f"{storage.url}/"))
     if not files:
         raise InputError(f"all inputs lie inside --out {storage.url}; name another folder for the database.")

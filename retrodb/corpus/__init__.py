@@ -23,16 +23,19 @@ Nothing here knows of Beam or of databases.
             print(shard.number, shard.documents.num_rows, shard.counts)
 """
 
-from retrodb.corpus.listing import InputFile, Listing, expand_inputs
+from retrodb.corpus.listing import TRAIN, VALIDATION, InputFile, Listing, expand_inputs, with_validation
 from retrodb.corpus.records import Document, Dropped, FieldNames, Outcome, Quarantined
 from retrodb.corpus.scan import RowGroup, ScannedFile, scan_file
 from retrodb.corpus.splits import Plan, Segment, ShardPlan, Split, default_shard_bytes, plan
-from retrodb.corpus.tables import ShardOutput, SplitOf, all_train, read_split
+from retrodb.corpus.tables import FractionSplit, ShardOutput, SplitOf, all_train, read_split
 
 __all__ = [
+    "TRAIN",
+    "VALIDATION",
     "Document",
     "Dropped",
     "FieldNames",
+    "FractionSplit",
     "InputFile",
     "Listing",
     "Outcome",
@@ -51,4 +54,5 @@ __all__ = [
     "plan",
     "read_split",
     "scan_file",
+    "with_validation",
 ]

@@ -5,13 +5,14 @@ import os
 import re
 import stat as stat_modes
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from fsspec import AbstractFileSystem
 
 from retrodb.corpus.source import is_local
 from retrodb.errors import InputError
+from retrodb.schemas import SPLITS
 from retrodb.storage import absolute_url, filesystem_of
 
 Format = Literal["jsonl", "parquet", "text"]
@@ -26,6 +27,8 @@ EXTENSIONS: Final[dict[str, Format]] = {
     ".md": "text",
 }
 COMPRESSED_EXTENSIONS: Final = (".gz", ".zst", ".zstd")
+
+TRAIN, VALIDATION = SPLITS
 
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 _IDENTITY_KEYS: Final = (
@@ -44,12 +47,14 @@ class InputFile:
         size: bytes as they lie there; -1 where the filesystem does not say.
         stamp: cheap identity: it changes when the file is written. Empty where the filesystem offers nothing that
             would; such a file must be scanned again.
+        split: what its documents are for: ``train`` or ``validation``.
     """
 
     url: str
     format: Format
     size: int
     stamp: str
+    split: str = TRAIN
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,27 @@ def expand_inputs(inputs: Sequence[str]) -> Listing:
     if all(file.size == 0 for file in files):
         raise InputError(f"every input file is empty (zero bytes): {', '.join(file.url for file in files[:5])}.")
     return Listing(files, len(found.skipped - found.files.keys()))
+
+
+def with_validation(inputs: Listing, validation: Sequence[str]) -> Listing:
+    """``inputs`` and, after them, the files that ``validation`` names, of the validation split.
+
+    A file that both name is a validation file: so a held-out part may lie in the folder of the whole.
+
+    Raises:
+        InputError: as `expand_inputs` does; or every input is a validation file.
+    """
+    if not validation:
+        return inputs
+    found = expand_inputs(validation)
+    held_out = {file.url for file in found.files}
+    files = [file for file in inputs.files if file.url not in held_out]
+    if not files:
+        raise InputError(
+            f"every input is a --validation input as well ({', '.join(sorted(held_out)[:3])}): "
+            "nothing is left to retrieve from."
+        )
+    return Listing((*files, *(replace(file, split=VALIDATION) for file in found.files)), inputs.skipped + found.skipped)
 
 
 def _known() -> str:

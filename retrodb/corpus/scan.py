@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from retrodb.corpus.compression import MAGIC_BYTES, Compression, TornStream, detect, read_blocks
-from retrodb.corpus.listing import Format, InputFile
+from retrodb.corpus.listing import TRAIN, Format, InputFile
 from retrodb.corpus.parquet import BrokenParquet, open_parquet
 from retrodb.corpus.source import READ_BYTES, open_raw
 from retrodb.errors import InputError
@@ -39,6 +39,7 @@ class ScannedFile:
         row_groups: of a Parquet file, in order.
         damage: why the file cannot be read to its end (torn stream, no Parquet), else None. What can be read of it is
             read; the rest becomes one quarantined record.
+        split: as listed.
     """
 
     url: str
@@ -50,6 +51,7 @@ class ScannedFile:
     length: int
     row_groups: tuple[RowGroup, ...] = ()
     damage: str | None = None
+    split: str = TRAIN
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; row groups as ``[rows, bytes]``."""
@@ -89,7 +91,18 @@ def scan_file(file: InputFile) -> ScannedFile:
     groups: tuple[RowGroup, ...] = ()
     if file.format == "parquet" and damage is None:
         groups, damage = _row_groups(file.url, compression, size)
-    return ScannedFile(file.url, file.format, compression, size, file.stamp, digest.hexdigest(), length, groups, damage)
+    return ScannedFile(
+        url=file.url,
+        format=file.format,
+        compression=compression,
+        size=size,
+        stamp=file.stamp,
+        sha256=digest.hexdigest(),
+        length=length,
+        row_groups=groups,
+        damage=damage,
+        split=file.split,
+    )
 
 
 def _row_groups(url: str, compression: Compression | None, size: int) -> tuple[tuple[RowGroup, ...], str | None]:

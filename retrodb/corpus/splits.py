@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from retrodb.corpus.compression import Compression
-from retrodb.corpus.listing import Format
+from retrodb.corpus.listing import TRAIN, VALIDATION, Format
 from retrodb.corpus.scan import RowGroup, ScannedFile
 from retrodb.errors import InputError
 
@@ -44,11 +44,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into document shard ``number``, in order; about ``bytes`` decompressed bytes."""
+    """What goes into document shard ``number``, in order; about ``bytes`` decompressed bytes.
+
+    ``split`` is that of its files, which are of one split all.
+    """
 
     number: int
     segments: tuple[Segment, ...]
     bytes: int
+    split: str = TRAIN
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,12 @@ class Split:
         """The inverse of `as_json`. Raises KeyError or TypeError where it is not one."""
         return Split(
             tuple(
-                ShardPlan(shard["number"], tuple(Segment(**segment) for segment in shard["segments"]), shard["bytes"])
+                ShardPlan(
+                    shard["number"],
+                    tuple(Segment(**segment) for segment in shard["segments"]),
+                    shard["bytes"],
+                    shard["split"],
+                )
                 for shard in data["shards"]
             )
         )
@@ -110,23 +119,23 @@ def default_shard_bytes(total: int) -> int:
 def plan(files: Sequence[ScannedFile], shard_bytes: int | None = None) -> Plan:
     """Lay ``files`` out, in the order given, over shards of about ``shard_bytes`` (None: `default_shard_bytes`).
 
+    Training files come first, and set the default size: a validation corpus beside them moves none of their shards.
+
     Raises:
         InputError: ``shard_bytes`` is not positive.
     """
     if shard_bytes is not None and shard_bytes < 1:
         raise InputError(f"the size of a document shard is {shard_bytes} bytes: it must be at least 1.")
-    weights = [_weight(file) for file in files]
-    target = default_shard_bytes(sum(weights)) if shard_bytes is None else shard_bytes
+    training = [file for file in files if file.split == TRAIN]
+    target = default_shard_bytes(sum(map(_weight, training))) if shard_bytes is None else shard_bytes
     layout = _Layout(target)
-    for file, weight in zip(files, weights, strict=True):
-        if file.format == "jsonl" and file.size == 0:
-            continue
-        if weight <= target or file.format == "text" or (file.format == "parquet" and not file.row_groups):
-            layout.pack(_segment(file), weight)
-        else:
-            layout.close()
-            for parts in _cut_lines(file, target) if file.format == "jsonl" else _cut_rows(file, target):
-                layout.add([([_segment(file, start, end)], size) for start, end, size in parts])
+    for file in training:
+        layout.place(file)
+    layout.close()
+    layout.split = VALIDATION
+    for file in files:
+        if file.split == VALIDATION:
+            layout.place(file)
     layout.close()
     return Plan(tuple(layout.splits), target)
 
@@ -140,10 +149,23 @@ class _Layout:
     """Collects splits, numbering their shards."""
 
     target: int
+    split: str = TRAIN
     splits: list[Split] = field(default_factory=list)
     _number: int = 0
     _packed: list[Segment] = field(default_factory=list)
     _packed_bytes: int = 0
+
+    def place(self, file: ScannedFile) -> None:
+        """Pack a file with others, or cut it."""
+        if file.format == "jsonl" and file.size == 0:
+            return
+        weight = _weight(file)
+        if weight <= self.target or file.format == "text" or (file.format == "parquet" and not file.row_groups):
+            self.pack(_segment(file), weight)
+        else:
+            self.close()
+            for parts in _cut_lines(file, self.target) if file.format == "jsonl" else _cut_rows(file, self.target):
+                self.add([([_segment(file, start, end)], size) for start, end, size in parts])
 
     def pack(self, segment: Segment, size: int) -> None:
         """Put a whole file with its neighbours into one shard, as long as they fit."""
@@ -160,7 +182,9 @@ class _Layout:
 
     def add(self, shards: list[tuple[list[Segment], int]]) -> None:
         """One split."""
-        plans = [ShardPlan(self._number + row, tuple(parts), size) for row, (parts, size) in enumerate(shards)]
+        plans = [
+            ShardPlan(self._number + row, tuple(parts), size, self.split) for row, (parts, size) in enumerate(shards)
+        ]
         self._number += len(plans)
         self.splits.append(Split(tuple(plans)))
 

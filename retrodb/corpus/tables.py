@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from retrodb import schemas
+from retrodb.corpus.listing import TRAIN, VALIDATION
 from retrodb.corpus.readers import SegmentReader
 from retrodb.corpus.records import RULES, Document, Dropped, FieldNames, Outcome, Quarantined
 from retrodb.corpus.splits import ShardPlan, Split
 
-SplitOf = Callable[[str, bytes], str]
-"""Names the split (`retrodb.schemas.SPLITS`) of a document by its key and content hash."""
+SplitOf = Callable[[bytes], str]
+"""Names the split (`retrodb.schemas.SPLITS`) of a document by its content hash."""
 
 _BATCH_BYTES: Final = 16 << 20
 _ROW_BYTES: Final = 512  # what a row's Python objects take besides their data
@@ -34,7 +35,7 @@ class ShardOutput:
         documents: table of schema `retrodb.schemas.documents`; ``n_chunks`` and ``cluster_id`` are null.
         quarantine: table of schema `retrodb.schemas.quarantine`.
         counts: ``in``, ``kept``, ``quarantined`` and ``dropped.<rule>`` for every rule;
-            in = kept + quarantined + the sum of dropped.
+            in = kept + quarantined + the sum of dropped. ``validation`` of the kept are of that split.
     """
 
     number: int
@@ -43,9 +44,29 @@ class ShardOutput:
     counts: dict[str, int]
 
 
-def all_train(key: str, content_hash: bytes) -> str:
-    """The `SplitOf` of a build without validation documents."""
-    return "train"
+def all_train(content_hash: bytes) -> str:
+    """The `SplitOf` of a build that sets no documents apart."""
+    return TRAIN
+
+
+def all_validation(content_hash: bytes) -> str:
+    """The `SplitOf` of validation files."""
+    return VALIDATION
+
+
+@dataclass(frozen=True)
+class FractionSplit:
+    """The `SplitOf` that sets a seeded random ``fraction`` of the documents apart for validation.
+
+    By content, so that equal documents share a split, and neither the order of the inputs nor others matter.
+    """
+
+    fraction: float
+    seed: int
+
+    def __call__(self, content_hash: bytes) -> str:
+        drawn = hashlib.sha256(self.seed.to_bytes(8, "little") + content_hash).digest()
+        return VALIDATION if int.from_bytes(drawn[:8], "little") < self.fraction * 2**64 else TRAIN
 
 
 def read_split(
@@ -69,7 +90,7 @@ def read_split(
 
 
 def _read_shard(shard: ShardPlan, reader: SegmentReader, split_of: SplitOf) -> ShardOutput:
-    rows = _Rows(shard.number, split_of)
+    rows = _Rows(shard.number, all_validation if shard.split == VALIDATION else split_of)
     for segment in shard.segments:
         for outcome in reader.read(segment):
             rows.add(segment.url, outcome)
@@ -119,7 +140,9 @@ class _Rows:
     number: int
     split_of: SplitOf
     counts: dict[str, int] = field(
-        default_factory=lambda: {"in": 0, "kept": 0, "quarantined": 0, **{f"dropped.{rule}": 0 for rule in RULES}}
+        default_factory=lambda: dict.fromkeys(
+            ("in", "kept", "validation", "quarantined", *(f"dropped.{rule}" for rule in RULES)), 0
+        )
     )
     _documents: "_Batches" = field(default_factory=lambda: _Batches(schemas.documents()))
     _quarantine: "_Batches" = field(default_factory=lambda: _Batches(schemas.quarantine()))
@@ -138,6 +161,8 @@ class _Rows:
     def _add_document(self, source: str, document: Document) -> None:
         key, title, text, metadata = document
         content_hash = hashlib.sha256(text).digest()
+        split = self.split_of(content_hash)
+        self.counts["validation"] += split == VALIDATION
         row = (
             (self.number << schemas.ID_SHIFT) + self.counts["kept"],
             key,
@@ -148,7 +173,7 @@ class _Rows:
             content_hash,
             metadata,
             None,  # cluster_id
-            self.split_of(key, content_hash),
+            split,
         )
         self._documents.add(row, len(text) + len(key) + len(title or b"") + len(metadata or b""))
 

@@ -10,22 +10,45 @@ the k-th can have been left out, or the index is exhausted; then the row says ho
 merges. `Neighbours` holds the result as arrays; `to_table` and `from_table` convert it to and from rows.
 """
 
-from retrodb.neighbours.exclusion import Exclude, ExcludedPairs, Exclusion, document_ranges
+from retrodb.neighbours.exclusion import (
+    NO_CLUSTER,
+    ClusterSource,
+    Exclude,
+    ExcludedPairs,
+    Exclusion,
+    SameCluster,
+    document_ranges,
+)
 from retrodb.neighbours.select import Selection, find_neighbours, initial_candidates, pair_scores, rescore, select
-from retrodb.neighbours.sources import CandidateSource, DocumentSource, StoredDocuments, StoredVectors, VectorSource
+from retrodb.neighbours.sources import (
+    CandidateSource,
+    DocumentSource,
+    StoredClusters,
+    StoredDocuments,
+    StoredVectors,
+    VectorSource,
+    by_shard,
+    clusters_of,
+)
 from retrodb.neighbours.table import Neighbours, from_table, to_table
 
 __all__ = [
+    "NO_CLUSTER",
     "CandidateSource",
+    "ClusterSource",
     "DocumentSource",
     "Exclude",
     "ExcludedPairs",
     "Exclusion",
     "Neighbours",
+    "SameCluster",
     "Selection",
+    "StoredClusters",
     "StoredDocuments",
     "StoredVectors",
     "VectorSource",
+    "by_shard",
+    "clusters_of",
     "document_ranges",
     "find_neighbours",
     "from_table",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 
@@ -10,9 +10,38 @@ from retrodb.errors import DamagedError
 
 Exclude = Literal["document", "cluster", "none"]
 
+NO_CLUSTER: Final = np.iinfo(np.int64).min
+"""Stands for the null of a document that is a cluster of one."""
+
 ExcludedPairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """``hook(query rows int64 [p], candidate ids int64 [p]) -> bool [p]``, True where the pair is excluded: near-duplicate
 clusters, deleted documents. Rows number the queries of the `Exclusion` as it was made."""
+
+
+class ClusterSource(Protocol):
+    """Near-duplicate clusters by chunk id."""
+
+    def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n] for int64 [n] valid chunk ids; `NO_CLUSTER` where the document is a cluster of one."""
+
+
+@dataclass(frozen=True)
+class SameCluster:
+    """The hook of ``exclude cluster``: pairs whose documents are near-duplicates.
+
+    Attributes:
+        clusters: int64 [q], of the queries; `NO_CLUSTER` where there is none.
+        source: those of the candidates.
+    """
+
+    clusters: np.ndarray
+    source: ClusterSource
+
+    def __call__(self, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        own = self.clusters[rows]
+        same = own != NO_CLUSTER  # most documents are in none: nothing is looked up for them
+        same[same] = self.source.cluster_ids(candidates[same]) == own[same]
+        return same
 
 
 @dataclass(frozen=True)

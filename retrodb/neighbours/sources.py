@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
+from retrodb.neighbours.exclusion import NO_CLUSTER
 from retrodb.schemas import ID_SHIFT
 from retrodb.storage import Storage
 
@@ -131,6 +134,60 @@ class StoredDocuments:
 
     def __reduce__(self) -> tuple[object, ...]:
         return StoredDocuments, (self.storage, self.paths, self.cache_bytes)
+
+
+@dataclass
+class StoredClusters:
+    """`retrodb.neighbours.ClusterSource` over ``documents`` shards, keeping the columns of the last ones used.
+
+    Attributes:
+        documents: the document of each chunk.
+        paths: relative path of each document shard by its number.
+        cache_bytes: bound on the columns kept; at least one shard is.
+    """
+
+    documents: StoredDocuments
+    paths: Mapping[int, str]
+    cache_bytes: int = 32 << 20
+    _cache: "OrderedDict[int, tuple[np.ndarray, np.ndarray]]" = field(
+        default_factory=OrderedDict, init=False, repr=False
+    )
+
+    def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
+        """The near-duplicate cluster of each chunk's document, int64 [n]; `NO_CLUSTER` for a cluster of one.
+
+        Raises:
+            DamagedError: a chunk or its document does not exist.
+        """
+        return by_shard(self.documents.document_ids(ids), self._take, np.empty(0, np.int64))
+
+    def _take(self, shard: int, document_ids: np.ndarray) -> np.ndarray:
+        known, clusters = self._columns(shard)
+        rows = np.minimum(np.searchsorted(known, document_ids), len(known) - 1)
+        if not len(known) or (known[rows] != document_ids).any():
+            where = self.documents.storage.describe(self.paths[shard])
+            raise DamagedError(f"{where} lacks a document that its chunks name. Verify the database.")
+        return clusters[rows]
+
+    def _columns(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document ids, ascending, and their clusters."""
+        if shard in self._cache:
+            self._cache.move_to_end(shard)
+            return self._cache[shard]
+        path = _recorded(self.paths, shard, "document")
+        table = self.documents.storage.read_table(path, columns=["document_id", "cluster_id"])
+        self._cache[shard] = (table["document_id"].to_numpy(), clusters_of(table))
+        while len(self._cache) > 1 and sum(_nbytes(columns) for columns in self._cache.values()) > self.cache_bytes:
+            self._cache.popitem(last=False)
+        return self._cache[shard]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StoredClusters, (self.documents, self.paths, self.cache_bytes)
+
+
+def clusters_of(documents: pa.Table) -> np.ndarray:
+    """The ``cluster_id`` of a documents table, int64 [n], `NO_CLUSTER` where null."""
+    return pc.fill_null(documents["cluster_id"], pa.scalar(NO_CLUSTER, pa.int64())).to_numpy()
 
 
 def _recorded(paths: Mapping[int, str], shard: int, kind: str) -> str:

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrodb import schemas
+from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.errors import DamagedError
-from retrodb.manifest import MANIFEST_NAME, Shard
+from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
 from retrodb.quality.scene import Scene
 from retrodb.schemas import ID_SHIFT, SPLITS
 from retrodb.training.columns import lists, scalars
@@ -33,7 +34,11 @@ def check_schemas(scene: Scene) -> None:
 
 def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
     facts = scene.facts
-    found = {"documents": schemas.documents(), "quarantine": schemas.quarantine()}
+    found = {
+        "documents": schemas.documents(),
+        "quarantine": schemas.quarantine(),
+        "duplicates": schemas.duplicates(),
+    }
     if facts.chunk_tokens:
         found["chunks"] = schemas.chunks(facts.chunk_tokens, facts.token_type)
     if facts.k:
@@ -81,7 +86,8 @@ def check_counts(scene: Scene) -> None:
         kept, quarantined = counts.get("kept", 0), counts.get("quarantined", 0)
         dropped = sum(number for name, number in counts.items() if name.startswith("dropped."))
         same("documents kept, dropped and quarantined are not those in", kept + dropped + quarantined, counts.get("in"))
-        same("rows of documents, and documents kept, differ", manifest.rows("documents"), kept)
+        removed = removed_documents(manifest) if scene.done("chunk") else 0
+        same("rows of documents, and documents kept, differ", manifest.rows("documents"), kept - removed)
         same("rows of quarantine, and records quarantined, differ", manifest.rows("quarantine"), quarantined)
     if scene.done("chunk"):
         counted = manifest.stages["chunk"].counts.get("chunks")
@@ -91,6 +97,13 @@ def check_counts(scene: Scene) -> None:
         for shard in scene.shards(table):
             if shard.rows != rows.get(shard.number, shard.rows):
                 findings.add(shard.path, f"has {shard.rows:,} rows for {rows[shard.number]:,} chunks")
+
+
+def removed_documents(manifest: Manifest) -> int:
+    """How many documents the dedup stage removes."""
+    state = manifest.stages.get("dedup")
+    counts = state.counts if state is not None else {}
+    return sum(counts.get(f"dropped.{rule}", 0) for rule in DEDUP_RULES)
 
 
 # -- documents and quarantine ------------------------------------------------------------------------------------------

@@ -27,7 +27,12 @@ from retrodb.storage import TEMPORARY_PREFIX, Storage
 _THREADS: Final = 4
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MOST_ROWS: Final = 1 << 32
-_UPSTREAM: Final = {"chunk": {"corpus": "corpus"}, "index": {"embeddings": "embed"}, "neighbours": {"index": "index"}}
+_UPSTREAM: Final = {
+    "dedup": {"corpus": "corpus"},
+    "chunk": {"documents": "dedup"},
+    "index": {"embeddings": "embed"},
+    "neighbours": {"index": "index"},
+}
 """By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
 
 
@@ -103,7 +108,7 @@ def _check_numbers(manifest: Manifest, findings: Findings) -> None:
             findings.add(shard_path(table, number), "is not recorded, though there is such a shard of documents")
         for number in sorted(numbers - wanted):
             findings.add(shard_path(table, number), "is recorded, though there is no such shard of documents")
-    for shard in manifest.shards("quarantine"):
+    for shard in (*manifest.shards("quarantine"), *manifest.shards("duplicates")):
         if shard.number not in wanted:
             findings.add(shard.path, "is recorded, though there is no such shard of documents")
     if "index" in manifest.tables:

@@ -1,6 +1,7 @@
 """The neighbours table: no leak, an honest count, nothing that does not exist (invariants 1 and 2)."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,12 @@ import pyarrow.compute as pc
 from retrodb.errors import DamagedError
 from retrodb.index.engine import ascending
 from retrodb.manifest import TEMPLATE_NUMBER, Shard
-from retrodb.quality.scene import NO_CLUSTER, ChunkIds, Scene, grouped
+from retrodb.neighbours import NO_CLUSTER
+from retrodb.quality.scene import ChunkIds, Scene, grouped
 from retrodb.training.columns import scalars
+
+Members = Mapping[int, int]
+"""Chunks that may be neighbours, by near-duplicate cluster."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def read_rows(scene: Scene, shard: Shard) -> NeighbourRows:
 def check_neighbours(scene: Scene) -> None:
     """Every neighbours shard against its own chunks, and against the chunks it names."""
     indexed = _indexed_vectors(scene)
+    members = _members(scene) if scene.facts.exclude == "cluster" else {}
     for shard in scene.shards("neighbours"):
         with scene.examining(shard):
             own = scene.ids(shard.number)
@@ -66,7 +72,7 @@ def check_neighbours(scene: Scene) -> None:
             rows = read_rows(scene, shard)
             if _check_rows(scene, shard, rows):
                 _check_joins(scene, shard, rows, own)
-                _check_honest_count(scene, shard, rows, own, indexed)
+                _check_honest_count(scene, shard, rows, own, indexed, members)
             scene.findings.count("neighbours", int(np.count_nonzero(rows.present)))
 
 
@@ -142,20 +148,37 @@ def _indexed_vectors(scene: Scene) -> int | None:
     return sum(shard.rows for shard in shards) if whole and scene.done("index") else None
 
 
-def _check_honest_count(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None) -> None:
-    """Fewer than k neighbours only where there are no more (invariant 2); with clusters, at most that many."""
-    if indexed is None:
+def _members(scene: Scene) -> Members | None:
+    """How many chunks of each cluster may be neighbours; None where a shard of chunks or documents is damaged."""
+    counts: Counter[int] = Counter()
+    for shard in scene.manifest.shards("chunks"):
+        own = scene.ids(shard.number)
+        if own is None:
+            return None
+        clusters, numbers = np.unique(own.clusters[~own.validation], return_counts=True)
+        counts.update(dict(zip(clusters.tolist(), numbers.tolist(), strict=True)))
+    return counts
+
+
+def _check_honest_count(
+    scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None, members: Members | None
+) -> None:
+    """Fewer than k neighbours only where there are no more (invariant 2)."""
+    if indexed is None or members is None:
         return
     if scene.facts.exclude == "none":
         excluded = (~own.validation).astype(np.int64)
     else:
         _, document, sizes = np.unique(own.document_ids, return_inverse=True, return_counts=True)
         excluded = np.where(own.validation, 0, sizes[document])
+    if scene.facts.exclude == "cluster":
+        clusters, place = np.unique(own.clusters, return_inverse=True)
+        in_cluster = np.array([members.get(int(cluster), 0) for cluster in clusters], dtype=np.int64)
+        excluded = np.where(own.clusters == NO_CLUSTER, excluded, in_cluster[place])
     allowed = np.minimum(rows.ids.shape[1], indexed - excluded)
-    wrong = rows.n_valid > allowed if scene.facts.exclude == "cluster" else rows.n_valid != allowed
     scene.findings.refuse(
         shard.path,
-        wrong,
+        rows.n_valid != allowed,
         "n_valid is not what there is to be found",
         lambda row: f"chunk {own.chunk_ids[row]} has {rows.n_valid[row]} of {allowed[row]}",
     )

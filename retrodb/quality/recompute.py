@@ -21,7 +21,7 @@ from retrodb.encoding import chunk_texts
 from retrodb.errors import DamagedError
 from retrodb.index.keys import EXACT_KEY
 from retrodb.manifest import Shard
-from retrodb.neighbours import Exclusion, pair_scores
+from retrodb.neighbours import Exclusion, SameCluster, by_shard, pair_scores
 from retrodb.quality.neighbour_content import NeighbourRows, read_rows
 from retrodb.quality.recall import exact_top, merge_exact
 from retrodb.quality.scene import ChunkIds, Scene, grouped
@@ -223,7 +223,7 @@ def _compare_neighbours(scene: Scene, shard: Shard) -> None:
         return
     rows = read_rows(scene, shard)
     _compare_distances(scene, shard, own, queries, rows)
-    if scene.facts.index_key == EXACT_KEY and scene.facts.exclude != "cluster":
+    if scene.facts.index_key == EXACT_KEY:
         _compare_with_all(scene, shard, own, queries, rows)
     scene.findings.count("neighbours recomputed", int(np.count_nonzero(rows.present)))
 
@@ -260,10 +260,27 @@ def _unlike(found: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     return np.abs(found - recorded) > _ABSOLUTE + _RELATIVE * np.abs(found)
 
 
+@dataclass(frozen=True)
+class _SceneClusters:
+    """`retrodb.neighbours.ClusterSource` over the trusted shards of a scene."""
+
+    scene: Scene
+
+    def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n] for int64 [n] chunk ids that exist."""
+        return by_shard(ids, self._take, np.empty(0, np.int64))
+
+    def _take(self, number: int, ids: np.ndarray) -> np.ndarray:
+        other = self.scene.ids(number)
+        assert other is not None, "compared with trusted shards alone"
+        return other.clusters[other.rows(ids)]
+
+
 def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:
     """Rows are the k nearest of all chunks that may be neighbours: by distance, for equally near ones are as good."""
     k, metric = rows.ids.shape[1], scene.facts.metric
-    exclusion = Exclusion.of_chunks(own.chunk_ids, own.document_ids, scene.facts.exclude)
+    hook = SameCluster(own.clusters, _SceneClusters(scene)) if scene.facts.exclude == "cluster" else None
+    exclusion = Exclusion.of_chunks(own.chunk_ids, own.document_ids, scene.facts.exclude, hook)
     asked = np.asarray(queries).astype(np.float32)
     best = None
     for chunks in scene.manifest.shards("chunks"):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
 from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
-from retrodb.neighbours import Exclude
+from retrodb.neighbours import Exclude, clusters_of
 from retrodb.quality.findings import Findings
 from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
 from retrodb.storage import Storage
@@ -25,6 +25,7 @@ from retrodb.training.columns import lists, scalars
 STAGE_OF: Final = {
     "documents": "corpus",
     "quarantine": "corpus",
+    "duplicates": "dedup",
     "chunks": "chunk",
     "embeddings": "embed",
     "index": "index",
@@ -35,7 +36,6 @@ STAGE_OF: Final = {
 
 _ID_CACHE_BYTES: Final = 128 << 20
 _TOKEN_CACHE_BYTES: Final = 128 << 20
-NO_CLUSTER: Final = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Facts:
     vocabulary_size: int
     lossless: bool
     keeps_text: bool
+    drops_duplicates: bool
+    decontaminated: bool
     own_tokens: bool
     dimension: int | None
     metric: Metric
@@ -79,6 +81,8 @@ class Facts:
             vocabulary_size=int(tokenizer.get("vocabulary_size", 0)),
             lossless=bool(tokenizer.get("lossless", False)),
             keeps_text=bool(made("chunk").get("text", True)),
+            drops_duplicates=made("dedup").get("dedup") == "drop",
+            decontaminated=bool(made("dedup").get("decontaminate", False)),
             own_tokens=tokenizer.get("name") == "encoder",
             dimension=_whole(encoder, "dimension"),
             metric="ip" if made("index").get("metric") == "ip" else "l2",
@@ -244,8 +248,7 @@ class Scene:
         owners = self.table(documents, "document_id", "split", "cluster_id")
         rows = np.searchsorted(scalars(owners, "document_id"), document_ids)
         validation = owners["split"].to_numpy() == "validation"
-        clusters = owners["cluster_id"].fill_null(NO_CLUSTER).to_numpy()
-        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters[rows])
+        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters_of(owners)[rows])
 
     def _load_tokens(self, number: int) -> ChunkTokens:
         chunks = self.shard("chunks", number)

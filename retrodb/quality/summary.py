@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.manifest import STAGES, Manifest
 from retrodb.schemas import SCHEMA_VERSION
 
@@ -39,7 +40,10 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
 def _documents(manifest: Manifest) -> dict[str, Any] | None:
     if "corpus" not in manifest.stages:
         return None
-    counts = manifest.stages["corpus"].counts
+    counts = dict(manifest.stages["corpus"].counts)
+    if "chunk" in manifest.stages:  # by then, what the dedup stage removes is gone
+        counts |= manifest.stages["dedup"].counts
+        counts["kept"] -= sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES)
     return {
         "in": counts.get("in", 0),
         "kept": counts.get("kept", 0),
@@ -47,7 +51,16 @@ def _documents(manifest: Manifest) -> dict[str, Any] | None:
             name.removeprefix("dropped."): number for name, number in counts.items() if name.startswith("dropped.")
         },
         "quarantined": counts.get("quarantined", 0),
+        "validation": counts.get("validation", 0),
+        "near_duplicates": _near_duplicates(manifest),
     }
+
+
+def _near_duplicates(manifest: Manifest) -> dict[str, Any] | None:
+    state = manifest.stages.get("dedup")
+    if state is None or state.made_from["dedup"] == "off":
+        return None
+    return {"dedup": state.made_from["dedup"], "clusters": state.counts["clusters"], "in": state.counts["clustered"]}
 
 
 def _embeddings(manifest: Manifest) -> dict[str, Any] | None:

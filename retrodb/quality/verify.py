@@ -4,6 +4,7 @@ In order, each step trusting only what the ones before have found whole:
 
     files            the manifest in itself; every recorded file's size and sha256; no file besides
     content          schemas and rows; counts from stage to stage; documents, chunks, vectors
+    duplicate_content  clusters as the documents have them; nothing of a validation cluster, nor a repeat, left behind
     index_content    the index holds every chunk that may be a neighbour, once
     neighbour_content  existence, exclusion, order, honest counts
     training_content every chunk once; tokens, neighbours and continuations re-joined
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from retrodb.errors import RetrodbError
 from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
+from retrodb.quality.duplicate_content import check_duplicates
 from retrodb.quality.files import check_files, check_manifest
 from retrodb.quality.findings import Findings, Problem, VerifyReport
 from retrodb.quality.index_content import check_index
@@ -70,6 +72,7 @@ def _check_all(scene: Scene) -> None:
     check_schemas(scene)
     check_counts(scene)
     check_documents(scene)
+    check_duplicates(scene)
     check_chunks(scene)
     check_embeddings(scene)
     check_index(scene)

@@ -1,0 +1,445 @@
+"""dedup: near-duplicate clusters, in steps that leave files for one another.
+
+    sketch    a document shard          -> the sketches of its documents              a task a shard
+    pair      bands of all sketches     -> candidates, by the first one's shard       grouped by band
+    compare   candidates                -> near-duplicates                            grouped by the second one's shard
+    cluster   near-duplicates           -> clusters, and which documents are removed  the driver
+    write     a shard's clusters        -> its ``duplicates`` shard                   a task a shard
+
+Documents are addressed as they were read; the ids they are given in the end leave no gap for removed ones.
+"""
+
+import functools
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError
+from retrodb.schemas import ID_SHIFT
+
+from retrodb import schemas
+from retrodb.corpus.near_duplicates import (
+    BANDS,
+    DEDUP_RULES,
+    THRESHOLD,
+    batches,
+    candidate_pairs,
+    jaccard,
+    shingles,
+    sketch,
+    unique_pairs,
+)
+from retrodb.manifest import Shard, shard_path
+from retrodb.storage import Storage
+
+WAVE_BYTES: Final = 256 << 20
+"""What one local shuffle may carry: the in-process runner keeps it in memory."""
+
+_RECORD_BYTES: Final = 24
+_PART_DOCUMENTS: Final = 4_000_000
+_SET_BYTES: Final = 4
+"""Bytes of shingle sets for a byte of compressed documents, at most about."""
+_DUPLICATE_ROW_GROUP: Final = 1 << 14
+_ROW_MASK: Final = (1 << ID_SHIFT) - 1
+
+
+class _StepDoFn(beam.DoFn):
+    """Names the shard in hand when something fails."""
+
+    def __init__(self, book: ReceiptBook) -> None:
+        self._book = book
+        self._storage = book.storage
+
+    def _fail(self, number: int, error: BaseException) -> TaskFailedError:
+        return TaskFailedError(self._book.stage, number, error)
+
+
+# -- sketch ------------------------------------------------------------------------------------------------------------
+
+
+def sketch_path(book: ReceiptBook, number: int) -> str:
+    """uint64 [BANDS + 1, n]: the bands of a shard's documents, and their whole signatures."""
+    return f"{book.folder}/{number:05d}.npy"
+
+
+def _sketch(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
+    found = sketch(book.storage.read_table(task.payload, ["text"])["text"])
+    book.storage.commit_array(sketch_path(book, task.number), np.vstack([found.bands, found.signatures[None]]))
+    yield Receipt(task.number)
+
+
+def sketch_tasks(documents: Sequence[Shard]) -> list[Task]:
+    """One task a document shard."""
+    return [Task(shard.number, shard.path, weight=shard.bytes) for shard in documents]
+
+
+def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
+    """Sketch document shards."""
+    return pipeline | DealOut(tasks) | "sketch" >> beam.ParDo(DoTasks(book, functools.partial(_sketch, book)))
+
+
+# -- pair --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """The sketches, and in how many parts the documents of a band are compared."""
+
+    sketches: ReceiptBook
+    shards: tuple[int, ...]
+    parts: int
+
+
+def pairs_path(book: ReceiptBook, wave: int, shard: int) -> str:
+    """int64 [p, 2]: candidates of a wave of bands whose first document is of ``shard``."""
+    return f"{book.folder}/pairs/{wave:05d}-{shard:05d}.npy"
+
+
+def pair_tasks(documents: int) -> list[Task]:
+    """One task for as many bands as one shuffle carries."""
+    bands_at_once = max(1, WAVE_BYTES // max(1, documents * _RECORD_BYTES))
+    groups = [tuple(range(BANDS))[start : start + bands_at_once] for start in range(0, BANDS, bands_at_once)]
+    return [Task(wave, bands, (), documents * len(bands), len(bands)) for wave, bands in enumerate(groups)]
+
+
+def parts_for(documents: int) -> int:
+    """In how many parts the documents of a band are grouped, so that a group stays in memory."""
+    return 1 + documents // _PART_DOCUMENTS
+
+
+class EmitBands(_StepDoFn):
+    """(wave, its bands, a shard) -> ((wave, band, part), (shard, its documents' buckets, rows and signatures))."""
+
+    def __init__(self, book: ReceiptBook, settings: PairSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
+
+    def process(self, element: tuple[int, tuple[int, ...], int]) -> Iterator[tuple[tuple[int, int, int], Any]]:
+        wave, bands, shard = element
+        try:
+            sketches = self._storage.read_array(sketch_path(self._settings.sketches, shard))
+            rows = np.arange(sketches.shape[1], dtype=np.uint64)
+            for band in bands:
+                part_of = sketches[band] % np.uint64(self._settings.parts)
+                for part in np.unique(part_of):
+                    own = part_of == part
+                    records = np.stack([sketches[band][own], rows[own], sketches[BANDS][own]])
+                    yield (wave, band, int(part)), (shard, records.tobytes())
+        except Exception as error:
+            raise self._fail(shard, error) from error
+
+
+class FindPairs(_StepDoFn):
+    """((wave, band, part), records) -> ((wave, first one's shard), candidates)."""
+
+    def process(self, element: tuple[tuple[int, int, int], Iterable[Any]]) -> Iterator[tuple[tuple[int, int], bytes]]:
+        (wave, band, _), parts = element
+        try:
+            found = [(shard, np.frombuffer(data, np.uint64).reshape(3, -1)) for shard, data in parts]
+            records = np.concatenate([columns for _, columns in found], axis=1)
+            shards = np.repeat([shard for shard, _ in found], [columns.shape[1] for _, columns in found])
+            ids = (shards.astype(np.int64) << ID_SHIFT) + records[1].astype(np.int64)
+            pairs = candidate_pairs(records[0], ids, records[2])
+            for shard, own in _by_shard(pairs, 0):
+                yield (wave, shard), own.tobytes()
+        except Exception as error:
+            raise self._fail(band, error) from error
+
+
+def _by_shard(pairs: np.ndarray, column: int) -> Iterator[tuple[int, np.ndarray]]:
+    shards = pairs[:, column] >> ID_SHIFT
+    for shard in np.unique(shards):
+        yield int(shard), pairs[shards == shard]
+
+
+def _pairs(parts: Iterable[bytes]) -> np.ndarray:
+    return unique_pairs(np.concatenate([np.frombuffer(part, np.int64).reshape(-1, 2) for part in parts]))
+
+
+class WritePairs(_StepDoFn):
+    """((wave, shard), candidates) -> (wave, shard), the candidates written."""
+
+    def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, int]]:
+        (wave, shard), parts = element
+        try:
+            self._storage.commit_array(pairs_path(self._book, wave, shard), _pairs(parts))
+            yield wave, shard
+        except Exception as error:
+            raise self._fail(shard, error) from error
+
+
+class EndPairs(_StepDoFn):
+    """(wave, shards that have candidates, and -1) -> its receipt."""
+
+    def process(self, element: tuple[int, Iterable[int]]) -> Iterator[int]:
+        wave, shards = element
+        self._book.write(Receipt(wave, details={"shards": sorted(shard for shard in shards if shard >= 0)}))
+        yield wave
+
+
+def pair_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: PairSettings
+) -> beam.PCollection:
+    """Find candidates: documents that share a band."""
+    dealt = pipeline | DealOut(tasks)
+    written = (
+        dealt
+        | "sketches" >> beam.FlatMap(functools.partial(_shards_of_wave, settings.shards))
+        | "spread" >> beam.Reshuffle()
+        | "bands" >> beam.ParDo(EmitBands(book, settings))
+        | "by band" >> beam.GroupByKey()
+        | "pair" >> beam.ParDo(FindPairs(book))
+        | "by first shard" >> beam.GroupByKey()
+        | "write pairs" >> beam.ParDo(WritePairs(book))
+    )
+    waves = dealt | "waves" >> beam.Map(_wave_alone)
+    ended = (written, waves) | "all of a wave" >> beam.Flatten() | "by wave" >> beam.GroupByKey()
+    return ended | "end" >> beam.ParDo(EndPairs(book))
+
+
+def _shards_of_wave(shards: Sequence[int], task: Task) -> Iterator[tuple[int, Any, int]]:
+    for shard in shards:
+        yield task.number, task.payload, shard
+
+
+def _wave_alone(task: Task) -> tuple[int, int]:
+    return task.number, -1
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Where the documents and their candidates are; ``waves`` of candidates by the first one's shard."""
+
+    pairs: ReceiptBook
+    waves: Mapping[int, tuple[int, ...]]
+    documents: Mapping[int, str]
+
+
+def near_duplicates_path(book: ReceiptBook, number: int) -> str:
+    """int64 [p, 2]: near-duplicates that a wave of shards found."""
+    return f"{book.folder}/pairs/{number:05d}.npy"
+
+
+def compare_tasks(documents: Sequence[Shard], having: Mapping[int, object]) -> list[Task]:
+    """One task for as many shards with candidates as one shuffle carries."""
+    groups: list[list[Shard]] = []
+    room = 0
+    for shard in documents:
+        if shard.number in having:
+            if not groups or shard.bytes * _SET_BYTES > room:
+                groups.append([])
+                room = WAVE_BYTES
+            groups[-1].append(shard)
+            room -= shard.bytes * _SET_BYTES
+    return [
+        Task(number, tuple(s.number for s in group), (), sum(s.bytes for s in group), len(group))
+        for number, group in enumerate(groups)
+    ]
+
+
+def one_task_a_wave(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Each task is as much as one shuffle carries."""
+    return [[task] for task in tasks]
+
+
+class AskForSets(_StepDoFn):
+    """(wave, a shard) -> ((wave, second one's shard), candidates and the sets of their first ones)."""
+
+    def __init__(self, book: ReceiptBook, settings: CompareSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
+
+    def process(self, element: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bytes]]:
+        wave, shard = element
+        try:
+            settings = self._settings
+            files = [pairs_path(settings.pairs, number, shard) for number in settings.waves[shard]]
+            pairs = unique_pairs(np.concatenate([self._storage.read_array(path) for path in files]))
+            sets = document_sets(self._storage, settings.documents[shard], pairs[:, 0] & _ROW_MASK)
+            for other, own in _by_shard(pairs, 1):
+                yield (wave, other), _message(own, sets)
+        except Exception as error:
+            raise self._fail(shard, error) from error
+
+
+def document_sets(storage: Storage, path: str, rows: np.ndarray) -> dict[int, np.ndarray]:
+    """The shingle sets of some documents of a shard, by row: uint64, sorted and distinct."""
+    wanted = np.unique(rows)
+    texts = storage.read_table(path, ["text"])["text"].take(pa.array(wanted))
+    found: list[np.ndarray] = []
+    for batch in batches(texts):
+        values, offsets = shingles(batch)
+        found += [np.unique(part) for part in np.split(values, offsets[1:-1])]
+    return dict(zip(wanted.tolist(), found, strict=True))
+
+
+def _message(pairs: np.ndarray, sets: Mapping[int, np.ndarray]) -> bytes:
+    rows = np.unique(pairs[:, 0] & _ROW_MASK)
+    parts = [sets[row] for row in rows.tolist()]
+    buffer = io.BytesIO()
+    sizes = np.array([len(part) for part in parts])
+    np.savez(buffer, pairs=pairs, rows=rows, sizes=sizes, values=np.concatenate(parts))
+    return buffer.getvalue()
+
+
+class CompareSets(_StepDoFn):
+    """((wave, second one's shard), messages) -> (wave, near-duplicates)."""
+
+    def __init__(self, book: ReceiptBook, settings: CompareSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
+
+    def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
+        (wave, shard), messages = element
+        try:
+            for message in messages:
+                with np.load(io.BytesIO(message), allow_pickle=False) as arrays:
+                    pairs, rows, sizes, values = (arrays[name] for name in ("pairs", "rows", "sizes", "values"))
+                firsts = dict(zip(rows.tolist(), np.split(values, np.cumsum(sizes)[:-1]), strict=True))
+                places = pairs & _ROW_MASK
+                seconds = document_sets(self._storage, self._settings.documents[shard], places[:, 1])
+                alike = [jaccard(firsts[a], seconds[b]) >= THRESHOLD for a, b in places.tolist()]
+                yield wave, pairs[np.array(alike)].tobytes()
+        except Exception as error:
+            raise self._fail(shard, error) from error
+
+
+class EndCompare(_StepDoFn):
+    """(wave, near-duplicates) -> written, with a receipt."""
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[int]:
+        wave, parts = element
+        try:
+            self._storage.commit_array(near_duplicates_path(self._book, wave), _pairs(parts))
+            self._book.write(Receipt(wave))
+            yield wave
+        except Exception as error:
+            raise self._fail(wave, error) from error
+
+
+def compare_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: CompareSettings
+) -> beam.PCollection:
+    """Keep the candidates that are near-duplicates, by their whole sets."""
+    return (
+        pipeline
+        | DealOut(tasks)
+        | "shards" >> beam.FlatMap(_numbered_shards)
+        | "spread" >> beam.Reshuffle()
+        | "ask" >> beam.ParDo(AskForSets(book, settings))
+        | "by second shard" >> beam.GroupByKey()
+        | "compare" >> beam.ParDo(CompareSets(book, settings))
+        | "by wave" >> beam.GroupByKey()
+        | "end" >> beam.ParDo(EndCompare(book))
+    )
+
+
+def _numbered_shards(task: Task) -> Iterator[tuple[int, int]]:
+    for shard in task.payload:
+        yield task.number, shard
+
+
+# -- cluster and write -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """The clusters of documents that have near-duplicates, ascending by document as it was read.
+
+    Attributes:
+        ids: int64 [n], documents as they were read.
+        clusters: int64 [n], the final id of the first document of the cluster that is kept.
+        kept: int64 [n], how many documents of the cluster are kept.
+        rules: int8 [n], 1 + the place in `DEDUP_RULES` of the rule that removes it; 0 where it is kept.
+    """
+
+    ids: np.ndarray
+    clusters: np.ndarray
+    kept: np.ndarray
+    rules: np.ndarray
+
+    @staticmethod
+    def of(ids: np.ndarray, labels: np.ndarray, rules: np.ndarray) -> "Assignments":
+        """From clusters named by any label. Every cluster keeps a document."""
+        _, cluster, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+        stays = rules == 0
+        kept = np.bincount(cluster[stays], minlength=len(sizes))
+        named = np.full(len(sizes), np.iinfo(np.int64).max)
+        np.minimum.at(named, cluster[stays], final_ids(ids, stays)[stays])
+        return Assignments(ids, named[cluster], kept[cluster], rules)
+
+    def by_shard(self) -> Iterator[tuple[int, "Assignments"]]:
+        """The assignments of each shard that has any."""
+        shards = self.ids >> ID_SHIFT
+        for shard in np.unique(shards):
+            own = shards == shard
+            yield int(shard), Assignments(self.ids[own], self.clusters[own], self.kept[own], self.rules[own])
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Assignments":
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return Assignments(**{name: arrays[name] for name in ("ids", "clusters", "kept", "rules")})
+
+
+def final_ids(ids: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """int64 [n]: the ids of documents once the removed ones of each shard are gone; of removed ones it says nothing.
+
+    Args:
+        ids: int64 [n], ascending, as read: at least all that are removed.
+        stays: bool [n].
+    """
+    shards = ids >> ID_SHIFT
+    gone = np.cumsum(~stays)
+    before = gone[np.searchsorted(shards, shards)] - ~stays[np.searchsorted(shards, shards)]
+    return ids - (gone - before)
+
+
+def assignment_path(book: ReceiptBook, shard: int) -> str:
+    """`Assignments` of one shard, while the stage runs."""
+    return f"{book.folder}/assigned/{shard:05d}.npz"
+
+
+def _write(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
+    storage, number = book.storage, task.number
+    own = Assignments.from_bytes(storage.read_bytes(assignment_path(book, number)))
+    documents = storage.read_table(task.payload, ["key", "source", "content_hash"])
+    rows, stays = own.ids & _ROW_MASK, own.rules == 0
+    described = documents.take(pa.array(rows))
+    names = np.array(["", *DEDUP_RULES], dtype=object)[own.rules]
+    columns = [
+        pa.array(rows, pa.int32()),
+        pa.array(final_ids(own.ids, stays), mask=~stays),
+        pa.array(own.clusters),
+        pa.array(own.kept),
+        pa.array(names, pa.string(), mask=stays),
+        *(described[name] for name in ("key", "source", "content_hash")),
+    ]
+    table = pa.Table.from_arrays(columns, schema=schemas.duplicates())
+    committed = storage.commit_table(shard_path("duplicates", number), table, _DUPLICATE_ROW_GROUP)
+    counts = {f"dropped.{rule}": int((own.rules == code).sum()) for code, rule in enumerate(DEDUP_RULES, 1)}
+    counts["clustered"] = len(rows)
+    yield Receipt(number, {"duplicates": Shard.of(committed, number, table.num_rows)}, counts)
+
+
+def write_tasks(documents: Sequence[Shard], shards: Iterable[int]) -> list[Task]:
+    """One task a shard that has near-duplicates."""
+    paths = {shard.number: shard for shard in documents}
+    return [Task(number, paths[number].path, weight=paths[number].rows) for number in shards]
+
+
+def write_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
+    """Write the ``duplicates`` shards."""
+    return pipeline | DealOut(tasks) | "write" >> beam.ParDo(DoTasks(book, functools.partial(_write, book)))

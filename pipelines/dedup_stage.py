@@ -1,0 +1,224 @@
+"""The dedup stage: near-duplicate clusters, and which documents the database goes without."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from retrodb.pipelines import dedup, stages
+from retrodb.pipelines.builder import Builder, add_counts, shards_by_table
+from retrodb.pipelines.dedup import Assignments, CompareSettings, PairSettings
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.schemas import ID_SHIFT
+
+from retrodb.corpus import VALIDATION
+from retrodb.corpus.near_duplicates import (
+    DEDUP_RULES,
+    NEAR_DUPLICATE,
+    NGRAM,
+    THRESHOLD,
+    VALIDATION_DUPLICATE,
+    clusters,
+    removals,
+    unique_pairs,
+)
+from retrodb.errors import InputError
+from retrodb.manifest import DEDUP_REPORT, fingerprint
+
+_SMALL_SKETCH_BYTES: Final = 8 << 20
+_SMALL_PAIR_RECORDS: Final = 10_000_000
+_SMALL_COMPARE_BYTES: Final = 8 << 20
+_SMALL_DUPLICATES: Final = 100_000
+_LARGEST: Final = 20
+_SHOWN_KEYS: Final = 5
+
+
+def dedup_parts(builder: Builder) -> dict[str, Any]:
+    """What the dedup stage would be made from now."""
+    corpus = builder.manifest.stages.get("corpus")
+    return stages.dedup_parts(corpus.fingerprint if corpus else "", builder.config)
+
+
+def build_dedup(builder: Builder) -> None:
+    """duplicates: clusters of the documents as they were read, and what is removed of them."""
+    parts = dedup_parts(builder)
+    current = builder.is_current("dedup", parts)
+    if current and not builder.damage.get("duplicates"):
+        return
+    builder.begin("dedup", parts)
+    book = builder.book("dedup", parts)
+    if current:
+        builder.progress.note("dedup: duplicates are damaged and are found again")
+        builder.storage.delete_folder(book.folder)
+    found = None if builder.config.dedup == "off" else settle_clusters(builder, book)
+    written = write_duplicates(builder, book, found)
+    if current:
+        builder.record_repair("dedup", written)
+        builder.storage.delete_folder(book.folder)
+        return
+    counts = {**dict.fromkeys([f"dropped.{rule}" for rule in DEDUP_RULES], 0), "clustered": 0, **add_counts(written)}
+    counts["clusters"] = 0 if found is None else len(np.unique(found.clusters))
+    refuse_no_training(builder, counts)
+    builder.record("dedup", parts, shards_by_table(written, "duplicates"), counts, {})
+    if found is not None:
+        builder.storage.commit_json(DEDUP_REPORT, report(builder, found, counts))
+    builder.progress.end(describe(counts))
+
+
+def settle_clusters(builder: Builder, book: ReceiptBook) -> Assignments:
+    """The clusters of all documents; every step but the last, which is cheap, resumes."""
+    documents = builder.manifest.shards("documents")
+    total = sum(shard.rows for shard in documents)
+    sketches, pairs, compared = (ReceiptBook(book.storage, book.stage, book.fingerprint, s) for s in _STEPS)
+    builder.executor.complete(
+        sketches,
+        dedup.sketch_tasks(documents),
+        lambda pipeline, tasks: dedup.sketch_pipeline(pipeline, sketches, tasks),
+        unit="bytes",
+        small=_SMALL_SKETCH_BYTES,
+    )
+    pairing = PairSettings(sketches, tuple(s.number for s in documents if s.rows), dedup.parts_for(total))
+    receipts = builder.executor.complete(
+        pairs,
+        dedup.pair_tasks(total),
+        lambda pipeline, tasks: dedup.pair_pipeline(pipeline, pairs, tasks, pairing),
+        unit="records",
+        small=_SMALL_PAIR_RECORDS,
+        waves=dedup.one_task_a_wave,
+    )
+    having: dict[int, list[int]] = {}
+    for wave, receipt in sorted(receipts.items()):
+        for shard in receipt.details["shards"]:
+            having.setdefault(shard, []).append(wave)
+    comparing = CompareSettings(
+        pairs,
+        {shard: tuple(waves) for shard, waves in having.items()},
+        {shard.number: shard.path for shard in documents},
+    )
+    tasks = dedup.compare_tasks(documents, having)
+    builder.executor.complete(
+        compared,
+        tasks,
+        lambda pipeline, tasks: dedup.compare_pipeline(pipeline, compared, tasks, comparing),
+        unit="bytes",
+        small=_SMALL_COMPARE_BYTES,
+        waves=dedup.one_task_a_wave,
+    )
+    parts = [builder.storage.read_array(dedup.near_duplicates_path(compared, task.number)) for task in tasks]
+    return assigned(builder, unique_pairs(np.concatenate([np.empty((0, 2), np.int64), *parts])))
+
+
+_STEPS: Final = ("sketch", "pair", "compare")
+
+
+def assigned(builder: Builder, pairs: np.ndarray) -> Assignments:
+    """Clusters of near-duplicates int64 [p, 2], with what is removed of them."""
+    ids, labels = clusters(pairs)
+    validation = _validation(builder, ids)
+    config = builder.config
+    repeats, contaminated = removals(labels, validation, config.dedup == "drop", config.decontaminate)
+    rules = np.zeros(len(ids), dtype=np.int8)
+    rules[repeats] = 1 + DEDUP_RULES.index(NEAR_DUPLICATE)
+    rules[contaminated] = 1 + DEDUP_RULES.index(VALIDATION_DUPLICATE)
+    return Assignments.of(ids, labels, rules)
+
+
+def _validation(builder: Builder, ids: np.ndarray) -> np.ndarray:
+    """bool [n]: which documents, by their ids as read, are of the validation split."""
+    found = np.zeros(len(ids), dtype=bool)
+    if not builder.config.has_validation:
+        return found
+    paths = {shard.number: shard.path for shard in builder.manifest.shards("documents")}
+    shards = ids >> ID_SHIFT
+    for shard in np.unique(shards):
+        own = shards == shard
+        split = builder.storage.read_table(paths[int(shard)], ["split"])["split"].to_numpy()
+        found[own] = split[ids[own] & ((1 << ID_SHIFT) - 1)] == VALIDATION
+    return found
+
+
+def write_duplicates(builder: Builder, book: ReceiptBook, found: Assignments | None) -> dict[int, Receipt]:
+    """The shards of the ``duplicates`` table."""
+    shards = []
+    for shard, own in found.by_shard() if found is not None else ():
+        builder.storage.commit_bytes(dedup.assignment_path(book, shard), own.to_bytes())
+        shards.append(shard)
+    return builder.executor.complete(
+        book,
+        dedup.write_tasks(builder.manifest.shards("documents"), shards),
+        lambda pipeline, tasks: dedup.write_pipeline(pipeline, book, tasks),
+        unit="documents",
+        small=_SMALL_DUPLICATES,
+    )
+
+
+def refuse_no_training(builder: Builder, counts: Mapping[str, int]) -> None:
+    """Refuse a database in which nothing can be a neighbour.
+
+    Raises:
+        InputError: every document is a validation document, or was removed for repeating one.
+    """
+    read = builder.manifest.stages["corpus"].counts
+    training = read["kept"] - read.get("validation", 0)
+    if training > sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES):
+        return
+    why = (
+        f"all {training:,} training documents are near-duplicates of validation documents; look at the inputs, or "
+        "give --no-decontaminate"
+        if training
+        else f"all {read['kept']:,} documents are validation documents; give a smaller --validation-fraction"
+    )
+    raise InputError(f"nothing is left to retrieve from: {why}.")
+
+
+def report(builder: Builder, found: Assignments, counts: Mapping[str, int]) -> dict[str, Any]:
+    """``reports/dedup.json``: what was found and removed, and the largest clusters."""
+    names, sizes = np.unique(found.clusters, return_counts=True)
+    by_size, numbers = np.unique(sizes, return_counts=True)
+    largest = np.lexsort((names, -sizes))[:_LARGEST]
+    keys = _keys(builder, found, names[largest])
+    return {
+        "definition": f"sets of {NGRAM}-grams of words with a Jaccard similarity of at least {THRESHOLD}, connected",
+        "dedup": builder.config.dedup,
+        "documents": builder.manifest.rows("documents"),
+        "clusters": counts["clusters"],
+        "clustered": counts["clustered"],
+        "removed": {rule: counts[f"dropped.{rule}"] for rule in DEDUP_RULES},
+        "clusters_by_size": dict(zip(map(str, by_size.tolist()), numbers.tolist(), strict=True)),
+        "largest": [
+            {"cluster_id": int(names[at]), "documents": int(sizes[at]), "keys": keys[int(names[at])]} for at in largest
+        ],
+    }
+
+
+def _keys(builder: Builder, found: Assignments, names: Sequence[int] | np.ndarray) -> dict[int, list[str]]:
+    """The first few keys of some clusters."""
+    wanted = {int(name): found.ids[found.clusters == name][:_SHOWN_KEYS].tolist() for name in names}
+    paths = {shard.number: shard.path for shard in builder.manifest.shards("duplicates")}
+    read: dict[int, dict[int, str]] = {}
+
+    def key(document: int) -> str:
+        shard = document >> ID_SHIFT
+        if shard not in read:
+            table = builder.storage.read_table(paths[shard], ["row", "key"])
+            read[shard] = dict(zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True))
+        return read[shard][document & ((1 << ID_SHIFT) - 1)]
+
+    return {name: [key(document) for document in documents] for name, documents in wanted.items()}
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """``589 documents in 278 near-duplicate clusters, 311 removed``."""
+    removed = sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES)
+    text = f"{counts['clustered']:,} documents in {counts['clusters']:,} near-duplicate clusters"
+    return text + (f", {removed:,} removed" if removed else "")
+
+
+def documents_are_finished(builder: Builder) -> bool:
+    """Whether the recorded documents are those that the chunk stage has finished, no longer as they were read."""
+    state = builder.manifest.stages.get("corpus")
+    return state is not None and read_fingerprint(builder.manifest.shards("documents")) != state.details["documents"]
+
+
+def read_fingerprint(documents: Sequence[Any]) -> str:
+    """What tells document shards as they were read from finished ones."""
+    return fingerprint({shard.path: shard.sha256 for shard in documents})
