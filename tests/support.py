@@ -151,13 +151,14 @@ def build_here(inputs: Iterable[object], out: Path, **settings: Any) -> Any:
     from retrodb.pipelines.driver import build
 
     from retrodb.config import make_config
-    from retrodb.corpus import expand_inputs
+    from retrodb.corpus import expand_inputs, with_validation
     from retrodb.storage import Storage
 
     config, run = make_config({}, {"workers": 1, **settings})
     hook = threading.excepthook
     try:
-        return build(expand_inputs([str(path) for path in inputs]).files, Storage(str(out)), config, run, Progress())
+        listing = with_validation(expand_inputs([str(path) for path in inputs]), config.validation)
+        return build(listing.files, Storage(str(out)), config, run, Progress())
     finally:
         threading.excepthook = hook
 

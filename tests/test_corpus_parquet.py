@@ -54,7 +54,7 @@ def test_the_text_may_be_any_kind_of_string(tmp_path: Path, kind: pa.DataType) -
     assert output.documents["text"].to_pylist() == ["één", "két"]
     assert output.documents["key"].to_pylist() == ["1", "4"]
     assert output.quarantine["position"].to_pylist() == [1]
-    assert output.counts == {"in": 4, "kept": 2, "quarantined": 1, "dropped.empty": 1}
+    assert output.counts == {"in": 4, "kept": 2, "validation": 0, "quarantined": 1, "dropped.empty": 1}
 
 
 def test_every_type_of_column_finds_its_way_into_the_metadata(tmp_path: Path) -> None:

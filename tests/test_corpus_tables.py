@@ -95,19 +95,19 @@ def test_a_document_row_has_every_column(tmp_path: Path) -> None:
             "split": "train",
         }
     ]
-    assert output.counts == {"in": 1, "kept": 1, "quarantined": 0, "dropped.empty": 0}
+    assert output.counts == {"in": 1, "kept": 1, "validation": 0, "quarantined": 0, "dropped.empty": 0}
 
 
-def test_the_split_of_a_document_is_asked_by_key_and_hash(tmp_path: Path) -> None:
+def test_the_split_of_a_document_is_asked_by_its_hash(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(line("x", id="v") + b"\n" + line("y", id="t"))
     (split,) = make_plan(tmp_path).splits
 
-    def split_of(key: str, content_hash: bytes) -> str:
-        assert content_hash in (hashlib.sha256(b"x").digest(), hashlib.sha256(b"y").digest())
-        return "validation" if key == "v" else "train"
+    def split_of(content_hash: bytes) -> str:
+        return "validation" if content_hash == hashlib.sha256(b"x").digest() else "train"
 
     (output,) = read_split(split, FieldNames(), split_of=split_of)
     assert output.documents["split"].to_pylist() == ["validation", "train"]
+    assert output.counts["validation"] == 1
 
 
 def test_good_bad_and_blank_lines_are_told_apart_with_their_offsets(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_good_bad_and_blank_lines_are_told_apart_with_their_offsets(tmp_path: Pa
         (str(path), offsets[2], b"bad"),
         (str(path), offsets[6], b"[]"),
     ]
-    assert got.counts == {"in": 6, "kept": 3, "quarantined": 2, "dropped.empty": 1}
+    assert got.counts == {"in": 6, "kept": 3, "validation": 0, "quarantined": 2, "dropped.empty": 1}
 
 
 def test_text_files_are_one_document_each(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_text_files_are_one_document_each(tmp_path: Path) -> None:
     assert got.texts == ["one\ndocument\n", "two"]
     assert got.keys[0] == f"{tmp_path / 'a.txt'}#0"
     assert [os.path.basename(q["source"]) for q in got.quarantine] == ["d.txt", "e.txt.gz"]
-    assert got.counts == {"in": 5, "kept": 2, "quarantined": 2, "dropped.empty": 1}
+    assert got.counts == {"in": 5, "kept": 2, "validation": 0, "quarantined": 2, "dropped.empty": 1}
 
 
 # -- cuts ----------------------------------------------------------------------------------------------------------
@@ -389,6 +389,7 @@ def test_the_dirty_corpus_is_accounted_for_to_the_last_record() -> None:
     assert got.counts == {
         "in": len(records),
         "kept": len(good),
+        "validation": 0,
         "quarantined": 0,
         "dropped.empty": len(records) - len(good),
     }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from retrodb.corpus.near_duplicates import DEDUP_RULES
+from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
 from retrodb.manifest import STAGES, Manifest
 from retrodb.schemas import SCHEMA_VERSION
 
@@ -42,8 +42,12 @@ def _documents(manifest: Manifest) -> dict[str, Any] | None:
         return None
     counts = dict(manifest.stages["corpus"].counts)
     if "chunk" in manifest.stages:  # by then, what the dedup stage removes is gone
-        counts |= manifest.stages["dedup"].counts
-        counts["kept"] -= sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES)
+        dedup = manifest.stages["dedup"]
+        applied = {NEAR_DUPLICATE: dedup.made_from["dedup"] == "drop"}
+        applied[VALIDATION_DUPLICATE] = dedup.made_from.get("decontaminate", False)
+        for name in [f"dropped.{rule}" for rule in DEDUP_RULES if applied[rule]]:
+            counts[name] = dedup.counts[name]
+            counts["kept"] -= counts[name]
     return {
         "in": counts.get("in", 0),
         "kept": counts.get("kept", 0),
