@@ -20,6 +20,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.manifest import (
     DAMAGE_REPORT,
+    LEAKAGE_REPORT,
     RECALL_REPORT,
     TABLES,
     TRAINED_TOKENIZER,
@@ -212,6 +213,8 @@ class Builder:
         yield DAMAGE_REPORT
         if "neighbours" not in self.manifest.stages:
             yield RECALL_REPORT
+        if "report" not in self.manifest.stages:
+            yield LEAKAGE_REPORT
         if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
             yield TRAINED_TOKENIZER
 

@@ -12,6 +12,7 @@ from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.execute import forget_scans
 from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
@@ -85,6 +86,7 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
     "index": build_index,
     "neighbours": build_neighbours,
     "training": build_training,
+    "report": build_report,
 }
 
 
