@@ -9,7 +9,9 @@ from typing import Any, Final
 from retrodb.encoding import EncoderIdentity
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
+    LEAKAGE_REPORT,
     MANIFEST_NAME,
+    REPORT_SHA256,
     STAGES,
     TABLES,
     TEMPLATE_NUMBER,
@@ -27,7 +29,13 @@ from retrodb.storage import TEMPORARY_PREFIX, Storage
 _THREADS: Final = 4
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MOST_ROWS: Final = 1 << 32
-_UPSTREAM: Final = {"chunk": {"corpus": "corpus"}, "index": {"embeddings": "embed"}, "neighbours": {"index": "index"}}
+_UPSTREAM: Final = {
+    "chunk": {"corpus": "corpus"},
+    "index": {"embeddings": "embed"},
+    "neighbours": {"index": "index"},
+    "training": {"neighbour_table": "neighbours"},
+    "report": {"neighbour_table": "neighbours"},
+}
 """By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
 
 
@@ -52,9 +60,10 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
     done = [stage for stage in STAGES if stage in manifest.stages]
+    chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
     if unknown := sorted(set(manifest.stages) - set(STAGES)):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
-    if done != list(STAGES[: len(done)]):
+    if done != chain[: len(done)]:
         findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")
     for stage in done:
         state = manifest.stages[stage]
@@ -95,7 +104,7 @@ def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> N
 def _check_numbers(manifest: Manifest, findings: Findings) -> None:
     """The tables have the same shard numbers as the documents; index shards are counted through."""
     wanted = {shard.number for shard in manifest.shards("documents")}
-    for table in ("chunks", "embeddings", "neighbours", "training"):
+    for table in ("chunks", "embeddings", "neighbours", "training", "leakage"):
         if table not in manifest.tables:
             continue
         numbers = {shard.number for shard in manifest.shards(table)}
@@ -131,6 +140,7 @@ def check_files(scene: Scene) -> None:
     findings.count("files", len(shards))
     findings.count("bytes", sum(shard.bytes for shard in shards))
     _check_tokenizer(scene)
+    _check_report(scene)
     _check_nothing_else(scene)
 
 
@@ -187,6 +197,18 @@ def _check_tokenizer(scene: Scene) -> None:
             scene.findings.add(path, "is missing")
         elif scene.storage.sha256(path) != recorded["fingerprint"]:
             scene.findings.add(path, "is not the tokenizer that cut the chunks: its sha256 is another")
+
+
+def _check_report(scene: Scene) -> None:
+    """The leakage report is the one that the build wrote."""
+    if not scene.done("report"):
+        return
+    recorded = scene.manifest.stages["report"].details.get(REPORT_SHA256)
+    with scene.findings.blaming(LEAKAGE_REPORT):
+        if scene.storage.size(LEAKAGE_REPORT) is None:
+            scene.findings.add(LEAKAGE_REPORT, "is missing")
+        elif scene.storage.sha256(LEAKAGE_REPORT) != recorded:
+            scene.findings.add(LEAKAGE_REPORT, "is not the report of this build: its sha256 is another")
 
 
 def _check_nothing_else(scene: Scene) -> None:
