@@ -37,8 +37,8 @@ from support import command, digests, make_tiny_encoder, manifest_of, strays, wr
 
 from retrodb.corpus.quickstart import quickstart_lines
 
-TABLES = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training")
-STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training")
+TABLES = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
+STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training", "report")
 BEFORE, AFTER = "start", "end"
 """Kills before the build held the lock, and after the last stage was recorded."""
 

@@ -21,6 +21,7 @@ from retrodb.corpus import InputFile
 from retrodb.manifest import (
     DAMAGE_REPORT,
     DEDUP_REPORT,
+    LEAKAGE_REPORT,
     RECALL_REPORT,
     TABLES,
     TRAINED_TOKENIZER,
@@ -220,6 +221,8 @@ class Builder:
         dedup = self.manifest.stages.get("dedup")
         if dedup is None or dedup.made_from["dedup"] == "off":
             yield DEDUP_REPORT
+        if "report" not in self.manifest.stages:
+            yield LEAKAGE_REPORT
         if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
             yield TRAINED_TOKENIZER
 

@@ -13,6 +13,7 @@ from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.execute import forget_scans
 from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
 from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
@@ -87,6 +88,7 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
     "index": build_index,
     "neighbours": build_neighbours,
     "training": build_training,
+    "report": build_report,
 }
 
 

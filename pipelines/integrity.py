@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from retrodb.manifest import DAMAGE_REPORT, Manifest, Shard
+from retrodb.manifest import DAMAGE_REPORT, LEAKAGE_REPORT, REPORT_SHA256, Manifest, Shard
 from retrodb.storage import Storage
 
 CHECK_ALL_BYTES: Final = 2 << 30
@@ -40,6 +40,15 @@ def is_intact(storage: Storage, shard: Shard, read: bool) -> bool:
         return not read or storage.sha256(shard.path) == shard.sha256
     except OSError:
         return False
+
+
+def report_is_intact(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the leakage report is there with the recorded bytes, or there is none to be."""
+    if "report" not in manifest.stages:
+        return True
+    if storage.size(LEAKAGE_REPORT) is None:
+        return False
+    return storage.sha256(LEAKAGE_REPORT) == manifest.stages["report"].details.get(REPORT_SHA256)
 
 
 def _suspected(storage: Storage) -> set[str]:

@@ -6,13 +6,13 @@ from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
-from retrodb.pipelines.integrity import damaged_shards
+from retrodb.pipelines.integrity import damaged_shards, report_is_intact
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice, choose_key
-from retrodb.manifest import STAGES, Manifest, fingerprint
+from retrodb.manifest import LEAKAGE_REPORT, STAGES, Manifest, fingerprint
 from retrodb.storage import Storage
 
 SCAN_BYTES: Final = 2 << 30
@@ -21,6 +21,7 @@ SCAN_BYTES: Final = 2 << 30
 _EXPANSION: Final = {"gzip": 3.0, "zstd": 3.2}
 _BYTES_PER_TOKEN: Final = 4.3
 _BYTES_PER_STORED_CHUNK: Final = 60 + 30
+_BYTES_PER_LEAKAGE_ROW: Final = 10
 _CHUNKS_PER_CORE_SECOND: Final = {"fp32": 55.0, "bf16": 200.0, "fp16": 55.0}
 """MiniLM on 64-token chunks: the slowest CPU measured for each precision. An order of magnitude, no promise."""
 
@@ -96,6 +97,7 @@ def _all_parts(
     parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, choice)
     parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, choice)
     parts["training"] = stages.training_parts(fingerprint(parts["neighbours"]), config)
+    parts["report"] = stages.report_parts(fingerprint(parts["neighbours"]), config)
     return parts
 
 
@@ -109,6 +111,8 @@ def _actions(
         damaged = sum(len(damage.get(table, ())) for table in stages.STAGE_TABLES[stage])
         if state is not None and state.fingerprint == fingerprint(parts[stage]):
             action, why = ("repair", f"{damaged} damaged shards") if damaged else ("up to date", "")
+            if stage == "report" and not damaged and not report_is_intact(storage, manifest):
+                action, why = "repair", f"{LEAKAGE_REPORT} is missing or damaged"
         elif state is not None:
             action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
         else:
@@ -137,6 +141,7 @@ def _estimates(
         "index": choice.estimated_bytes,
         "neighbours": n_chunks * config.neighbours * 14,
         "training": int(n_sequences * per_sequence),
+        "leakage": n_chunks * _BYTES_PER_LEAKAGE_ROW,
     }
     embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
     seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[encoder.precision] * run.workers) if embeds else 0.0

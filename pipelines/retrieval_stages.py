@@ -13,7 +13,8 @@ from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, SearchSettings, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import shard_files
-from retrodb.pipelines.training import JoinSettings, join_tasks, join_waves, training_pipeline
+from retrodb.pipelines.shuffle import join_tasks, join_waves
+from retrodb.pipelines.training import JoinSettings, training_pipeline
 
 from retrodb.errors import RecallError
 from retrodb.index import (

@@ -13,6 +13,7 @@ from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice
 from retrodb.manifest import STAGES, Manifest, fingerprint
+from retrodb.quality.leakage import NEAREST
 
 STAGE_TABLES: Final = {
     "corpus": ("documents", "quarantine"),
@@ -22,6 +23,7 @@ STAGE_TABLES: Final = {
     "index": ("index",),
     "neighbours": ("neighbours",),
     "training": ("training",),
+    "report": ("leakage",),
 }
 """The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
 
@@ -126,9 +128,18 @@ def training_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
     }
 
 
+def report_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
+    """RETRO looks at ten neighbours; fewer where fewer are kept. The training shards are no part of it."""
+    return {
+        "code": _CODE["report"],
+        "neighbour_table": neighbours,
+        "neighbours": min(NEAREST, config.neighbours),
+    }
+
+
 def downstream(stage: str) -> tuple[str, ...]:
-    """``stage`` and every stage after it."""
-    return STAGES[STAGES.index(stage) :]
+    """``stage`` and every stage after it that depends on it: none depends on training."""
+    return (stage,) if stage == "training" else STAGES[STAGES.index(stage) :]
 
 
 def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,13 +16,26 @@ from retrodb.storage import Committed, Storage, checked_relative
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT_NAME: Final = "retrodb"
-TABLES: Final = ("documents", "quarantine", "duplicates", "chunks", "embeddings", "index", "neighbours", "training")
-STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training")
-"""In the order of the data flow; each depends on those before it (see `retrodb.pipelines.stages`)."""
+TABLES: Final = (
+    "documents",
+    "quarantine",
+    "duplicates",
+    "chunks",
+    "embeddings",
+    "index",
+    "neighbours",
+    "training",
+    "leakage",
+)
+STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
+"""In the order of the data flow; each depends on those before it, but none on training (`retrodb.pipelines.stages`)."""
 TRAINED_TOKENIZER: Final = "tokenizer.json"
 """A tokenizer learnt by the build itself."""
 RECALL_REPORT: Final = "reports/recall.json"
 DEDUP_REPORT: Final = "reports/dedup.json"
+LEAKAGE_REPORT: Final = "reports/leakage.json"
+REPORT_SHA256: Final = "report_sha256"
+"""Key of the report stage's details: the checksum of `LEAKAGE_REPORT`."""
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"

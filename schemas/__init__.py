@@ -82,6 +82,19 @@ def neighbours(k: int) -> pa.Schema:
     )
 
 
+def leakage() -> pa.Schema:
+    """One row a chunk: what it has in common with its nearest neighbours (RETRO, section 2.6)."""
+    return _schema(
+        "leakage",
+        [
+            ("chunk_id", pa.int64(), "the query"),
+            ("overlap", pa.int16(), "tokens of the longest substring in common with a neighbour and its continuation"),
+            ("leakage", pa.float32(), "r: overlap / m"),
+            ("neighbour_id", pa.int64(), "the neighbour it is shared with, the nearest of equals; null where 0"),
+        ],
+    )
+
+
 def quarantine() -> pa.Schema:
     """One row a record that could not be read."""
     return _schema(

@@ -11,6 +11,7 @@ _TITLES = {
     "chunks": schemas.chunks(64, "uint16"),
     "neighbours": schemas.neighbours(20),
     "training": schemas.training(2048, 64, 2, "uint16"),
+    "leakage": schemas.leakage(),
     "quarantine": schemas.quarantine(),
     "duplicates": schemas.duplicates(),
 }

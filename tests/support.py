@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 CORPORA = Path(os.environ.get("RETRODB_CORPORA", Path(__file__).parents[2] / "shared" / "corpora"))
-DATA_TABLES = ("documents", "chunks", "embeddings", "neighbours", "training")
+DATA_TABLES = ("documents", "chunks", "embeddings", "neighbours", "training", "leakage")
 
 
 def corpus(name: str) -> Path:
@@ -165,9 +165,9 @@ def build_here(inputs: Iterable[object], out: Path, **settings: Any) -> Any:
 
 def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send even the smallest stage through worker processes."""
-    from retrodb.pipelines import retrieval_stages, text_stages
+    from retrodb.pipelines import report_stage, retrieval_stages, text_stages
 
-    for module in (text_stages, retrieval_stages):
+    for module in (text_stages, retrieval_stages, report_stage):
         for name in vars(module):
             if name.startswith("_SMALL_"):
                 monkeypatch.setattr(module, name, 0)

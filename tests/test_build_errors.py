@@ -351,7 +351,7 @@ def test_a_database_built_with_relative_paths_is_read_from_anywhere(tmp_path, ti
     write_jsonl(tmp_path / "in.jsonl", [GOOD, {**GOOD, "id": "b"}])
     shutil.copytree(tiny_encoder, tmp_path / "tiny")
     given = ("in.jsonl", "--out", "db", "--encoder", "tiny", "--tokenizer", "encoder", "--no-text")
-    for done in (["corpus", "chunk", "embed", "index", "neighbours", "training"], []):
+    for done in (["corpus", "chunk", "embed", "index", "neighbours", "training", "report"], []):
         command = [sys.executable, "-m", "retrodb", "build", *given, "--json"]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert json.loads(ran.stdout.splitlines()[-1])["done"] == done

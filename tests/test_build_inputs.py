@@ -155,7 +155,7 @@ def test_without_text_the_chunks_and_vectors_are_the_same_and_the_text_is_gone(t
     source = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     for name, text in (("with", True), ("without", False)):
         build_here([source], tmp_path / name, encoder=str(tiny_encoder), shard_bytes="2KiB", text=text)
-    tables = ("chunks", "embeddings", "neighbours", "training")
+    tables = ("chunks", "embeddings", "neighbours", "training", "leakage")
     assert digests(tmp_path / "with", tables) == digests(tmp_path / "without", tables)
     assert all(row["text"] is None for row in rows_of(tmp_path / "without", "documents"))
     assert retrodb("show", tmp_path / "without", 0).code == 0

@@ -40,8 +40,8 @@ SHARD_BYTES = "2KiB"
 SMALL = ("--chunk-tokens", 8, "--sequence-tokens", 64)
 """Chunks of eight tokens are many enough for the embed stage to take worker processes."""
 
-STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training")
-TABLES = ("documents", "chunks", "embeddings", "index", "neighbours", "training")
+STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training", "report")
+TABLES = ("documents", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_what_was_finished_before_a_kill_is_not_done_again(source, clean, tiny_e
         pytest.skip("the kill came after the stage")
     before = {path.name: path.stat().st_mtime_ns for path in (out / "embeddings").glob("[0-9]*")}
     assert len(before) >= 4
-    assert again(source, out, tiny_encoder) == ("embed", "index", "neighbours", "training")
+    assert again(source, out, tiny_encoder) == ("embed", "index", "neighbours", "training", "report")
     after = {path.name: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()}
     kept = [name for name, stamp in before.items() if after[name] == stamp]
     assert len(kept) >= 4
@@ -354,13 +354,15 @@ CHANGES = [
 def test_a_changed_setting_rebuilds_just_what_depends_on_it_and_changed_back_it_is_as_before(
     source, clean, tiny_encoder, database, tmp_path, settings, first
 ):
-    expected = STAGES[STAGES.index(first) :]
+    expected = (
+        (first,) if first == "training" else STAGES[STAGES.index(first) :]
+    )  # the report is not made from training
     plan_before = stamps(database)
     assert planned(source, database, tiny_encoder, settings) == set(expected)
     assert stamps(database) == plan_before, "a dry run writes nothing"
 
     assert again(source, database, tiny_encoder, **settings) == expected
-    kept = set(TABLES[: STAGES.index(first)])
+    kept = set(TABLES) - {TABLES[STAGES.index(stage)] for stage in expected}
     if first == "chunk":
         kept -= {"documents"}  # holds n_chunks
     assert untouched(plan_before, stamps(database)) >= kept
@@ -376,7 +378,7 @@ def test_dropping_the_text_embeds_nothing_anew(source, tiny_encoder, database):
     """The vectors depend on the chunks, not on whether the documents' text is kept."""
     before = stamps(database)
     assert again(source, database, tiny_encoder, text=False) == ("chunk",)
-    assert untouched(before, stamps(database)) >= {"embeddings", "index", "neighbours", "training"}
+    assert untouched(before, stamps(database)) >= {"embeddings", "index", "neighbours", "training", "leakage"}
     assert strays(database) == []
 
 
@@ -408,7 +410,7 @@ def test_a_dry_run_by_the_command_line_writes_nothing_and_tells_the_plan(source,
     before = stamps(database)
     ran = retrodb(*arguments(source, database, tiny_encoder, "--dry-run", "--json", "--neighbours", 10))
     actions = {stage["stage"]: stage["action"] for stage in ran.json["stages"]}
-    assert [stage for stage in STAGES if actions[stage] != "up to date"] == ["neighbours", "training"]
+    assert [stage for stage in STAGES if actions[stage] != "up to date"] == ["neighbours", "training", "report"]
     assert stamps(database) == before
 
 
@@ -503,6 +505,7 @@ DAMAGES = {"deleted": Path.unlink, "truncated": truncate, "flipped": flip}
         ("index", "deleted"),
         ("neighbours", "flipped"),
         ("training", "truncated"),
+        ("leakage", "flipped"),
         ("quarantine", "deleted"),
     ],
 )
@@ -553,8 +556,9 @@ def test_several_damaged_shards_of_several_tables_are_repaired_at_once(source, c
     (database / "embeddings" / "00002.npy").unlink()
     truncate(database / "neighbours" / "00003.parquet")
     flip(database / "training" / "00000.parquet")
+    truncate(database / "leakage" / "00005.parquet")
     (database / "documents" / "00004.parquet").unlink()
-    assert planned(source, database, tiny_encoder, {}) >= {"chunk", "embed", "neighbours", "training"}
+    assert planned(source, database, tiny_encoder, {}) >= {"chunk", "embed", "neighbours", "training", "report"}
     again(source, database, tiny_encoder)
     assert_same(database, clean)
 
@@ -628,7 +632,7 @@ def test_readers_see_no_table_that_does_not_fit_the_others_while_it_is_rebuilt(s
     assert running.wait_for(lambda: len(list(database.glob(".build/chunk-*/0*.json"))) >= 2)
     running.kill()
     tables = manifest_of(database)["tables"]
-    assert not set(tables) & {"embeddings", "index", "neighbours", "training"}
+    assert not set(tables) & {"embeddings", "index", "neighbours", "training", "leakage"}
     ran = retrodb("query", database, "words")
     assert ran.code == 3
     assert "build" in ran.err
@@ -657,6 +661,8 @@ def test_no_file_of_earlier_settings_stays_beside_the_tables(source, tiny_encode
     out = tmp_path / "db"
     again(source, out, tiny_encoder, tokenizer="train:300")
     assert (out / "reports" / "recall.json").exists()
+    assert (out / "reports" / "leakage.json").exists()
     again(source, out, tiny_encoder, until="chunk")
     assert not (out / "tokenizer.json").exists()
     assert not (out / "reports" / "recall.json").exists()
+    assert not (out / "reports" / "leakage.json").exists()

@@ -159,6 +159,12 @@ def expected_columns(db: Built, table: str) -> dict[str, Any]:
             "distances": is_list(pa.float32(), db.k),
             "n_valid": pa.int16(),
         },
+        "leakage": {
+            "chunk_id": pa.int64(),
+            "overlap": pa.int16(),
+            "leakage": pa.float32(),
+            "neighbour_id": pa.int64(),
+        },
         "quarantine": {"source": pa.string(), "position": pa.int64(), "reason": pa.string(), "record": pa.binary()},
         "training": {
             "sequence_id": pa.int64(),
@@ -176,7 +182,7 @@ def expected_columns(db: Built, table: str) -> dict[str, Any]:
     }[table]
 
 
-@pytest.mark.parametrize("table", ["documents", "chunks", "neighbours", "quarantine", "training"])
+@pytest.mark.parametrize("table", ["documents", "chunks", "neighbours", "quarantine", "training", "leakage"])
 def test_every_shard_has_the_columns_and_types_of_the_contract(db, table):
     if table not in manifest_of(db.path)["tables"]:
         pytest.skip("nothing was quarantined")
@@ -196,13 +202,15 @@ def test_ids_are_the_shards_number_and_the_row(db, table, column):
         assert ids == [(int(path.stem) << 32) | row for row in range(len(ids))]
 
 
-def test_chunk_embedding_neighbour_and_training_shards_of_one_number_belong_together(db):
-    for chunks, embeddings, neighbours, training in zip(
-        *(shards_of(db.path, table) for table in ("chunks", "embeddings", "neighbours", "training")), strict=True
+def test_chunk_embedding_neighbour_training_and_leakage_shards_of_one_number_belong_together(db):
+    tables = ("chunks", "embeddings", "neighbours", "training", "leakage")
+    for chunks, embeddings, neighbours, training, leakage in zip(
+        *(shards_of(db.path, table) for table in tables), strict=True
     ):
-        assert chunks.stem == embeddings.stem == neighbours.stem == training.stem
+        assert chunks.stem == embeddings.stem == neighbours.stem == training.stem == leakage.stem
         ids = pq.read_table(chunks)["chunk_id"].to_pylist()
         assert pq.read_table(neighbours)["chunk_id"].to_pylist() == ids
+        assert pq.read_table(leakage)["chunk_id"].to_pylist() == ids
         vectors = np.load(embeddings, mmap_mode="r", allow_pickle=False)
         assert vectors.dtype == np.float16
         assert vectors.shape == (len(ids), manifest_of(db.path)["fingerprints"]["encoder"]["dimension"])
@@ -458,13 +466,60 @@ def test_lists_of_training_rows_are_never_null_and_tokens_have_no_null_elements(
         assert sum(chunk.flatten().null_count for chunk in table[name].chunks) == 0
 
 
+# -- leakage ---------------------------------------------------------------------------------------------------------
+
+
+def longest_common(tokens: list[int], other: list[int]) -> int:
+    """The longest common substring, by its definition."""
+    return max(
+        (
+            n
+            for n in range(1, len(tokens) + 1)
+            for at in range(len(tokens) - n + 1)
+            if occurs(tokens[at : at + n], other)
+        ),
+        default=0,
+    )
+
+
+def occurs(tokens: list[int], other: list[int]) -> bool:
+    return any(other[at : at + len(tokens)] == tokens for at in range(len(other) - len(tokens) + 1))
+
+
+def test_leakage_is_the_longest_common_substring_with_ten_neighbours_and_their_continuations(db):
+    rows = rows_of(db.path, "leakage")
+    assert [row["chunk_id"] for row in rows] == [row["chunk_id"] for row in db.chunks]
+    for row, chunk, found in list(zip(rows, db.chunks, db.neighbours, strict=True))[::5]:
+        assert row["leakage"] == np.float32(row["overlap"] / db.m)
+        shared = {}
+        for neighbour_id in found["neighbour_ids"][:10]:
+            if neighbour_id is not None:
+                tokens = text_of(db.chunk_by_id[neighbour_id]) + continuation_of(db, neighbour_id)
+                shared[neighbour_id] = longest_common(text_of(chunk), tokens)
+        assert row["overlap"] == max(shared.values(), default=0)
+        first = next((i for i, n in shared.items() if n == row["overlap"] > 0), None)
+        assert row["neighbour_id"] == first
+
+
+def text_of(chunk: dict[str, Any]) -> list[int]:
+    return chunk["tokens"][: chunk["n_tokens"]]
+
+
+def continuation_of(db: Built, chunk_id: int) -> list[int]:
+    following = db.chunk_by_id.get(chunk_id + 1)
+    same = following is not None and following["document_id"] == db.chunk_by_id[chunk_id]["document_id"]
+    return text_of(following) if following is not None and same else []
+
+
 # -- the manifest ----------------------------------------------------------------------------------------------------
 
 
 def test_the_manifest_names_every_shard_with_its_rows_bytes_and_checksum(db):
     manifest = manifest_of(db.path)
     assert {"format", "config", "fingerprints", "tables"} <= set(manifest)
-    assert {"documents", "chunks", "embeddings", "index", "neighbours", "training"} <= set(manifest["tables"])
+    assert {"documents", "chunks", "embeddings", "index", "neighbours", "training", "leakage"} <= set(
+        manifest["tables"]
+    )
     for name, table in manifest["tables"].items():
         for shard in table["shards"]:
             path = db.path / shard["path"]
@@ -487,6 +542,7 @@ def test_the_manifest_names_every_shard_with_its_rows_bytes_and_checksum(db):
         ("embeddings", "npy"),
         ("neighbours", "parquet"),
         ("training", "parquet"),
+        ("leakage", "parquet"),
     ],
 )
 def test_shards_are_named_by_number(db, table, suffix):

@@ -25,6 +25,7 @@ def test_every_column_is_described():
         schemas.chunks(64, "uint16"),
         schemas.neighbours(20),
         schemas.training(2048, 64, 2, "uint16"),
+        schemas.leakage(),
         schemas.quarantine(),
     ):
         assert all(field.metadata[b"description"] for field in schema)

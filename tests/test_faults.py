@@ -23,7 +23,7 @@ from support import build_here, command, digests, manifest_of, sha256, stamps, s
 import retrodb as retrodb_package
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import RetrodbError
-from retrodb.manifest import MANIFEST_NAME, STAGES, TABLES
+from retrodb.manifest import LEAKAGE_REPORT, MANIFEST_NAME, STAGES, TABLES
 from retrodb.quality.verify import DAMAGE_REPORT, VerifyReport, verify_database
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def verify(database: Path) -> VerifyReport:
 def recorded(database: Path) -> list[str]:
     """All files but the manifest that a checksum is recorded for."""
     tables = manifest_of(database)["tables"].values()
-    return [*(shard["path"] for table in tables for shard in table["shards"]), "tokenizer.json"]
+    return [*(shard["path"] for table in tables for shard in table["shards"]), "tokenizer.json", LEAKAGE_REPORT]
 
 
 # -- one bit ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def some_bits(database: Path, number: int) -> Iterator[tuple[str, int]]:
     folders: dict[str, list[str]] = {}
     for path in recorded(database):
         folders.setdefault(path.rpartition("/")[0], []).append(path)
-    assert set(folders) == {*TABLES, ""}
+    assert set(folders) == {*TABLES, "", "reports"}
     for fault in range(number):
         path = dice.choice(folders[sorted(folders)[fault % len(folders)]])
         yield path, dice.randrange((database / path).stat().st_size * 8)

@@ -195,7 +195,7 @@ def small():
 
 def test_an_answer_that_never_came_is_an_error_and_not_zeros(small):
     packed, chunks, ids, answers = small
-    with pytest.raises(DamagedError, match=r"2 neighbours were not answered, of chunk shards \[1\]"):
+    with pytest.raises(DamagedError, match=r"2 of its neighbours were not answered, of chunk shards \[1\]"):
         assemble(packed, chunks, ids, answers[:1], 0)
 
 

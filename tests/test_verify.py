@@ -115,6 +115,8 @@ def test_a_whole_database_is_verified_and_left_as_it_was(whole: Path) -> None:
     assert report.checked["chunks recomputed"] == report.checked["vectors recomputed"] == rows["chunks"]
     assert report.checked["neighbours"] == report.checked["neighbours recomputed"] == rows["chunks"] * K
     assert report.checked["vectors not bit-identical"] == report.checked["distances not bit-identical"] == 0
+    assert report.checked["chunks of known leakage"] == report.checked["leakage recomputed"] == rows["chunks"]
+    assert report.checked["overlaps derived again"] == rows["chunks"]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +258,8 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[Row], object], str]] = {
     "a lost document": (lambda m: m["stages"]["corpus"]["counts"].update({"in": 13}), "manifest.json"),
     "a lost chunk": (lambda m: m["stages"]["chunk"]["counts"].update(chunks=7), "manifest.json"),
     "a lost token": (lambda m: m["stages"]["chunk"]["counts"].update(tokens=7), "manifest.json"),
+    "other figures of leakage": (lambda m: m["stages"]["report"]["details"].update(histograms={}), "manifest.json"),
+    "another report": (lambda m: m["stages"]["report"]["details"].update(report_sha256=""), "reports/leakage.json"),
     "a changed setting": (lambda m: m["stages"]["neighbours"]["made_from"].update(exclude="none"), "manifest.json"),
     "another encoder": (lambda m: m["fingerprints"]["encoder"].update(pooling="cls"), "manifest.json"),
     "mixed builds": (lambda m: m["fingerprints"]["stages"].update(chunk="0" * 64), "manifest.json"),
@@ -485,6 +489,49 @@ def test_a_training_shard_that_is_not_the_join_is_found(fault: Callable[..., Any
     rewrite(database, path, lambda rows: fault(database, rows))
     assert verify(database).paths == [path]
     found(database, path, TRAINING_FAULTS[fault])
+
+
+LEAKAGE_FAULTS: dict[str, tuple[Callable[[list[Row]], object], str]] = {
+    "another chunk": (lambda r: r[1].update(chunk_id=r[1]["chunk_id"] + (1 << ID_SHIFT)), "chunk ids"),
+    "an overlap beyond the chunk": (lambda r: some_leak(r).update(overlap=65, leakage=65 / M), "outside 0"),
+    "a negative overlap": (lambda r: some_leak(r).update(overlap=-1, leakage=-1 / M), "outside 0"),
+    "another quotient": (lambda r: some_leak(r).update(leakage=0.9), "not overlap / m"),
+    "no neighbour": (lambda r: some_leak(r).update(neighbour_id=None), "null just where"),
+    "a neighbour of nothing": (lambda r: some_leak(r).update(overlap=0, leakage=0.0), "null just where"),
+    "another neighbour": (lambda r: some_leak(r).update(neighbour_id=r[0]["chunk_id"]), "one of the first"),
+    "too little": (lambda r: leak(some_leak(r), -1), "the tokens do not give"),
+    "too much": (lambda r: leak(some_leak(r), 1), "the tokens do not give"),
+}
+
+
+def some_leak(rows: list[Row]) -> Row:
+    """A row with an overlap of some tokens, but not of all."""
+    return next(row for row in rows if 1 < row["overlap"] < M - 1)
+
+
+def leak(row: Row, more: int) -> None:
+    row.update(overlap=row["overlap"] + more, leakage=(row["overlap"] + more) / M)
+
+
+@pytest.mark.parametrize("fault", LEAKAGE_FAULTS)
+def test_a_leakage_shard_that_breaks_a_rule_is_found(fault: str, database: Path) -> None:
+    change, words = LEAKAGE_FAULTS[fault]
+    path = "leakage/00000.parquet"
+    rewrite(database, path, lambda rows: change(rows) and None)
+    assert verify(database).paths == [path]
+    found(database, path, words)
+
+
+def test_a_leak_in_a_row_that_is_not_derived_every_time_is_found_by_recomputing(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.quality import leakage_content
+
+    path = "leakage/00000.parquet"
+    monkeypatch.setattr(leakage_content, "_DERIVED_ROWS", 0)
+    rewrite(database, path, lambda rows: leak(some_leak(rows), -1))
+    assert verify(database).paths == ["manifest.json"], "the histograms alone tell"
+    found(database, path, "the tokens do not give", sample=1.0)
 
 
 CHUNK_FAULTS: dict[str, tuple[Callable[[list[Row]], object], str]] = {

@@ -63,7 +63,7 @@ def build(
     runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
     seed: Annotated[Number, typer.Option(metavar="<int>", help="Seed of every random choice. [0]")] = None,
     until: Annotated[
-        Text, typer.Option(help="Last stage: corpus, dedup, chunk, embed, index, neighbours, training.")
+        Text, typer.Option(help="Last stage: corpus, dedup, chunk, embed, index, neighbours, training, report.")
     ] = None,
     shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,

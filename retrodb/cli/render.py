@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from retrodb.database import Database
+from retrodb.quality.leakage import in_words
 from retrodb.quality.summary import summarise
 from retrodb.storage import Storage
 
@@ -129,6 +130,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
             f"training    {training['sequences']:,} sequences of {training['sequence_tokens']:,} tokens "
             f"with {training['neighbours']} neighbours a chunk"
         )
+    if facts["leakage"]:
+        lines.append(f"leakage     {in_words(facts['leakage']['splits'])}")
     return lines
 
 

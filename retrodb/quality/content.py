@@ -38,6 +38,7 @@ def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
         "documents": schemas.documents(),
         "quarantine": schemas.quarantine(),
         "duplicates": schemas.duplicates(),
+        "leakage": schemas.leakage(),
     }
     if facts.chunk_tokens:
         found["chunks"] = schemas.chunks(facts.chunk_tokens, facts.token_type)
@@ -93,7 +94,7 @@ def check_counts(scene: Scene) -> None:
         counted = manifest.stages["chunk"].counts.get("chunks")
         same("rows of chunks, and chunks made, differ", manifest.rows("chunks"), counted)
     rows = {shard.number: shard.rows for shard in manifest.shards("chunks")}
-    for table in ("embeddings", "neighbours"):
+    for table in ("embeddings", "neighbours", "leakage"):
         for shard in scene.shards(table):
             if shard.rows != rows.get(shard.number, shard.rows):
                 findings.add(shard.path, f"has {shard.rows:,} rows for {rows[shard.number]:,} chunks")

@@ -9,7 +9,9 @@ from typing import Any, Final
 from retrodb.encoding import EncoderIdentity
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
+    LEAKAGE_REPORT,
     MANIFEST_NAME,
+    REPORT_SHA256,
     STAGES,
     TABLES,
     TEMPLATE_NUMBER,
@@ -32,6 +34,8 @@ _UPSTREAM: Final = {
     "chunk": {"documents": "dedup"},
     "index": {"embeddings": "embed"},
     "neighbours": {"index": "index"},
+    "training": {"neighbour_table": "neighbours"},
+    "report": {"neighbour_table": "neighbours"},
 }
 """By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
 
@@ -57,9 +61,10 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
     done = [stage for stage in STAGES if stage in manifest.stages]
+    chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
     if unknown := sorted(set(manifest.stages) - set(STAGES)):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
-    if done != list(STAGES[: len(done)]):
+    if done != chain[: len(done)]:
         findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")
     for stage in done:
         state = manifest.stages[stage]
@@ -100,7 +105,7 @@ def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> N
 def _check_numbers(manifest: Manifest, findings: Findings) -> None:
     """The tables have the same shard numbers as the documents; index shards are counted through."""
     wanted = {shard.number for shard in manifest.shards("documents")}
-    for table in ("chunks", "embeddings", "neighbours", "training"):
+    for table in ("chunks", "embeddings", "neighbours", "training", "leakage"):
         if table not in manifest.tables:
             continue
         numbers = {shard.number for shard in manifest.shards(table)}
@@ -136,6 +141,7 @@ def check_files(scene: Scene) -> None:
     findings.count("files", len(shards))
     findings.count("bytes", sum(shard.bytes for shard in shards))
     _check_tokenizer(scene)
+    _check_report(scene)
     _check_nothing_else(scene)
 
 
@@ -192,6 +198,18 @@ def _check_tokenizer(scene: Scene) -> None:
             scene.findings.add(path, "is missing")
         elif scene.storage.sha256(path) != recorded["fingerprint"]:
             scene.findings.add(path, "is not the tokenizer that cut the chunks: its sha256 is another")
+
+
+def _check_report(scene: Scene) -> None:
+    """The leakage report is the one that the build wrote."""
+    if not scene.done("report"):
+        return
+    recorded = scene.manifest.stages["report"].details.get(REPORT_SHA256)
+    with scene.findings.blaming(LEAKAGE_REPORT):
+        if scene.storage.size(LEAKAGE_REPORT) is None:
+            scene.findings.add(LEAKAGE_REPORT, "is missing")
+        elif scene.storage.sha256(LEAKAGE_REPORT) != recorded:
+            scene.findings.add(LEAKAGE_REPORT, "is not the report of this build: its sha256 is another")
 
 
 def _check_nothing_else(scene: Scene) -> None:

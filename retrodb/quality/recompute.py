@@ -1,4 +1,4 @@
-"""A random fraction made once more from the source text, through tokens and vectors to neighbours, and compared.
+"""A random fraction made once more from the source text, through tokens and vectors to leakage, and compared.
 
 Whole shards are drawn, because the batches that a vector is computed in are a function of its whole shard. Tokens must
 be the same to the bit. Vectors are the same to the bit on the machine that made them; another processor may round
@@ -22,6 +22,7 @@ from retrodb.errors import DamagedError
 from retrodb.index.keys import EXACT_KEY
 from retrodb.manifest import Shard
 from retrodb.neighbours import Exclusion, SameCluster, by_shard, pair_scores
+from retrodb.quality.leakage_content import compare_leakage
 from retrodb.quality.neighbour_content import NeighbourRows, read_rows
 from retrodb.quality.recall import exact_top, merge_exact
 from retrodb.quality.scene import ChunkIds, Scene, grouped
@@ -86,6 +87,10 @@ def recompute(scene: Scene, tools: Tools, sample: float, seed: int) -> None:
         if neighbours is not None:
             with scene.examining(neighbours):
                 _compare_neighbours(scene, neighbours)
+        leakage = scene.shard("leakage", number)
+        if leakage is not None:
+            with scene.examining(leakage):
+                compare_leakage(scene, leakage)
         scene.findings.count("shards recomputed", 1)
 
 

@@ -31,6 +31,7 @@ STAGE_OF: Final = {
     "index": "index",
     "neighbours": "neighbours",
     "training": "training",
+    "leakage": "report",
 }
 """The stage that makes a table exist."""
 
@@ -57,6 +58,7 @@ class Facts:
     exclude: Exclude
     sequence_tokens: int | None
     training_neighbours: int | None
+    leakage_neighbours: int | None
 
     @staticmethod
     def of(manifest: Manifest) -> "Facts":
@@ -91,6 +93,7 @@ class Facts:
             exclude=made("neighbours").get("exclude", "document"),
             sequence_tokens=_whole(made("training"), "sequence_tokens"),
             training_neighbours=_whole(made("training"), "training_neighbours"),
+            leakage_neighbours=_whole(made("report"), "neighbours"),
         )
         facts._check(made("index").get("metric", "l2"))
         return facts

@@ -3,7 +3,8 @@
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import STAGES, Manifest
+from retrodb.manifest import LEAKAGE_REPORT, STAGES, Manifest
+from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
 
 
@@ -23,6 +24,7 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
         "index": stages["index"].details if "index" in stages else None,
         "neighbours": _neighbours(manifest),
         "training": _training(manifest),
+        "leakage": _leakage(manifest),
         "fingerprints": manifest.fingerprints,
         "config": manifest.config,
         "tables": {
@@ -95,4 +97,15 @@ def _training(manifest: Manifest) -> dict[str, Any] | None:
         "sequence_tokens": state.made_from["sequence_tokens"],
         "neighbours": state.made_from["training_neighbours"],
         **state.counts,
+    }
+
+
+def _leakage(manifest: Manifest) -> dict[str, Any] | None:
+    if "report" not in manifest.stages:
+        return None
+    details = manifest.stages["report"].details
+    return {
+        "neighbours": details["neighbours"],
+        "splits": {split: distribution(counts) for split, counts in details["histograms"].items()},
+        "report": LEAKAGE_REPORT,
     }

@@ -162,7 +162,7 @@ def _check_block(scene: Scene, shard: Shard, own: OwnShard, table: pa.Table, sta
         kept = np.where(used[..., None], own.neighbours[rows], -1)
         refuse(wanted != kept, "neighbour_ids that are not the first ones of the neighbours table")
     width = own.tokens.tokens.shape[1]
-    expected_tokens, expected_lengths, known = _joined(scene, wanted.reshape(-1), width)
+    expected_tokens, expected_lengths, known = joined(scene, wanted.reshape(-1), width)
     found_tokens = lists(table, "neighbour_tokens").reshape(-1, 2, width)
     found_lengths = lists(table, "neighbour_lengths").reshape(-1, 2)
     for side, what in enumerate(("neighbour", "continuation")):
@@ -172,7 +172,7 @@ def _check_block(scene: Scene, shard: Shard, own: OwnShard, table: pa.Table, sta
         refuse(wrong, f"neighbour_tokens that are not those of the {what}")
 
 
-def _joined(scene: Scene, wanted: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def joined(scene: Scene, wanted: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What must stand in each cell: tokens [c, 2, m] and lengths int16 [c, 2] of a neighbour and its continuation.
 
     The continuation of chunk c is the chunk with the next id, if there is one and it is of the same document.

@@ -8,6 +8,7 @@ In order, each step trusting only what the ones before have found whole:
     index_content    the index holds every chunk that may be a neighbour, once
     neighbour_content  existence, exclusion, order, honest counts
     training_content every chunk once; tokens, neighbours and continuations re-joined
+    leakage_content  one row a chunk, of its neighbours; some derived again; the report's figures
     recompute        with ``sample``: a random fraction made once more from the source text
 
 One shard of each table is in memory at a time, and bounded caches of the chunks that others name.
@@ -22,6 +23,7 @@ from retrodb.quality.duplicate_content import check_duplicates
 from retrodb.quality.files import check_files, check_manifest
 from retrodb.quality.findings import Findings, Problem, VerifyReport
 from retrodb.quality.index_content import check_index
+from retrodb.quality.leakage_content import check_leakage
 from retrodb.quality.neighbour_content import check_neighbours
 from retrodb.quality.recompute import load_tools, recompute
 from retrodb.quality.scene import Facts, Scene
@@ -78,6 +80,7 @@ def _check_all(scene: Scene) -> None:
     check_index(scene)
     check_neighbours(scene)
     check_training(scene)
+    check_leakage(scene)
 
 
 def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: str | None) -> None:

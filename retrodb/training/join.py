@@ -10,7 +10,7 @@ request; an answer that never comes is an error, never zeros (see `assemble`).
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -290,36 +290,54 @@ def _scatter(
     slot_of_row = np.full(len(chunks), MISSING, dtype=np.int64)
     slot_of_row[rows] = used
     assert (slot_of_row >= 0).all(), "a chunk is in no sequence"
-    flat = neighbour_ids.reshape(-1)
-    open_cells = flat >= 0
     tokens = np.zeros((n_slots * k, 2, chunks.chunk_tokens), dtype=chunks.tokens.dtype)
     lengths = np.zeros((n_slots * k, 2), dtype=np.int16)
-    for reply in answers:
-        _check_answer(reply, tokens, flat, open_cells, shard)
-        open_cells[reply.cells] = False
+    for reply in checked_answers(answers, neighbour_ids, chunks, shard):
         places = slot_of_row[reply.cells // k] * k + reply.cells % k
         tokens[places] = reply.tokens
         lengths[places] = reply.lengths
+    return tokens, lengths
+
+
+def checked_answers(
+    answers: Iterable[Answer], neighbour_ids: npt.NDArray[np.int64], chunks: ChunkArrays, shard: int
+) -> Iterator[Answer]:
+    """The answers to a shard's requests, one at a time, each proved to be one; at the end, that there were all.
+
+    Args:
+        answers: in any order.
+        neighbour_ids: int64 ``[N, k']``, what `requests` was given.
+        chunks: the chunk shard that asked.
+        shard: its number.
+
+    Raises:
+        DamagedError: a neighbour was not answered, answered twice, or answered though nobody asked.
+    """
+    flat = neighbour_ids.reshape(-1)
+    open_cells = flat >= 0
+    for reply in answers:
+        _check_answer(reply, chunks.tokens, flat, open_cells, shard)
+        open_cells[reply.cells] = False
+        yield reply
     if open_cells.any():
         lost = np.unique(flat[open_cells] >> ID_SHIFT)
         raise DamagedError(
-            f"training shard {shard}: {np.count_nonzero(open_cells)} neighbours were not answered, of chunk shards"
+            f"chunk shard {shard}: {np.count_nonzero(open_cells)} of its neighbours were not answered, of chunk shards"
             f" {lost[:8].tolist()}. Run the build again."
         )
-    return tokens, lengths
 
 
 def _check_answer(
     reply: Answer, tokens: npt.NDArray, flat: npt.NDArray[np.int64], open_cells: npt.NDArray[np.bool_], shard: int
 ) -> None:
     """Raise DamagedError unless this is an answer to what this shard asked, and the first one."""
-    where = f"training shard {shard}: the answer of chunk shard {reply.neighbour_shard}"
+    where = f"chunk shard {shard}: the answer of chunk shard {reply.neighbour_shard}"
     if reply.query_shard != shard:
         raise DamagedError(f"{where} is for shard {reply.query_shard}.")
-    if reply.tokens.shape[1:] != tokens.shape[1:] or reply.tokens.dtype != tokens.dtype:
+    shape = (2, tokens.shape[1])
+    if reply.tokens.shape[1:] != shape or reply.tokens.dtype != tokens.dtype:
         raise DamagedError(
-            f"{where} holds {reply.tokens.dtype} tokens {reply.tokens.shape[1:]},"
-            f" not {tokens.dtype} {tokens.shape[1:]}."
+            f"{where} holds {reply.tokens.dtype} tokens {reply.tokens.shape[1:]}, not {tokens.dtype} {shape}."
         )
     if not reply.cells.size:
         return
