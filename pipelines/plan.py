@@ -40,10 +40,10 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     ``index`` is None where the build stops before anything is embedded.
 
     Raises:
-        InputError: as `retrodb.pipelines.driver.build` would.
+        InputError, DamagedError: as `retrodb.pipelines.driver.build` would.
     """
     refuse_foreign(storage)
-    manifest = Manifest.load(storage) or Manifest()
+    manifest = Manifest.recover(storage) or Manifest()
     ingredients = resolve(config, run)
     scans, exact = _scans(inputs, manifest)
     layout = plan(scans, config.shard_bytes)

@@ -228,7 +228,7 @@ def test_an_out_below_a_file_is_refused(tmp_path, good):
     assert stamps(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "documents/letter.txt", ".hidden"])
+@pytest.mark.parametrize("name", ["thesis.tex", "documents/letter.txt", ".hidden", "reports/manifest.json"])
 def test_an_out_folder_with_other_things_is_refused_and_left_alone(tmp_path, good, name):
     mine = tmp_path / "home" / name
     mine.parent.mkdir(parents=True)
