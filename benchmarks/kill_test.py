@@ -5,8 +5,9 @@
 Builds a small corpus once undisturbed. Then, round after round, builds it anew as a process in a session of its own and
 kills the whole process group with ``SIGKILL`` at a uniformly random moment of the undisturbed duration, once or several
 times in a row, before a last build may finish. That one has to exit 0, and the database to be the undisturbed one:
-every table byte for byte, the same shards and stages in the manifest, no file besides. What a receipt or the manifest
-recorded at a kill must be the same file afterwards (inode and time): only shards in hand are made again, one a worker.
+every table byte for byte, the same shards and stages in the manifest, a true copy of it, no file besides. What a
+receipt or the manifest recorded at a kill must be the same file afterwards (inode and time): only shards in hand are
+made again, one a worker.
 
 Each build takes one worker or ``--workers``, as the seed says; with one, every stage runs in the driver itself. A round
 depends on the seed and its own number alone, so that ``--round`` repeats one; only the machine's timing differs.
@@ -36,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import command, digests, make_tiny_encoder, manifest_of, strays, write_jsonl
 
 from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME
 
 TABLES = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
-STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training", "report")
+STAGES = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 BEFORE, AFTER = "start", "end"
 """Kills before the build held the lock, and after the last stage was recorded."""
 
@@ -306,6 +308,8 @@ class Round:
         for part in ("tables", "stages"):
             if manifest_of(self.database)[part] != manifest_of(self.expected)[part]:
                 self.wrong.append(f"the manifest's {part} are not as undisturbed")
+        if (self.database / MANIFEST_COPY).read_bytes() != (self.database / MANIFEST_NAME).read_bytes():
+            self.wrong.append(f"{MANIFEST_COPY} is not a copy of the manifest")
         if left := strays(self.database):
             self.wrong.append(f"left behind: {left}")
 

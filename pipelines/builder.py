@@ -1,6 +1,7 @@
 """One build under way: what every stage shares, from comparing fingerprints to recording shards."""
 
 import platform
+import posixpath
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from retrodb.manifest import (
     DEDUP_REPORT,
     LEAKAGE_REPORT,
     RECALL_REPORT,
+    REPORTS_FOLDER,
     TABLES,
     TRAINED_TOKENIZER,
     WORK_FOLDER,
@@ -203,9 +205,10 @@ class Builder:
             for name in self.storage.list_files(table):
                 if f"{table}/{name}" not in recorded and _is_ours(name):
                     self.storage.delete(f"{table}/{name}")
-        for name in self.storage.list_files(""):
-            if name.startswith(TEMPORARY_PREFIX):
-                self.storage.delete(name)
+        for folder in ("", REPORTS_FOLDER):
+            for name in self.storage.list_files(folder):
+                if name.startswith(TEMPORARY_PREFIX):
+                    self.storage.delete(posixpath.join(folder, name))
         for name in self._outdated_files():
             if self.storage.size(name) is not None:
                 self.storage.delete(name)

@@ -12,6 +12,7 @@ from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.execute import forget_scans
 from retrodb.pipelines.ingredients import located, refuse_foreign, resolve
+from retrodb.pipelines.integrity import mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
@@ -21,7 +22,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_NAME, WORK_FOLDER, Manifest
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 
 
@@ -48,6 +49,7 @@ def build(
 
     Raises:
         InputError: the folder holds something else, no document is left to build from, or a setting does not fit.
+        DamagedError: neither the manifest nor its copy is whole.
         LockedError: another build holds the database.
         RecallError: the index stays below the recall gate.
         WorkerError: a worker failed; what was finished is kept.
@@ -58,7 +60,7 @@ def build(
     made = out.make_root()
     try:
         with build_lock(out):
-            new = Manifest.load(out) is None
+            new = not mend_manifest(out, progress)
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
             try:
@@ -77,6 +79,9 @@ def _abandon(out: Storage) -> None:
     manifest = Manifest.load(out)
     if manifest is not None and not manifest.tables:
         out.delete_folder(WORK_FOLDER)
+        out.delete(MANIFEST_COPY)  # before the manifest: left alone, it would be taken for what a lost one said
+        if not out.list_files(REPORTS_FOLDER):
+            out.delete_folder(REPORTS_FOLDER)
         out.delete(MANIFEST_NAME)
 
 

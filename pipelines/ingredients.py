@@ -1,8 +1,12 @@
-"""What a build is made with, checked before anything is written: the encoder, the tokenizer, the folder."""
+"""What a build is made with, checked before anything is written: the encoder, the tokenizer, the folder.
+
+A build that stops before anything is embedded needs no encoder, and looks for none.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from retrodb.pipelines import stages
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
@@ -26,26 +30,38 @@ _MANY_VECTORS = 1_000_000
 
 
 @dataclass(frozen=True)
+class ChosenEncoder:
+    """The encoder of a build: where it is, what it is, and whether its precision was asked for."""
+
+    files: EncoderFiles
+    identity: EncoderIdentity
+    precision_given: bool
+
+    def settled(self, manifest: Manifest) -> EncoderIdentity:
+        """``auto`` keeps the precision a database already has, so that another machine does not re-embed it."""
+        recorded = manifest.fingerprints.get("encoder")
+        if self.precision_given or not recorded:
+            return self.identity
+        candidate = replace(self.identity, precision=recorded["precision"])
+        return candidate if candidate.fingerprint == recorded["fingerprint"] else self.identity
+
+
+@dataclass(frozen=True)
 class Ingredients:
     """The resolved encoder and tokenizer of a build.
 
-    ``tokenizer`` is None for ``train:VOCAB``, which the chunk stage learns; ``tokenizer_spec`` is what
-    `load_tokenizer` takes.
+    ``encoder`` is None where the build stops before the embed stage. ``tokenizer`` is None for ``train:VOCAB``, which
+    the chunk stage learns; ``tokenizer_spec`` is what `load_tokenizer` takes.
     """
 
-    files: EncoderFiles
-    encoder: EncoderIdentity
-    precision_given: bool
+    encoder: ChosenEncoder | None
     tokenizer_spec: str
     tokenizer: TokenizerIdentity | None
 
     def settled_encoder(self, manifest: Manifest) -> EncoderIdentity:
-        """``auto`` keeps the precision a database already has, so that another machine does not re-embed it."""
-        recorded = manifest.fingerprints.get("encoder")
-        if self.precision_given or not recorded:
-            return self.encoder
-        candidate = replace(self.encoder, precision=recorded["precision"])
-        return candidate if candidate.fingerprint == recorded["fingerprint"] else self.encoder
+        """The encoder of a build that embeds, with the precision it is to have; see `ChosenEncoder.settled`."""
+        assert self.encoder is not None, "only a build that stops before the embed stage has no encoder"
+        return self.encoder.settled(manifest)
 
     def prove(self, manifest: Manifest, run: RunSettings) -> None:
         """Load another encoder than the database has, before the vectors of the old one give way.
@@ -53,13 +69,13 @@ class Ingredients:
         Raises:
             InputError: it cannot be loaded.
         """
-        if "embed" not in manifest.stages or run.until in ("corpus", "chunk"):
+        if "embed" not in manifest.stages or self.encoder is None:
             return
-        if self.settled_encoder(manifest).fingerprint == manifest.fingerprints["encoder"]["fingerprint"]:
+        if self.encoder.settled(manifest).fingerprint == manifest.fingerprints["encoder"]["fingerprint"]:
             return
         from retrodb.encoding.encoder import Encoder  # noqa: PLC0415 - imports torch
 
-        Encoder.load(self.files, self.encoder.precision, run.device).embed(["text"])
+        Encoder.load(self.encoder.files, self.encoder.identity.precision, run.device).embed(["text"])
 
 
 def located(config: BuildConfig) -> BuildConfig:
@@ -71,20 +87,15 @@ def located(config: BuildConfig) -> BuildConfig:
 
 
 def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
-    """Find the encoder and the tokenizer, and the device that was asked for.
+    """Find the encoder, the tokenizer and the device, as far as the stages up to ``run.until`` use them.
 
     Raises:
         InputError: one of them does not exist, or they do not fit the other settings.
     """
-    files = resolve_encoder(config.encoder)
-    check_weights(files)
-    if run.device == "cuda":
-        _check_cuda(run.device)
-    given = config.precision != "auto"
-    encoder = identify(files, config.precision if given else _automatic_precision(run))
-    spec = str(files.transformer / "tokenizer.json") if config.tokenizer == OWN_TOKENIZER else config.tokenizer
-    if config.tokenizer == OWN_TOKENIZER and not Path(spec).is_file():
-        raise InputError(f"--tokenizer encoder: the encoder {files.name!r} has no tokenizer.json.")
+    encoder = _choose_encoder(config, run) if run.until in (None, *stages.downstream("embed")) else None
+    spec = config.tokenizer
+    if spec == OWN_TOKENIZER:
+        spec = _own_tokenizer(encoder.files if encoder else resolve_encoder(config.encoder))
     tokenizer = None if spec.startswith("train:") else tokenizer_identity(load_tokenizer(spec), config.tokenizer)
     lossless = tokenizer is None or tokenizer.lossless
     if not config.text and not lossless and config.tokenizer != OWN_TOKENIZER:
@@ -92,9 +103,25 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
             f"--no-text needs a lossless tokenizer, because the text to embed then comes from the tokens; "
             f"{config.tokenizer!r} is not lossless. Keep the text, or use gpt2, train:VOCAB or encoder."
         )
-    if config.index_key is not None:
-        _check_index_key(config, encoder.dimension)
-    return Ingredients(files, encoder, given, spec, tokenizer)
+    if config.index_key is not None and encoder is not None:
+        _check_index_key(config, encoder.identity.dimension)
+    return Ingredients(encoder, spec, tokenizer)
+
+
+def _choose_encoder(config: BuildConfig, run: RunSettings) -> ChosenEncoder:
+    files = resolve_encoder(config.encoder)
+    check_weights(files)
+    if run.device == "cuda":
+        _check_cuda(run.device)
+    given = config.precision != "auto"
+    return ChosenEncoder(files, identify(files, config.precision if given else _automatic_precision(run)), given)
+
+
+def _own_tokenizer(files: EncoderFiles) -> str:
+    path = files.transformer / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"--tokenizer encoder: the encoder {files.name!r} has no tokenizer.json.")
+    return str(path)
 
 
 def _check_index_key(config: BuildConfig, dimension: int) -> None:
@@ -144,10 +171,11 @@ def refuse_foreign(storage: Storage) -> None:
 
     Raises:
         InputError: it holds other things, or is a file.
+        DamagedError: it is a database, but neither its manifest nor the copy is whole.
     """
     if storage.is_a_file():
         raise InputError(f"--out {storage.url} is a file; name a folder for the database.")
-    if Manifest.load(storage) is not None or storage.is_empty():
+    if Manifest.recover(storage) is not None or storage.is_empty():
         return
     foreign = [name for name in storage.list_files("") if name != LOCK_NAME and not name.startswith(TEMPORARY_PREFIX)]
     foreign += [name for name in storage.list_folders("") if name != WORK_FOLDER]

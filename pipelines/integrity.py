@@ -1,16 +1,46 @@
-"""Which recorded shards are not what the manifest says: found before a build, so that it repairs exactly those."""
+"""What is damaged, found before a build: the manifest is put back, and exactly the damaged shards are made again."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from retrodb.manifest import DAMAGE_REPORT, LEAKAGE_REPORT, REPORT_SHA256, Manifest, Shard
+from retrodb.pipelines.progress import Progress
+
+from retrodb.manifest import (
+    DAMAGE_REPORT,
+    LEAKAGE_REPORT,
+    MANIFEST_COPY,
+    MANIFEST_NAME,
+    REPORT_SHA256,
+    Manifest,
+    Shard,
+)
 from retrodb.storage import Storage
 
 CHECK_ALL_BYTES: Final = 2 << 30
 """A database up to this size is checked byte by byte at every build (seconds); a larger one by sizes alone."""
 
 _THREADS: Final = 4
+
+
+def mend_manifest(storage: Storage, progress: Progress) -> bool:
+    """Write ``manifest.json`` or its copy anew, whichever is not whole, from the other; says so. Needs the build lock.
+
+    Returns:
+        Whether there is a manifest: False in a folder that is no database yet.
+
+    Raises:
+        InputError, MismatchError, DamagedError: as `Manifest.recover` does.
+    """
+    manifest = Manifest.recover(storage)
+    if manifest is None:
+        return False
+    data = manifest.as_bytes()
+    for name, other in ((MANIFEST_NAME, MANIFEST_COPY), (MANIFEST_COPY, MANIFEST_NAME)):
+        if storage.read_if_there(name) != data:
+            storage.commit_bytes(name, data)
+            progress.note(f"{name} was damaged, missing or out of date: written anew from {other}")
+    return True
 
 
 def damaged_shards(storage: Storage, manifest: Manifest) -> dict[str, set[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
@@ -26,21 +27,30 @@ _CHUNKS_PER_CORE_SECOND: Final = {"fp32": 55.0, "bf16": 200.0, "fp16": 55.0}
 """MiniLM on 64-token chunks: the slowest CPU measured for each precision. An order of magnitude, no promise."""
 
 
+@dataclass(frozen=True)
+class _Vectors:
+    """What a build that embeds is planned with besides."""
+
+    encoder: EncoderIdentity
+    choice: KeyChoice
+
+
 def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, run: RunSettings) -> dict[str, Any]:
-    """What each stage would do and why, with sizes and a rough time; nothing is created.
+    """What each stage up to ``run.until`` would do and why, with sizes and a rough time; nothing is created.
+
+    ``index`` is None where the build stops before anything is embedded.
 
     Raises:
-        InputError: as `retrodb.pipelines.driver.build` would.
+        InputError, DamagedError: as `retrodb.pipelines.driver.build` would.
     """
     refuse_foreign(storage)
-    manifest = Manifest.load(storage) or Manifest()
+    manifest = Manifest.recover(storage) or Manifest()
     ingredients = resolve(config, run)
-    encoder = ingredients.settled_encoder(manifest)
     scans, exact = _scans(inputs, manifest)
     layout = plan(scans, config.shard_bytes)
     n_chunks = _expected_chunks(manifest, scans, config)
-    choice = choose_key(n_chunks, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
-    parts = _all_parts(scans, layout, config, ingredients, encoder, choice)
+    vectors = _vectors(manifest, config, ingredients, n_chunks)
+    parts = _all_parts(scans, layout, config, ingredients, vectors)
     actions = _actions(storage, manifest, parts, layout, run.until)
     return {
         "database": storage.url,
@@ -48,9 +58,17 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
         "stages": actions,
         "splits": len(layout.splits),
         "shards": layout.shards,
-        "index": {"key": choice.key, "reason": choice.reason},
-        "estimates": _estimates(layout, exact, n_chunks, config, run, encoder, choice, actions),
+        "index": {"key": vectors.choice.key, "reason": vectors.choice.reason} if vectors else None,
+        "estimates": _estimates(layout, exact, n_chunks, config, run, vectors, actions),
     }
+
+
+def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, n_chunks: int) -> _Vectors | None:
+    if ingredients.encoder is None:
+        return None
+    encoder = ingredients.encoder.settled(manifest)
+    choice = choose_key(n_chunks, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
+    return _Vectors(encoder, choice)
 
 
 def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[ScannedFile], bool]:
@@ -86,16 +104,17 @@ def _all_parts(
     layout: Plan,
     config: BuildConfig,
     ingredients: Ingredients,
-    encoder: EncoderIdentity,
-    choice: KeyChoice,
+    vectors: _Vectors | None,
 ) -> dict[str, dict[str, Any]]:
     tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
     parts = {"corpus": stages.corpus_parts(scans, config, layout.shard_bytes)}
     parts["dedup"] = stages.dedup_parts(fingerprint(parts["corpus"]), config)
     parts["chunk"] = stages.chunk_parts(fingerprint(parts["dedup"]), config, tokenizer)
-    parts["embed"] = stages.embed_parts(parts["chunk"], encoder)
-    parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, choice)
-    parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, choice)
+    if vectors is None:
+        return parts
+    parts["embed"] = stages.embed_parts(parts["chunk"], vectors.encoder)
+    parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, vectors.choice)
+    parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, vectors.choice)
     parts["training"] = stages.training_parts(fingerprint(parts["neighbours"]), config)
     parts["report"] = stages.report_parts(fingerprint(parts["neighbours"]), config)
     return parts
@@ -129,27 +148,32 @@ def _estimates(
     n_chunks: int,
     config: BuildConfig,
     run: RunSettings,
-    encoder: EncoderIdentity,
-    choice: KeyChoice,
+    vectors: _Vectors | None,
     actions: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
-    n_sequences = n_chunks * config.chunk_tokens / config.sequence_tokens
-    per_sequence = config.sequence_tokens * 2 * (1 + 2 * config.training_neighbours) * 0.6
-    sizes = {
-        "chunks": n_chunks * (_BYTES_PER_STORED_CHUNK + config.chunk_tokens),
-        "embeddings": n_chunks * encoder.dimension * 2,
-        "index": choice.estimated_bytes,
-        "neighbours": n_chunks * config.neighbours * 14,
-        "training": int(n_sequences * per_sequence),
-        "leakage": n_chunks * _BYTES_PER_LEAKAGE_ROW,
-    }
-    embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
-    seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[encoder.precision] * run.workers) if embeds else 0.0
-    return {
+    size = n_chunks * (_BYTES_PER_STORED_CHUNK + config.chunk_tokens)
+    estimates = {
         "splits_and_shards": f"{len(layout.splits):,} splits, {layout.shards:,} shards"
         + ("" if exact else " (from sizes on disk; the inputs were not read)"),
         "chunks": f"about {n_chunks:,}",
-        "index_key": f"{choice.key} ({choice.reason})",
-        "disk": f"about {sum(sizes.values()) / 1e6:,.0f} MB beside the documents",
-        "time_to_embed": f"very roughly {seconds / 60:,.1f} min on {run.workers} workers (CPU, {encoder.precision})",
     }
+    if vectors is not None:
+        size += _bytes_from_vectors(n_chunks, config, vectors)
+        embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
+        precision = vectors.encoder.precision
+        seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[precision] * run.workers) if embeds else 0.0
+        estimates |= {
+            "index_key": f"{vectors.choice.key} ({vectors.choice.reason})",
+            "time_to_embed": f"very roughly {seconds / 60:,.1f} min on {run.workers} workers (CPU, {precision})",
+        }
+    return {**estimates, "disk": f"about {size / 1e6:,.0f} MB beside the documents"}
+
+
+def _bytes_from_vectors(n_chunks: int, config: BuildConfig, vectors: _Vectors) -> int:
+    """The embeddings and all that is made from them."""
+    n_sequences = n_chunks * config.chunk_tokens / config.sequence_tokens
+    per_sequence = config.sequence_tokens * 2 * (1 + 2 * config.training_neighbours) * 0.6
+    embeddings = n_chunks * vectors.encoder.dimension * 2
+    neighbours = n_chunks * config.neighbours * 14
+    leakage = n_chunks * _BYTES_PER_LEAKAGE_ROW
+    return embeddings + vectors.choice.estimated_bytes + neighbours + int(n_sequences * per_sequence) + leakage

@@ -88,11 +88,15 @@ class Database:
         Raises:
             InputError: there is none.
             MismatchError: it was made by a later schema version.
-            DamagedError: its manifest is malformed.
+            DamagedError: its manifest is malformed, or lost.
         """
         storage = Storage(url)
         manifest = Manifest.load(storage)
         if manifest is None:
+            if Manifest.recover(storage) is not None:
+                raise DamagedError(
+                    f"{storage.url} has lost its {MANIFEST_NAME}. Run the build again: it is put back from its copy."
+                )
             raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
         return Database(storage, manifest)
 

@@ -1,7 +1,9 @@
 """The manifest: what a database is, which shards it has, and what made them.
 
 ``manifest.json`` is the only file that says what exists. It is replaced atomically; a shard that it does not record
-does not exist, and readers follow it and never list folders.
+does not exist, and readers follow it and never list folders. It holds a checksum of itself, by which a verification
+proves every bit of it, and each save leaves a copy, `MANIFEST_COPY`, from which a build puts a damaged one back.
+Readers look at neither.
 """
 
 import hashlib
@@ -12,9 +14,11 @@ from typing import Any, Final
 
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.schemas import ID_SHIFT, SCHEMA_VERSION
-from retrodb.storage import Committed, Storage, checked_relative
+from retrodb.storage import Committed, Storage, checked_relative, json_bytes
 
 MANIFEST_NAME: Final = "manifest.json"
+REPORTS_FOLDER: Final = "reports"
+MANIFEST_COPY: Final = f"{REPORTS_FOLDER}/manifest.json"
 FORMAT_NAME: Final = "retrodb"
 TABLES: Final = (
     "documents",
@@ -44,7 +48,10 @@ WORK_FOLDER: Final = ".build"
 DAMAGE_REPORT: Final = "reports/damage.json"
 """``{"paths": [..]}``: what a verification found, so that the next build looks at just that byte by byte."""
 
-_REMEDY: Final = "Put a copy of it back, or delete the database and build it again."
+_OWN_MARK: Final = f'"name": "{FORMAT_NAME}"'.encode()
+"""What the first lines of every manifest hold, torn or not."""
+_MENDED_BY_BUILD: Final = f"Run the build again: it puts {MANIFEST_NAME} back from {MANIFEST_COPY}."
+_REMEDY: Final = f"Put a copy of {MANIFEST_NAME} back, or delete the database and build it again."
 
 
 def fingerprint(value: Any) -> str:
@@ -90,7 +97,7 @@ class Shard:
                 sha256=str(entry["sha256"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"manifest.json has a malformed shard entry {dict(entry)!r}: {error!r}.") from error
+            raise DamagedError(f"malformed shard entry {dict(entry)!r}: {error!r}.") from error
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -145,7 +152,8 @@ class Manifest:
         )
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        """What ``manifest.json`` holds. ``checksum`` is the `fingerprint` of all the rest."""
+        content = {
             "format": {"name": FORMAT_NAME, "schema_version": SCHEMA_VERSION},
             "config": self.config,
             "fingerprints": self.fingerprints,
@@ -158,10 +166,22 @@ class Manifest:
             },
             "versions": self.versions,
         }
+        # Of the content as it is read back, where a number that was a key is text, and sorted as such.
+        return {**content, "checksum": fingerprint(json.loads(json.dumps(content)))}
+
+    def as_bytes(self) -> bytes:
+        """The file ``manifest.json``. Raises ValueError for what JSON or UTF-8 lacks."""
+        return json_bytes(self.as_json())
 
     def save(self, storage: Storage) -> None:
-        """Replace ``manifest.json`` atomically."""
-        storage.commit_json(MANIFEST_NAME, self.as_json())
+        """Replace ``manifest.json`` atomically, then its copy."""
+        data = self.as_bytes()
+        # The one that counts comes first, so that a copy is never alone unless something was lost. A kill between the
+        # two leaves a copy that is one save old: the next build writes it anew before it changes anything else. Were
+        # the first lost before that, the copy would still do: what it names is deleted or overwritten only after both
+        # were written, and what it does not name yet is made again.
+        storage.commit_bytes(MANIFEST_NAME, data)
+        storage.commit_bytes(MANIFEST_COPY, data)
 
     @staticmethod
     def parse(data: Any, where: str) -> "Manifest":
@@ -194,16 +214,83 @@ class Manifest:
                 },
                 versions=dict(data["versions"]),
             )
+        except DamagedError as error:
+            raise DamagedError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DamagedError(f"{where} is malformed: {error!r}. {_REMEDY}") from error
+            raise DamagedError(f"{where} is malformed: {error!r}.") from error
 
     @staticmethod
     def load(storage: Storage) -> "Manifest | None":
-        """The database's manifest, or None where there is no database. Raises as `parse` does."""
+        """The database's manifest as a reader takes it, or None where there is none.
+
+        The checksum is not looked at: what can be read is read.
+
+        Raises:
+            InputError, MismatchError, DamagedError: as `parse` does.
+        """
         try:
             data = storage.read_json(MANIFEST_NAME)
+            return None if data is None else Manifest.parse(data, storage.describe(MANIFEST_NAME))
         except DamagedError as error:
-            raise DamagedError(f"{error} {_REMEDY}") from error
-        if data is None:
-            return None
-        return Manifest.parse(data, storage.describe(MANIFEST_NAME))
+            raise DamagedError(f"{error} {_MENDED_BY_BUILD}") from error
+
+    @staticmethod
+    def load_whole(storage: Storage, name: str = MANIFEST_NAME) -> "Manifest | None":
+        """The manifest in the file ``name``, proved to be what was saved, or None where there is no such file.
+
+        Raises:
+            InputError, MismatchError: as `parse` does.
+            DamagedError: likewise; or any bit of the file is not as `save` wrote it.
+        """
+        data = storage.read_if_there(name)
+        return None if data is None else _parse_whole(data, storage.describe(name))
+
+    @staticmethod
+    def recover(storage: Storage) -> "Manifest | None":
+        """The manifest that a build goes on from: ``manifest.json``, else its copy. None where there is no database.
+
+        Writes nothing. A whole ``manifest.json`` always wins, whatever the copy says.
+
+        Raises:
+            InputError: ``manifest.json`` is another program's.
+            MismatchError: it, or the copy that it has to be put back from, was written by a later schema version.
+            DamagedError: neither is whole.
+        """
+        damage = None
+        try:
+            if (manifest := Manifest.load_whole(storage)) is not None:
+                return manifest
+        except DamagedError as error:
+            damage = error
+        copy = storage.read_if_there(MANIFEST_COPY)
+        if damage is None and (copy is None or _OWN_MARK not in copy):
+            return None  # a file of that name alone may well be another program's
+        lost = damage or f"{storage.describe(MANIFEST_NAME)} is missing."
+        if copy is None:
+            raise DamagedError(f"{lost} There is no copy of it. {_REMEDY}")
+        try:
+            return _parse_whole(copy, storage.describe(MANIFEST_COPY))
+        except MismatchError:
+            raise
+        except (InputError, DamagedError) as error:
+            raise DamagedError(f"{lost} Its copy does not hold either: {error} {_REMEDY}") from error
+
+
+def _parse_whole(data: bytes, where: str) -> Manifest:
+    """Parse a manifest that is byte for byte what saving it gives: no checksum alone would prove spaces or a key twice.
+
+    Raises:
+        InputError, MismatchError: as `Manifest.parse` does.
+        DamagedError: likewise; or it is not what was saved.
+    """
+    try:
+        content = json.loads(data)
+        manifest = Manifest.parse(content, where)
+        if manifest.as_bytes() == data:
+            return manifest
+    except ValueError as error:
+        raise DamagedError(f"{where} is not valid JSON ({error}).") from error
+    stated, found = str(content.get("checksum", "missing")), manifest.as_json()["checksum"]
+    raise DamagedError(
+        f"{where} is not what was saved: its checksum is {stated[:16]}, that of what it says {found[:16]}."
+    )

@@ -32,6 +32,11 @@ TEMPORARY_PREFIX: Final = ".tmp-"
 _COPY_BYTES: Final = 1 << 20
 
 
+def json_bytes(value: Any) -> bytes:
+    """``value`` as indented JSON, keys in the order given. Raises ValueError for what JSON or UTF-8 lacks."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 @dataclass(frozen=True)
 class Committed:
     """What was put in place: relative ``path``, size in bytes, and the sha256 of the bytes in hex."""
@@ -171,16 +176,22 @@ class Storage:
         """The whole file. Raises FileNotFoundError."""
         return bytes(self._filesystem.cat_file(self.path(relative)))
 
+    def read_if_there(self, relative: str) -> bytes | None:
+        """The whole file, or None where there is none."""
+        try:
+            return self.read_bytes(relative)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def read_json(self, relative: str) -> Any:
         """The parsed file, or None where there is none.
 
         Raises:
             DamagedError: it is not JSON.
         """
+        data = self.read_if_there(relative)
         try:
-            return json.loads(self.read_bytes(relative))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            return None if data is None else json.loads(data)
         except ValueError as error:
             raise DamagedError(f"{self.describe(relative)} is not valid JSON ({error}).") from error
 
@@ -323,9 +334,8 @@ class Storage:
         return self.commit(relative, lambda writer: _write_all(writer, data))
 
     def commit_json(self, relative: str, value: Any) -> Committed:
-        """Write ``value`` as indented JSON, keys in the order given."""
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        return self.commit_bytes(relative, text.encode() + b"\n")
+        """Write ``value`` as `json_bytes`."""
+        return self.commit_bytes(relative, json_bytes(value))
 
     def commit_file(self, relative: str, source: Path) -> Committed:
         """Write a copy of a local file as one whole file."""

@@ -199,6 +199,16 @@ def manifest_of(database: Path) -> dict[str, Any]:
     return json.loads((database / "manifest.json").read_text(encoding="utf-8"))
 
 
+def save_manifest(database: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a changed manifest and its copy as retrodb does: indented, with the checksum of all the rest."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    sealed = {**content, "checksum": hashlib.sha256(canonical.encode()).hexdigest()}
+    text = json.dumps(sealed, indent=1, ensure_ascii=False) + "\n"
+    for path in ("manifest.json", "reports/manifest.json"):
+        (database / path).write_text(text, encoding="utf-8")
+
+
 def shards_of(database: Path, table: str) -> list[Path]:
     """A table's files as the manifest names them."""
     return [database / shard["path"] for shard in manifest_of(database)["tables"][table]["shards"]]
@@ -246,7 +256,7 @@ def strays(database: Path) -> list[str]:
         for path in sorted(database.rglob("*"))
         if path.is_file()
         and (name := str(path.relative_to(database))) not in allowed
-        and not name.startswith("reports/")
+        and not (name.startswith("reports/") and path.suffix == ".json")
     ]
     return found + [path.name for path in database.iterdir() if path.is_dir() and path.name.startswith(".")]
 

@@ -228,7 +228,7 @@ def test_an_out_below_a_file_is_refused(tmp_path, good):
     assert stamps(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "documents/letter.txt", ".hidden"])
+@pytest.mark.parametrize("name", ["thesis.tex", "documents/letter.txt", ".hidden", "reports/manifest.json"])
 def test_an_out_folder_with_other_things_is_refused_and_left_alone(tmp_path, good, name):
     mine = tmp_path / "home" / name
     mine.parent.mkdir(parents=True)
@@ -351,7 +351,7 @@ def test_a_database_built_with_relative_paths_is_read_from_anywhere(tmp_path, ti
     write_jsonl(tmp_path / "in.jsonl", [GOOD, {**GOOD, "id": "b"}])
     shutil.copytree(tiny_encoder, tmp_path / "tiny")
     given = ("in.jsonl", "--out", "db", "--encoder", "tiny", "--tokenizer", "encoder", "--no-text")
-    for done in (["corpus", "chunk", "embed", "index", "neighbours", "training", "report"], []):
+    for done in (["corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report"], []):
         command = [sys.executable, "-m", "retrodb", "build", *given, "--json"]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert json.loads(ran.stdout.splitlines()[-1])["done"] == done

@@ -27,12 +27,16 @@ from support import (
     make_tiny_encoder,
     manifest_of,
     retrodb,
+    save_manifest,
     stamps,
     strays,
     write_jsonl,
 )
 
 from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.errors import DamagedError
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME
+from retrodb.storage import Storage
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +44,7 @@ SHARD_BYTES = "2KiB"
 SMALL = ("--chunk-tokens", 8, "--sequence-tokens", 64)
 """Chunks of eight tokens are many enough for the embed stage to take worker processes."""
 
-STAGES = ("corpus", "chunk", "embed", "index", "neighbours", "training", "report")
+STAGES = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 TABLES = ("documents", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
 
 
@@ -186,7 +190,7 @@ def test_a_shard_written_but_not_recorded_before_the_kill_does_not_exist(source,
     """A half file under a temporary name, an unrecorded shard, and an unknown receipt folder are swept away."""
     manifest = manifest_of(database)
     del manifest["stages"]["training"], manifest["tables"]["training"]
-    (database / "manifest.json").write_text(json.dumps(manifest))
+    save_manifest(database, manifest)
     (database / "training" / ".tmp-00000.parquet-0123456789ab").write_bytes(b"half")
     (database / "training" / "00000.parquet").write_bytes(b"not what it should be")
     (database / "training" / "00099.parquet").write_bytes(b"of an earlier corpus")
@@ -322,7 +326,8 @@ def test_an_input_that_was_touched_or_written_anew_with_the_same_bytes_rebuilds_
     own.write_bytes(own.read_bytes())
     assert again(own, tmp_path / "db", tiny_encoder) == ()
     after = stamps(tmp_path / "db")
-    del before["manifest.json"], after["manifest.json"]
+    for name in (MANIFEST_NAME, MANIFEST_COPY):
+        del before[name], after[name]
     assert after == before
     assert strays(tmp_path / "db") == []
 
@@ -590,6 +595,122 @@ def test_a_missing_report_or_a_deleted_table_folder_is_no_riddle(source, clean, 
     shutil.rmtree(database / "neighbours")
     shutil.rmtree(database / "index")
     again(source, database, tiny_encoder)
+    assert_same(database, clean)
+
+
+# -- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def edit(path: Path) -> None:
+    """As by hand: JSON that says something else, and keeps its checksum."""
+    path.write_text(path.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), encoding="utf-8")
+
+
+MANIFEST_DAMAGES = {**DAMAGES, "edited": edit}
+
+
+@pytest.mark.parametrize("damage", MANIFEST_DAMAGES)
+@pytest.mark.parametrize("name", [MANIFEST_NAME, MANIFEST_COPY])
+def test_a_damaged_manifest_or_copy_is_written_anew_from_the_other_and_nothing_is_rebuilt(
+    source, tiny_encoder, database, name, damage
+):
+    before = stamps(database)
+    MANIFEST_DAMAGES[damage](database / name)
+    assert again(source, database, tiny_encoder) == ()
+    after = stamps(database)
+    assert after.pop(name)[1] == before.pop(name)[1]
+    assert after == before
+    assert strays(database) == []
+
+
+@pytest.mark.parametrize(("name", "other"), [(MANIFEST_NAME, MANIFEST_COPY), (MANIFEST_COPY, MANIFEST_NAME)])
+def test_the_command_line_finds_an_edited_manifest_or_copy_and_says_that_it_was_written_anew(
+    source, tiny_encoder, database, name, other
+):
+    edit(database / name)
+    ran = retrodb("verify", database)
+    assert ran.code == 4
+    assert name in ran.err
+    ran = retrodb(*arguments(source, database, tiny_encoder, "--json"))
+    assert (ran.code, ran.json["done"]) == (0, []), ran.err
+    assert f"{name} was damaged, missing or out of date: written anew from {other}" in " ".join(ran.err.split())
+    assert retrodb("verify", database).code == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "edited"])
+@pytest.mark.parametrize("copy", MANIFEST_DAMAGES)
+def test_a_manifest_that_is_damaged_like_its_copy_is_refused_and_left_alone(
+    source, tiny_encoder, database, damage, copy
+):
+    MANIFEST_DAMAGES[damage](database / MANIFEST_NAME)
+    MANIFEST_DAMAGES[copy](database / MANIFEST_COPY)
+    before = stamps(database)
+    with pytest.raises(DamagedError, match=r"manifest\.json.*copy.*Put a copy of manifest\.json back"):
+        again(source, database, tiny_encoder)
+    with pytest.raises(DamagedError):
+        planned(source, database, tiny_encoder, {})
+    assert stamps(database) == before
+
+
+def test_without_a_whole_manifest_or_copy_the_command_line_exits_4(source, tiny_encoder, database):
+    edit(database / MANIFEST_NAME)
+    (database / MANIFEST_COPY).unlink()
+    for more in ((), ("--dry-run",)):
+        ran = retrodb(*arguments(source, database, tiny_encoder, *more))
+        assert (ran.code, "Traceback" in ran.err) == (4, False)
+        assert "delete the database and build it again" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("damage", MANIFEST_DAMAGES)
+def test_a_dry_run_plans_from_the_copy_and_writes_nothing(source, tiny_encoder, database, damage):
+    MANIFEST_DAMAGES[damage](database / MANIFEST_NAME)
+    before = stamps(database)
+    assert planned(source, database, tiny_encoder, {}) == set()
+    assert planned(source, database, tiny_encoder, {"neighbours": 10}) == {"neighbours", "training"}
+    assert stamps(database) == before
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "and the manifest is lost"])
+def test_killed_between_a_manifest_and_its_copy_at_any_save_it_ends_as_an_undisturbed_build(
+    source, clean, tiny_encoder, tmp_path, monkeypatch, lost
+):
+    """Also one that makes a setting's tables again, whose old ones leave the manifest before they leave the disk."""
+    out, original = tmp_path / "db", Storage.commit_bytes
+    saves = {"left": 0}
+
+    def commit(self: Storage, relative: str, data: bytes) -> Any:
+        if relative == MANIFEST_COPY:
+            if not saves["left"]:
+                raise KilledError
+            saves["left"] -= 1
+        return original(self, relative, data)
+
+    for settings in ({}, {"neighbours": 10}, {}):
+        kills = 0
+        while True:
+            saves["left"] = min(kills, 1)  # the copy that the kill before left behind is written anew first
+            monkeypatch.setattr(Storage, "commit_bytes", commit)
+            try:
+                again(source, out, tiny_encoder, **settings)
+                break
+            except KilledError:
+                kills += 1
+                if lost:
+                    (out / MANIFEST_NAME).unlink()
+            finally:
+                monkeypatch.undo()
+        assert kills >= 2
+        assert (out / MANIFEST_COPY).read_bytes() == (out / MANIFEST_NAME).read_bytes()
+    assert_same(out, clean)
+
+
+def test_what_a_kill_left_of_a_copy_is_swept_away(source, clean, tiny_encoder, database):
+    (database / "reports" / ".tmp-manifest.json-0123456789ab").write_bytes(b"half")
+    assert again(source, database, tiny_encoder) == ()
     assert_same(database, clean)
 
 

@@ -1,17 +1,24 @@
 """Defects of earlier tools that no room's own tests guard against, and the table that names the guard of each."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
-from support import build_here, manifest_of
+from retrodb.pipelines.plan import dry_run
+from support import build_here, digests, manifest_of, stamps
 
 import retrodb
+from retrodb.config import make_config
+from retrodb.corpus import expand_inputs
+from retrodb.errors import InputError
 from retrodb.index import merge, search_group
 from retrodb.neighbours import Exclusion, find_neighbours
+from retrodb.quality.verify import verify_database
+from retrodb.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "defects.md"
@@ -118,3 +125,51 @@ def test_a_build_embeds_each_chunk_once_and_nothing_else(quickstart_corpus, tiny
     build_here([quickstart_corpus], tmp_path / "db", encoder=str(tiny_encoder), **settings)
     assert len(manifest_of(tmp_path / "db")["stages"]) == 6
     assert sum(embedded) == retrodb.open(str(tmp_path / "db")).manifest.rows("chunks")
+
+
+# -- a stage that needs what it does not use --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """The package of the embedded encoder is not installed, and there is no network."""
+    monkeypatch.setattr("retrodb.encoding.source.find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def planned(inputs, out, **settings):
+    """The stages of a dry run, and what it says of the index."""
+    config, run = make_config({}, {"workers": 1, **settings})
+    plan = dry_run(expand_inputs([str(path) for path in inputs]).files, Storage(str(out)), config, run)
+    return [stage["stage"] for stage in plan["stages"]], plan["index"]
+
+
+@pytest.mark.parametrize("given", [{}, {"encoder": "nowhere/at/all"}, {"device": "cuda"}], ids=str)
+def test_chunking_needs_no_encoder_and_no_gpu_and_a_later_build_goes_on(
+    quickstart_corpus, tiny_encoder, tmp_path, no_encoder, given
+):
+    out = tmp_path / "db"
+    assert planned([quickstart_corpus], out, until="chunk", **given) == (["corpus", "dedup", "chunk"], None)
+    assert build_here([quickstart_corpus], out, until="corpus", **given).done == ("corpus",)
+    assert build_here([quickstart_corpus], out, until="chunk", **given).done == ("chunk",)
+    assert build_here([quickstart_corpus], out, until="chunk", **given).done == ()
+    assert verify_database(retrodb.open(str(out)), sample=1.0).ok
+    before = stamps(out)
+    with pytest.raises(InputError, match="encoder"):
+        build_here([quickstart_corpus], out, until="embed", encoder="nowhere/at/all")
+    with pytest.raises(InputError, match="encoder"):
+        planned([quickstart_corpus], out, encoder="nowhere/at/all")
+    assert stamps(out) == before
+    done = build_here([quickstart_corpus], out, encoder=str(tiny_encoder)).done
+    assert done == ("embed", "index", "neighbours", "training")
+    build_here([quickstart_corpus], tmp_path / "at-once", encoder=str(tiny_encoder))
+    assert digests(out) == digests(tmp_path / "at-once")
+
+
+def test_chunking_with_the_encoders_own_tokenizer_needs_that_and_no_weights(quickstart_corpus, tiny_encoder, tmp_path):
+    settings = {"tokenizer": "encoder", "until": "chunk"}
+    with pytest.raises(InputError, match="nowhere"):
+        build_here([quickstart_corpus], tmp_path / "db", encoder="nowhere/at/all", **settings)
+    assert not (tmp_path / "db").exists()
+    weightless = shutil.copytree(tiny_encoder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert build_here([quickstart_corpus], tmp_path / "db", encoder=str(weightless), **settings).done[-1] == "chunk"

@@ -1,12 +1,16 @@
-"""The manifest says what exists; it round-trips, refuses what it cannot mean, and trusts no path."""
+"""The manifest says what exists; it round-trips, refuses what it cannot mean, trusts no path, and can be proved."""
 
 import copy
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from retrodb.errors import DamagedError, InputError, MismatchError
-from retrodb.manifest import Manifest, Shard, StageState, fingerprint, shard_path
+from retrodb.errors import DamagedError, InputError, MismatchError, RetrodbError
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, Manifest, Shard, StageState, fingerprint, shard_path
 from retrodb.storage import Storage
 
 
@@ -70,6 +74,147 @@ def test_undoing_a_stage_leaves_the_others(manifest):
     assert after.shards("chunks") == ()
     assert after.stages == {}
     assert after.config == manifest.config
+
+
+# -- its checksum, and its copy ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storage(manifest, tmp_path):
+    """A folder with the manifest and its copy."""
+    storage = Storage(str(tmp_path))
+    manifest.save(storage)
+    return storage
+
+
+def test_the_checksum_is_the_sha256_of_the_canonical_json_of_all_the_rest(storage):
+    content = json.loads(storage.read_bytes(MANIFEST_NAME))
+    stated = content.pop("checksum")
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert stated == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_a_save_leaves_a_copy_of_the_same_bytes(storage, manifest):
+    assert storage.read_bytes(MANIFEST_COPY) == storage.read_bytes(MANIFEST_NAME) == manifest.as_bytes()
+    assert Manifest.load_whole(storage) == Manifest.load_whole(storage, MANIFEST_COPY) == manifest
+
+
+def test_every_single_flipped_bit_is_found(storage, manifest, monkeypatch):
+    whole = manifest.as_bytes()
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        monkeypatch.setattr(Storage, "read_bytes", lambda self, name, data=bytes(flipped): data)
+        with pytest.raises(RetrodbError, match=MANIFEST_COPY):
+            Manifest.load_whole(storage, MANIFEST_COPY)
+
+
+def spaced(text):
+    return text.replace('"seed": 0', '"seed":  0')
+
+
+def with_one_more_key(text):
+    return text.replace('"config"', '"mood": "fine",\n "config"')
+
+
+def with_a_key_twice(text):
+    return text.replace('"seed": 0', '"seed": 1, "seed": 0')
+
+
+def in_another_order(text):
+    return json.dumps(dict(reversed(json.loads(text).items())), indent=1) + "\n"
+
+
+def escaped(text):
+    return text.replace("seed", "\\u0073eed")
+
+
+def without_a_checksum(text):
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"}, indent=1) + "\n"
+
+
+SAID_OTHERWISE = [spaced, with_one_more_key, with_a_key_twice, in_another_order, escaped, without_a_checksum]
+
+
+@pytest.mark.parametrize("change", SAID_OTHERWISE, ids=lambda change: change.__name__)
+def test_what_retrodb_would_not_write_is_not_whole_though_readers_take_it(storage, manifest, change):
+    changed = change(storage.read_bytes(MANIFEST_NAME).decode())
+    assert changed.encode() != manifest.as_bytes()
+    storage.commit_bytes(MANIFEST_NAME, changed.encode())
+    assert Manifest.load(storage) == manifest
+    with pytest.raises(DamagedError, match="checksum"):
+        Manifest.load_whole(storage)
+
+
+def test_a_number_as_a_key_is_sorted_as_it_is_read_back(manifest, tmp_path):
+    """2 comes before 10, but "10" before "2"."""
+    storage = Storage(str(tmp_path))
+    state = replace(manifest.stages["chunk"], details={"rows": dict.fromkeys(range(11), 0)})
+    manifest.with_stage("chunk", state, {}).save(storage)
+    assert Manifest.load_whole(storage).stages["chunk"].details["rows"]["10"] == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_whatever_is_saved_is_whole(config):
+    storage = Storage("memory://whole")
+    Manifest(config=config).save(storage)
+    assert Manifest.load_whole(storage) == Manifest(config=config)
+
+
+OTHER = b'{"name": "my web app"}'
+WHOLE, OLDER, FLIPPED, TORN, LATER, MISSING = "whole", "older", "flipped", "torn", "later", "missing"
+
+
+def put(storage, name, manifest, state):
+    """The file ``name`` in one of these states."""
+    whole = manifest.as_bytes()
+    content = {
+        WHOLE: whole,
+        OLDER: Manifest().as_bytes(),
+        FLIPPED: whole.replace(b'"seed": 0', b'"seed": 1'),
+        TORN: whole[: len(whole) // 2],
+        LATER: whole.replace(b'"schema_version": ', b'"schema_version": 9'),
+        OTHER: OTHER,
+    }
+    storage.delete(name)
+    if state != MISSING:
+        storage.commit_bytes(name, content[state])
+
+
+RECOVERED = [
+    *((WHOLE, copy, WHOLE) for copy in (WHOLE, OLDER, FLIPPED, TORN, LATER, OTHER, MISSING)),
+    *((damaged, WHOLE, WHOLE) for damaged in (FLIPPED, TORN, MISSING)),
+    *((damaged, OLDER, OLDER) for damaged in (FLIPPED, TORN, MISSING)),
+    *((damaged, copy, DamagedError) for damaged in (FLIPPED, TORN) for copy in (FLIPPED, TORN, OTHER, MISSING)),
+    *((MISSING, copy, DamagedError) for copy in (FLIPPED, TORN)),
+    *((damaged, LATER, MismatchError) for damaged in (FLIPPED, TORN, MISSING)),
+    *((LATER, copy, MismatchError) for copy in (WHOLE, FLIPPED, MISSING)),
+    *((OTHER, copy, InputError) for copy in (WHOLE, FLIPPED, MISSING)),
+    *((MISSING, copy, None) for copy in (OTHER, MISSING)),
+]
+
+
+@pytest.mark.parametrize(("primary", "copy", "outcome"), RECOVERED, ids=str)
+def test_a_build_goes_on_from_a_whole_manifest_else_from_a_whole_copy(storage, manifest, primary, copy, outcome):
+    put(storage, MANIFEST_NAME, manifest, primary)
+    put(storage, MANIFEST_COPY, manifest, copy)
+    if isinstance(outcome, type):
+        with pytest.raises(outcome) as raised:
+            Manifest.recover(storage)
+        assert type(raised.value) is outcome
+        assert outcome is not DamagedError or "delete the database" in str(raised.value)
+    else:
+        assert Manifest.recover(storage) == {WHOLE: manifest, OLDER: Manifest(), None: None}[outcome]
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
 def test_fingerprints_depend_on_content_not_on_order():

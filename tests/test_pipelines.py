@@ -126,7 +126,7 @@ def test_a_database_may_lie_on_an_object_store(url, corpus_files):
     run = RunSettings(workers=1)
     config = BuildConfig(chunk_tokens=16, sequence_tokens=64, neighbours=3)
     first = build(corpus_files, out, config, run, Silent())
-    assert set(first.done) == {"corpus", "chunk", "embed", "index", "neighbours", "training", "report"}
+    assert set(first.done) == {"corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report"}
     assert build(corpus_files, out, config, run, Silent()).done == ()
     db = retrodb.open(url)
     assert db.search("document 7", k=2)[0].distance < 1.0

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from retrodb.schemas import ID_SHIFT
-from support import build_here, manifest_of, retrodb, sha256, stamps
+from support import build_here, manifest_of, retrodb, rows_of, save_manifest, sha256, stamps, vectors_of
 
 import retrodb as retrodb_package
 from retrodb.errors import DamagedError, InputError
 from retrodb.index import build_index_shard, commit_index_shard
+from retrodb.manifest import Manifest
 from retrodb.quality.recompute import drawn_shards
 from retrodb.quality.verify import VerifyReport, verify_database
 from retrodb.storage import Storage
@@ -74,10 +75,6 @@ def found(database: Path, path: str, words: str, sample: float = 0.0) -> VerifyR
 
 def entry_of(manifest: Row, path: str) -> Row:
     return next(s for table in manifest["tables"].values() for s in table["shards"] if s["path"] == path)
-
-
-def save_manifest(database: Path, manifest: Row) -> None:
-    (database / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def record(database: Path, path: str, rows: int) -> None:
@@ -283,6 +280,42 @@ def test_a_manifest_that_contradicts_itself_or_the_shards_is_found(fault: str, d
     assert any(name.startswith(path) for name in verify(database).paths), verify(database).as_json()
 
 
+@pytest.mark.parametrize(
+    "change", [lambda m: m["config"].update(seed=5), lambda m: m.pop("checksum")], ids=["edited", "unsealed"]
+)
+def test_a_manifest_that_was_edited_by_hand_can_be_read_but_is_not_verified(
+    change: Callable[[Row], object], database: Path
+) -> None:
+    manifest = manifest_of(database)
+    change(manifest)
+    (database / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    assert retrodb_package.open(str(database)).summary()["chunks"] > 0
+    assert found(database, "manifest.json", "checksum").paths == ["manifest.json"]
+
+
+def test_a_copy_of_the_manifest_that_is_missing_or_another_is_found_unless_a_build_is_at_work(database: Path) -> None:
+    copy = database / "reports/manifest.json"
+    older = Manifest.load(Storage(str(database))).without(["training"], ["training"]).as_bytes()
+    for change, words in ((lambda: copy.write_bytes(older), "not a copy"), (copy.unlink, "missing")):
+        change()
+        assert found(database, "reports/manifest.json", words).paths == ["reports/manifest.json"]
+        (database / "reports/damage.json").unlink()
+        (database / ".lock").touch()
+        report = verify(database)
+        assert report.ok
+        assert any("reports/manifest.json" in note and words in note for note in report.notes)
+        (database / ".lock").unlink()
+
+
+def test_a_database_that_has_lost_its_manifest_is_damaged(database: Path) -> None:
+    (database / "manifest.json").unlink()
+    with pytest.raises(DamagedError, match=r"lost its manifest\.json.*build"):
+        retrodb_package.open(str(database))
+    shutil.rmtree(database / "reports")
+    with pytest.raises(InputError, match="not a retrodb database"):
+        retrodb_package.open(str(database))
+
+
 # -- whole files that say something untrue -----------------------------------------------------------------------------
 
 
@@ -388,7 +421,7 @@ M = 64
 
 
 def continuation_across_documents(database: Path, rows: list[Row]) -> None:
-    chunks = {c["chunk_id"]: c for n in range(len(recorded_chunk_shards(database))) for c in chunk_rows(database, n)}
+    chunks = {chunk["chunk_id"]: chunk for chunk in rows_of(database, "chunks")}
     for row in rows:
         for cell, neighbour in enumerate(row["neighbour_ids"]):
             if neighbour is not None and not row["neighbour_lengths"][2 * cell + 1] and neighbour + 1 in chunks:
@@ -398,10 +431,6 @@ def continuation_across_documents(database: Path, rows: list[Row]) -> None:
                 row["neighbour_tokens"][(2 * cell + 1) * M : (2 * cell + 2) * M] = following["tokens"]
                 return
     pytest.fail("no neighbour is the last chunk of its document")
-
-
-def recorded_chunk_shards(database: Path) -> list[Row]:
-    return manifest_of(database)["tables"]["chunks"]["shards"]
 
 
 def continuation_left_out(database: Path, rows: list[Row]) -> None:
@@ -673,17 +702,12 @@ def test_neighbours_that_are_not_the_nearest_are_found_by_brute_force(database: 
 
     def leave_out_the_best(rows: list[Row]) -> None:
         rows[4]["neighbour_ids"].pop(0), rows[4]["neighbour_document_ids"].pop(0), rows[4]["distances"].pop(0)
-        chunks = [c for n in range(len(recorded_chunk_shards(database))) for c in chunk_rows(database, n)]
-        vectors = {
-            s["number"]: np.load(database / s["path"]) for s in manifest_of(database)["tables"]["embeddings"]["shards"]
-        }
-        query = vectors[0][4].astype(np.float32)
+        chunks, vectors = rows_of(database, "chunks"), vectors_of(database).astype(np.float32)
         taken = {*rows[4]["neighbour_ids"], rows[4]["chunk_id"]}
         far = []
-        for chunk in chunks:
-            vector = vectors[chunk["chunk_id"] >> ID_SHIFT][chunk["chunk_id"] & 0xFFFFFFFF].astype(np.float32)
-            distance = float(((query - vector) ** 2).sum())
-            if chunk["document_id"] != chunk_rows(database)[4]["document_id"] and chunk["chunk_id"] not in taken:
+        for chunk, vector in zip(chunks, vectors, strict=True):
+            distance = float(((vectors[4] - vector) ** 2).sum())
+            if chunk["document_id"] != chunks[4]["document_id"] and chunk["chunk_id"] not in taken:
                 far.append((distance, chunk["chunk_id"], chunk["document_id"]))
         distance, chunk_id, document_id = max(far)
         rows[4]["neighbour_ids"].append(chunk_id)

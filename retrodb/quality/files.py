@@ -10,6 +10,7 @@ from retrodb.encoding import EncoderIdentity
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
     LEAKAGE_REPORT,
+    MANIFEST_COPY,
     MANIFEST_NAME,
     REPORT_SHA256,
     STAGES,
@@ -41,6 +42,26 @@ _UPSTREAM: Final = {
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def check_saved(storage: Storage, findings: Findings) -> None:
+    """``manifest.json`` and its copy are, to the last bit, what was saved, and the same."""
+    locked = storage.size(LOCK_NAME) is not None
+    manifest = copy = None
+    with findings.blaming(MANIFEST_NAME):
+        manifest = Manifest.load_whole(storage, MANIFEST_NAME)
+    with findings.blaming(MANIFEST_COPY):
+        copy = Manifest.load_whole(storage, MANIFEST_COPY)
+    if copy is None and not findings.has(MANIFEST_COPY):
+        fault = "is missing"
+    elif copy is not None and manifest is not None and copy.as_bytes() != manifest.as_bytes():
+        fault = f"is not a copy of {MANIFEST_NAME}"
+    else:
+        return
+    if locked:  # a save is under way, or was cut short between the two files
+        findings.note(f"{MANIFEST_COPY} {fault}: a build holds this database, or was killed there")
+    else:
+        findings.add(MANIFEST_COPY, fault)
 
 
 def check_manifest(manifest: Manifest, findings: Findings) -> None:

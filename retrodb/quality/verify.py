@@ -2,7 +2,8 @@
 
 In order, each step trusting only what the ones before have found whole:
 
-    files            the manifest in itself; every recorded file's size and sha256; no file besides
+    files            every bit of the manifest, and of its copy; what it says in itself; every recorded file's size
+                     and sha256; no file besides
     content          schemas and rows; counts from stage to stage; documents, chunks, vectors
     duplicate_content  clusters as the documents have them; nothing of a validation cluster, nor a repeat, left behind
     index_content    the index holds every chunk that may be a neighbour, once
@@ -20,7 +21,7 @@ from retrodb.errors import RetrodbError
 from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
 from retrodb.quality.duplicate_content import check_duplicates
-from retrodb.quality.files import check_files, check_manifest
+from retrodb.quality.files import check_files, check_manifest, check_saved
 from retrodb.quality.findings import Findings, Problem, VerifyReport
 from retrodb.quality.index_content import check_index
 from retrodb.quality.leakage_content import check_leakage
@@ -54,6 +55,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0, encoder:
     """
     findings = Findings()
     scene = None
+    check_saved(db.storage, findings)
     with findings.blaming(MANIFEST_NAME):
         check_manifest(db.manifest, findings)
         scene = Scene(db.storage, db.manifest, Facts.of(db.manifest), findings)
