@@ -34,17 +34,28 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support import command, digests, make_tiny_encoder, manifest_of, strays, write_jsonl
+from support import command, digests, make_tiny_encoder, manifest_of, near_duplicates_of, strays, write_jsonl
 
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME
 
-TABLES = ("documents", "quarantine", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
+TABLES = ("documents", "quarantine", "duplicates", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
 STAGES = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 BEFORE, AFTER = "start", "end"
 """Kills before the build held the lock, and after the last stage was recorded."""
 
-FLAGS = ("--shard-bytes", "2KiB", "--precision", "fp32", "--chunk-tokens", 8, "--sequence-tokens", 64)
+FLAGS = (
+    "--shard-bytes",
+    "2KiB",
+    "--precision",
+    "fp32",
+    "--chunk-tokens",
+    8,
+    "--sequence-tokens",
+    64,
+    "--dedup",
+    "drop",
+)
 """Some ten shards a table, and chunks enough for the embed stage to take worker processes."""
 
 KILLS_IN_A_ROW = (1, 1, 1, 2, 3, 5)
@@ -66,9 +77,15 @@ class Corpus:
 
     @staticmethod
     def make(folder: Path) -> "Corpus":
-        """Twenty short topics, a blank and a torn record."""
+        """Twenty short topics, two near-duplicates (which are dropped), a blank and a torn record."""
         topics = [line for line in quickstart_lines() if len(line) < 3_000][:20]
-        lines = [*topics[:7], '{"id": "blank", "text": " "}', '{"id": "torn', *topics[7:]]
+        lines = [
+            *topics[:7],
+            '{"id": "blank", "text": " "}',
+            '{"id": "torn',
+            *topics[7:],
+            *near_duplicates_of(topics[:2]),
+        ]
         return Corpus(write_jsonl(folder / "in.jsonl", lines), make_tiny_encoder(folder / "encoder"))
 
     def build(self, out: Path, workers: int, *more: object) -> list[str]:

@@ -261,6 +261,12 @@ def strays(database: Path) -> list[str]:
     return found + [path.name for path in database.iterdir() if path.is_dir() and path.name.startswith(".")]
 
 
+def near_duplicates_of(lines: Iterable[str]) -> list[str]:
+    """Records that differ from those of the given lines in their id and one word."""
+    records = [json.loads(line) for line in lines]
+    return [json.dumps({**r, "id": f"{r['id']}-again", "text": f"{r['text']} again"}) for r in records]
+
+
 # -- writing inputs ---------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from support import (
     digests,
     make_tiny_encoder,
     manifest_of,
+    near_duplicates_of,
     retrodb,
     save_manifest,
     stamps,
@@ -45,14 +46,14 @@ SMALL = ("--chunk-tokens", 8, "--sequence-tokens", 64)
 """Chunks of eight tokens are many enough for the embed stage to take worker processes."""
 
 STAGES = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
-TABLES = ("documents", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
+TABLES = ("documents", "duplicates", "chunks", "embeddings", "index", "neighbours", "training", "leakage")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Twenty topics, a blank and a broken record: about 150 chunks in some ten shards."""
+    """Twenty topics, two near-duplicates, a blank and a broken record: about 160 chunks in some ten shards."""
     topics = [line for line in quickstart_lines() if len(line) < 3_000][:20]
-    lines = [*topics[:7], '{"id": "blank", "text": " "}', '{"id": "torn', *topics[7:]]
+    lines = [*topics[:7], '{"id": "blank", "text": " "}', '{"id": "torn', *topics[7:], *near_duplicates_of(topics[:2])]
     return write_jsonl(tmp_path_factory.mktemp("resume") / "in.jsonl", lines)
 
 
@@ -217,7 +218,7 @@ def test_interrupted_it_says_so_exits_130_leaves_no_process_and_resumes(
     assert "Traceback" not in running.err
     assert gone(lambda: group_of(running.process.pid))
     assert not (out / ".lock").exists()
-    assert again(source, out, tiny_encoder, chunk_tokens=8, sequence_tokens=64) == STAGES[2:]
+    assert again(source, out, tiny_encoder, chunk_tokens=8, sequence_tokens=64) == STAGES[3:]
     assert_same(out, clean_small)
 
 
@@ -424,7 +425,7 @@ def test_a_changed_encoder_embeds_anew(source, tiny_encoder, database, tmp_path)
     config = json.loads((other / "config.json").read_text())
     config["layer_norm_eps"] = 1e-5
     (other / "config.json").write_text(json.dumps(config))
-    assert again(source, database, other) == STAGES[2:]
+    assert again(source, database, other) == STAGES[3:]
     moved = shutil.copytree(other, tmp_path / "moved")
     assert again(source, database, moved) == (), "the same encoder in another folder is the same"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import build_here, command, digests, manifest_of, sha256, stamps, strays, write_jsonl
+from support import build_here, command, digests, manifest_of, near_duplicates_of, sha256, stamps, strays, write_jsonl
 
 import retrodb as retrodb_package
 from retrodb.corpus.quickstart import quickstart_lines
@@ -35,7 +35,7 @@ def database(quickstart_corpus: Path, tiny_encoder: Path, tmp_path_factory: pyte
     """Every kind of file there is: several shards a table, a quantised index, a quarantine, a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("faults")
     topics = quickstart_corpus.read_text(encoding="utf-8").splitlines()
-    write_jsonl(folder / "in.jsonl", [*topics[:5], '{"id": "torn', *topics[5:]])
+    write_jsonl(folder / "in.jsonl", [*topics[:5], '{"id": "torn', *topics[5:], *near_duplicates_of(topics[4:6])])
     build(folder / "db", tiny_encoder)
     assert verify(folder / "db").ok
     return folder / "db"
@@ -255,7 +255,8 @@ def small_disk() -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     topics = [line for line in quickstart_lines() if len(line) < 3_000][:20]
-    return write_jsonl(tmp_path_factory.mktemp("full-source") / "in.jsonl", [*topics[:5], '{"id": "torn', *topics[5:]])
+    lines = [*topics[:5], '{"id": "torn', *topics[5:], *near_duplicates_of(topics[:2])]
+    return write_jsonl(tmp_path_factory.mktemp("full-source") / "in.jsonl", lines)
 
 
 @pytest.fixture(scope="module")
