@@ -44,18 +44,8 @@ STAGES = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training"
 BEFORE, AFTER = "start", "end"
 """Kills before the build held the lock, and after the last stage was recorded."""
 
-FLAGS = (
-    "--shard-bytes",
-    "2KiB",
-    "--precision",
-    "fp32",
-    "--chunk-tokens",
-    8,
-    "--sequence-tokens",
-    64,
-    "--dedup",
-    "drop",
-)
+SMALL = ("--shard-bytes", "2KiB", "--precision", "fp32", "--chunk-tokens", 8, "--sequence-tokens", 64)
+FLAGS = (*SMALL, "--dedup", "drop")
 """Some ten shards a table, and chunks enough for the embed stage to take worker processes."""
 
 KILLS_IN_A_ROW = (1, 1, 1, 2, 3, 5)

@@ -130,6 +130,8 @@ def _actions(
         damaged = sum(len(damage.get(table, ())) for table in stages.STAGE_TABLES[stage])
         if state is not None and state.fingerprint == fingerprint(parts[stage]):
             action, why = ("repair", f"{damaged} damaged shards") if damaged else ("up to date", "")
+            if stage == "corpus" and _is_read_again(manifest, parts):
+                action, why = "make again", "other near-duplicates are found in the documents as they were read"
             if stage == "report" and not damaged and not report_is_intact(storage, manifest):
                 action, why = "repair", f"{LEAKAGE_REPORT} is missing or damaged"
         elif state is not None:
@@ -140,6 +142,12 @@ def _actions(
         if stage == until:
             break
     return actions
+
+
+def _is_read_again(manifest: Manifest, parts: dict[str, dict[str, Any]]) -> bool:
+    """Whether finished documents give way to those that were read, because the dedup stage is made again."""
+    dedup = manifest.stages.get("dedup")
+    return "chunk" in manifest.stages and (dedup is None or dedup.fingerprint != fingerprint(parts["dedup"]))
 
 
 def _estimates(

@@ -404,6 +404,14 @@ def test_killed_in_every_step_it_ends_as_an_undisturbed_build(source, held_out, 
     assert_same(out, dropped)
 
 
+def test_a_dry_run_tells_that_the_source_is_read_again(source, dropped, tiny_encoder):
+    before = stamps(dropped)
+    settings = ["--encoder", tiny_encoder, "--shard-bytes", "12KiB", "--precision", "fp32", "--chunk-tokens", 32]
+    ran = retrodb("build", source, "--out", dropped, *settings, "--sequence-tokens", 128, "--dry-run", "--json")
+    assert {stage["action"] for stage in ran.json["stages"]} == {"make again"}
+    assert stamps(dropped) == before
+
+
 def test_other_duplicates_are_found_in_the_documents_as_they_were_read(
     source, held_out, kept, dropped, tiny_encoder, tmp_path
 ):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from retrodb.schemas.markdown import markdown
-from support import retrodb
+from support import retrodb, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +27,7 @@ def test_every_column_is_described():
         schemas.training(2048, 64, 2, "uint16"),
         schemas.leakage(),
         schemas.quarantine(),
+        schemas.duplicates(),
     ):
         assert all(field.metadata[b"description"] for field in schema)
 
@@ -51,6 +52,8 @@ def test_every_make_target_of_the_readme_exists():
 @pytest.mark.slow
 def test_every_retrodb_command_of_the_readme_runs(built, quickstart_corpus, tmp_path, monkeypatch):
     """`my-db` is the built database; the inputs are small files under the README's names."""
+    topics = quickstart_corpus.read_text(encoding="utf-8").splitlines()
+    write_jsonl(tmp_path / "held-out.jsonl", topics[:1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-db").symlink_to(built)
     names = {"corpus.jsonl.gz": str(quickstart_corpus), "more/": str(quickstart_corpus)}
