@@ -5,10 +5,11 @@
 Builds a database of about ``--chunks`` chunks with the command line, and runs the encoder's bare forward pass (tokens
 ready, weights loaded) over a sample of the same chunks on all cores, in each of a few configurations, with the code of
 transformers and with retrodb's; the best of each is a *bound*. Prints the embed stage and the whole build as ratios to
-both. ``--memory`` builds 10,000 and 40,000 chunks instead and prints the peak memory of a process.
+both. ``--memory`` builds 10,000 and 40,000 chunks instead and prints the peak memory of the driver and of a worker.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -27,6 +29,8 @@ from retrodb.encoding import cpu_precision, length_batches, resolve_encoder
 
 CODES = ("transformers", "retrodb")
 """Whose forward pass: the library's, in its best configuration, and the one a build runs, without anything around."""
+
+MEMORY_CHUNKS = (10_000, 40_000)
 
 BYTES_PER_CHUNK = 285
 """English text in 64 GPT-2 tokens, roughly: only to cut the corpus to size."""
@@ -47,24 +51,48 @@ def cut_corpus(source: Path, chunks: int, target: Path) -> None:
             copy += 1
 
 
-def run_build(corpus: Path, out: Path, *more: str) -> tuple[dict, float, int]:
-    """``retrodb build --json``: what it said, wall seconds, and the peak resident bytes of any of its processes."""
+@dataclass
+class Peak:
+    """Peak resident bytes: of the process that was started, and of the largest of its children."""
+
+    driver: int = 0
+    worker: int = 0
+
+    @property
+    def largest(self) -> int:
+        return max(self.driver, self.worker)
+
+    def look(self, pid: int) -> None:
+        """Called now and then: the kernel keeps each process's own peak."""
+        self.driver = max(self.driver, resident_peak(pid))
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(pid).children(recursive=True)
+            self.worker = max([self.worker, *(resident_peak(child.pid) for child in children)])
+
+
+def resident_peak(pid: int) -> int:
+    """The most bytes that a process has had in memory so far; 0 where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def run_build(corpus: Path, out: Path, *more: str) -> tuple[dict, float, Peak]:
+    """``retrodb build --json``: what it said, wall seconds, and the peak memory of its processes."""
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "retrodb", "build", str(corpus), "--out", str(out), "--json", *more],
         stdout=subprocess.PIPE,
         text=True,
     )
-    peak = [0]
+    peak = Peak()
 
     def watch() -> None:
         while process.poll() is None:
-            try:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                peak[0] = max([peak[0], *(member.memory_info().rss for member in family)])
-            except psutil.Error:
-                pass
-            time.sleep(0.2)
+            peak.look(process.pid)
+            time.sleep(0.1)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -73,7 +101,7 @@ def run_build(corpus: Path, out: Path, *more: str) -> tuple[dict, float, int]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"the build failed with exit code {process.returncode}")
-    return json.loads(output.strip().splitlines()[-1]), time.monotonic() - started, peak[0]
+    return json.loads(output.strip().splitlines()[-1]), time.monotonic() - started, peak
 
 
 def sample_texts(database: Path, wanted: int) -> list[str]:
@@ -160,15 +188,25 @@ def measure_speed(source: Path, chunks: int, folder: Path) -> None:
     for stage, value in facts["seconds"].items():
         print(f"    {stage:<12} {value:8.1f} s")
     print(f"    until chunk (with start-up) {first:.1f} s, all after it {second:.1f} s")
-    print(f"  peak memory of a process {peak / 1e6:,.0f} MB; recall@10 {facts['neighbours']['recall_at_10']:.4f}")
+    print(
+        f"  peak memory of a process {peak.largest / 1e6:,.0f} MB; recall@10 {facts['neighbours']['recall_at_10']:.4f}"
+    )
 
 
-def measure_memory(source: Path, folder: Path) -> None:
-    for chunks in (10_000, 40_000):
+def measure_memory(source: Path, folder: Path, sizes: tuple[int, ...] = MEMORY_CHUNKS, *more: str) -> list[Peak]:
+    """Builds of several sizes, with the peak memory of each."""
+    peaks = []
+    for chunks in sizes:
         corpus = folder / f"{chunks}.jsonl"
         cut_corpus(source, chunks, corpus)
-        facts, wall, peak = run_build(corpus, folder / str(chunks))
-        print(f"{facts['chunks']:,} chunks: peak memory of a process {peak / 1e6:,.0f} MB, {wall:.0f} s", flush=True)
+        facts, wall, peak = run_build(corpus, folder / str(chunks), *more)
+        peaks.append(peak)
+        print(
+            f"{facts['chunks']:,} chunks in {wall:.0f} s: peak memory of the driver {peak.driver / 1e6:,.0f} MB, "
+            f"of a worker {peak.worker / 1e6:,.0f} MB",
+            flush=True,
+        )
+    return peaks
 
 
 def main() -> None:

@@ -35,7 +35,17 @@ from retrodb.manifest import (
 )
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
-_PACKAGES: Final = ("apache-beam", "autofaiss", "faiss-cpu", "numpy", "pyarrow", "tokenizers", "torch", "transformers")
+_PACKAGES: Final = (
+    "apache-beam",
+    "autofaiss",
+    "faiss-cpu",
+    "numpy",
+    "pyarrow",
+    "rensa",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from retrodb.corpus.near_duplicates import (
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
-WAVE_BYTES: Final = 256 << 20
+WAVE_BYTES: Final = 32 << 20
 """What one local shuffle may carry: the in-process runner keeps it in memory."""
 
 _RECORD_BYTES: Final = 24

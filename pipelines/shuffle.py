@@ -27,7 +27,7 @@ from retrodb.training.join import (
 )
 from retrodb.training.messages import Request
 
-WAVE_BYTES: Final = 256 << 20
+WAVE_BYTES: Final = 16 << 20
 """Tokens that one local shuffle may carry: the in-process runner keeps them in memory."""
 
 

@@ -145,15 +145,15 @@ def layout(made: Plan) -> list[list[list[tuple[str, int, int | None]]]]:
 @pytest.mark.parametrize(
     ("total", "size"),
     [
-        (0, 128 * KIB),
-        (1, 128 * KIB),
+        (0, 64 * KIB),
+        (1, 64 * KIB),
         (64 * MIB, MIB),
-        (100 * GIB, 64 * MIB),
+        (100 * GIB, 16 * MIB),
         (2 * TIB, 128 * MIB),
         (99 * TIB, 512 * MIB),
     ],
 )
-def test_default_shards_are_some_64_and_then_64_mib_and_then_16384(total: int, size: int) -> None:
+def test_default_shards_are_some_64_and_then_16_mib_and_then_16384(total: int, size: int) -> None:
     assert default_shard_bytes(total) == size
 
 

@@ -16,8 +16,8 @@ from retrodb.corpus.listing import TRAIN, VALIDATION, Format
 from retrodb.corpus.scan import RowGroup, ScannedFile
 from retrodb.errors import InputError
 
-MIN_SHARD_BYTES: Final = 128 << 10
-MAX_DEFAULT_SHARD_BYTES: Final = 64 << 20
+MIN_SHARD_BYTES: Final = 64 << 10
+MAX_DEFAULT_SHARD_BYTES: Final = 16 << 20
 LARGEST_SHARD_BYTES: Final = 512 << 20
 DEFAULT_SHARDS: Final = 64
 MANY_SHARDS: Final = 16384
@@ -109,8 +109,9 @@ class Plan:
 def default_shard_bytes(total: int) -> int:
     """Target size of a document shard for ``total`` decompressed bytes of input.
 
-    About 64 shards, so that a handful of workers share a small corpus evenly; then 64 MiB each, so that one fits any
-    worker; beyond 1 TiB larger ones, so that there are not more than some 16,384.
+    About 64 shards, so that a handful of workers share a small corpus evenly; then 16 MiB each, some 60,000 chunks,
+    so that one fits any worker and little is lost with one; beyond 256 GiB larger ones, so that there are not more than
+    some 16,384.
     """
     size = min(max(-(-total // DEFAULT_SHARDS), MIN_SHARD_BYTES), MAX_DEFAULT_SHARD_BYTES)
     return min(max(size, -(-total // MANY_SHARDS)), LARGEST_SHARD_BYTES)
