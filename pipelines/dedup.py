@@ -19,7 +19,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError
+from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task
 from retrodb.schemas import ID_SHIFT
 
 from retrodb import schemas
@@ -46,17 +46,6 @@ _SET_BYTES: Final = 4
 """Bytes of shingle sets for a byte of compressed documents, at most about."""
 _DUPLICATE_ROW_GROUP: Final = 1 << 14
 _ROW_MASK: Final = (1 << ID_SHIFT) - 1
-
-
-class _StepDoFn(beam.DoFn):
-    """Names the shard in hand when something fails."""
-
-    def __init__(self, book: ReceiptBook) -> None:
-        self._book = book
-        self._storage = book.storage
-
-    def _fail(self, number: int, error: BaseException) -> TaskFailedError:
-        return TaskFailedError(self._book.stage, number, error)
 
 
 # -- sketch ------------------------------------------------------------------------------------------------------------
@@ -112,7 +101,7 @@ def parts_for(documents: int) -> int:
     return 1 + documents // _PART_DOCUMENTS
 
 
-class EmitBands(_StepDoFn):
+class EmitBands(StageDoFn):
     """(wave, its bands, a shard) -> ((wave, band, part), (shard, its documents' buckets, rows and signatures))."""
 
     def __init__(self, book: ReceiptBook, settings: PairSettings) -> None:
@@ -121,7 +110,7 @@ class EmitBands(_StepDoFn):
 
     def process(self, element: tuple[int, tuple[int, ...], int]) -> Iterator[tuple[tuple[int, int, int], Any]]:
         wave, bands, shard = element
-        try:
+        with self._naming(shard):
             sketches = self._storage.read_array(sketch_path(self._settings.sketches, shard))
             rows = np.arange(sketches.shape[1], dtype=np.uint64)
             for band in bands:
@@ -130,16 +119,14 @@ class EmitBands(_StepDoFn):
                     own = part_of == part
                     records = np.stack([sketches[band][own], rows[own], sketches[BANDS][own]])
                     yield (wave, band, int(part)), (shard, records.tobytes())
-        except Exception as error:
-            raise self._fail(shard, error) from error
 
 
-class FindPairs(_StepDoFn):
+class FindPairs(StageDoFn):
     """((wave, band, part), records) -> ((wave, first one's shard), candidates)."""
 
     def process(self, element: tuple[tuple[int, int, int], Iterable[Any]]) -> Iterator[tuple[tuple[int, int], bytes]]:
         (wave, band, _), parts = element
-        try:
+        with self._naming(band):
             found = [(shard, np.frombuffer(data, np.uint64).reshape(3, -1)) for shard, data in parts]
             records = np.concatenate([columns for _, columns in found], axis=1)
             shards = np.repeat([shard for shard, _ in found], [columns.shape[1] for _, columns in found])
@@ -147,8 +134,6 @@ class FindPairs(_StepDoFn):
             pairs = candidate_pairs(records[0], ids, records[2])
             for shard, own in _by_shard(pairs, 0):
                 yield (wave, shard), own.tobytes()
-        except Exception as error:
-            raise self._fail(band, error) from error
 
 
 def _by_shard(pairs: np.ndarray, column: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -161,19 +146,17 @@ def _pairs(parts: Iterable[bytes]) -> np.ndarray:
     return unique_pairs(np.concatenate([np.frombuffer(part, np.int64).reshape(-1, 2) for part in parts]))
 
 
-class WritePairs(_StepDoFn):
+class WritePairs(StageDoFn):
     """((wave, shard), candidates) -> (wave, shard), the candidates written."""
 
     def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, int]]:
         (wave, shard), parts = element
-        try:
+        with self._naming(shard):
             self._storage.commit_array(pairs_path(self._book, wave, shard), _pairs(parts))
             yield wave, shard
-        except Exception as error:
-            raise self._fail(shard, error) from error
 
 
-class EndPairs(_StepDoFn):
+class EndPairs(StageDoFn):
     """(wave, shards that have candidates, and -1) -> its receipt."""
 
     def process(self, element: tuple[int, Iterable[int]]) -> Iterator[int]:
@@ -250,7 +233,7 @@ def one_task_a_wave(tasks: Sequence[Task]) -> list[list[Task]]:
     return [[task] for task in tasks]
 
 
-class AskForSets(_StepDoFn):
+class AskForSets(StageDoFn):
     """(wave, a shard) -> ((wave, second one's shard), candidates and the sets of their first ones)."""
 
     def __init__(self, book: ReceiptBook, settings: CompareSettings) -> None:
@@ -259,15 +242,13 @@ class AskForSets(_StepDoFn):
 
     def process(self, element: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bytes]]:
         wave, shard = element
-        try:
+        with self._naming(shard):
             settings = self._settings
             files = [pairs_path(settings.pairs, number, shard) for number in settings.waves[shard]]
             pairs = unique_pairs(np.concatenate([self._storage.read_array(path) for path in files]))
             sets = document_sets(self._storage, settings.documents[shard], pairs[:, 0] & _ROW_MASK)
             for other, own in _by_shard(pairs, 1):
                 yield (wave, other), _message(own, sets)
-        except Exception as error:
-            raise self._fail(shard, error) from error
 
 
 def document_sets(storage: Storage, path: str, rows: np.ndarray) -> dict[int, np.ndarray]:
@@ -290,7 +271,7 @@ def _message(pairs: np.ndarray, sets: Mapping[int, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-class CompareSets(_StepDoFn):
+class CompareSets(StageDoFn):
     """((wave, second one's shard), messages) -> (wave, near-duplicates)."""
 
     def __init__(self, book: ReceiptBook, settings: CompareSettings) -> None:
@@ -299,7 +280,7 @@ class CompareSets(_StepDoFn):
 
     def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
         (wave, shard), messages = element
-        try:
+        with self._naming(shard):
             for message in messages:
                 with np.load(io.BytesIO(message), allow_pickle=False) as arrays:
                     pairs, rows, sizes, values = (arrays[name] for name in ("pairs", "rows", "sizes", "values"))
@@ -308,21 +289,17 @@ class CompareSets(_StepDoFn):
                 seconds = document_sets(self._storage, self._settings.documents[shard], places[:, 1])
                 alike = [jaccard(firsts[a], seconds[b]) >= THRESHOLD for a, b in places.tolist()]
                 yield wave, pairs[np.array(alike)].tobytes()
-        except Exception as error:
-            raise self._fail(shard, error) from error
 
 
-class EndCompare(_StepDoFn):
+class EndCompare(StageDoFn):
     """(wave, near-duplicates) -> written, with a receipt."""
 
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[int]:
         wave, parts = element
-        try:
+        with self._naming(wave):
             self._storage.commit_array(near_duplicates_path(self._book, wave), _pairs(parts))
             self._book.write(Receipt(wave))
             yield wave
-        except Exception as error:
-            raise self._fail(wave, error) from error
 
 
 def compare_pipeline(

@@ -8,7 +8,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
-from retrodb.pipelines.tasks import DealOut, DoTasks, Task, TaskFailedError, finish
+from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task, finish
 
 from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
 from retrodb.index.engine import Metric
@@ -53,38 +53,31 @@ def sample_tasks(files: dict[int, ShardFiles], rows: dict[int, int], n: int, see
     ]
 
 
-class _Draw(beam.DoFn):
+class _Draw(StageDoFn):
     """Task -> (0, (shard, its training vectors as float16 bytes))."""
 
-    def __init__(self, book: ReceiptBook) -> None:
-        self._book = book
-
     def process(self, task: Task) -> Iterator[tuple[int, tuple[int, bytes]]]:
-        try:
-            _, vectors = indexed_part(self._book.storage, task.payload.files)
+        with self._naming(task.number):
+            _, vectors = indexed_part(self._storage, task.payload.files)
             rows = np.array(task.payload.rows, dtype=np.int64)
             yield 0, (task.number, np.ascontiguousarray(vectors[rows]).tobytes())
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, task.number, error) from error
 
 
-class _Train(beam.DoFn):
+class _Train(StageDoFn):
     """(0, samples) -> the trained template, written once."""
 
     def __init__(self, book: ReceiptBook, settings: IndexSettings) -> None:
-        self._book = book
+        super().__init__(book)
         self._settings = settings
 
     def process(self, element: tuple[int, Iterable[tuple[int, bytes]]]) -> Iterator[int]:
         settings = self._settings
-        try:
+        with self._naming(TEMPLATE_NUMBER):
             parts = [np.frombuffer(data, dtype=np.float16) for _, data in sorted(element[1])]
             sample = np.concatenate(parts).reshape(-1, settings.dimension).astype(np.float32)
             data = train_template(sample, settings.key, settings.metric, settings.seed)
             write_template(self._book, data, len(sample))
             yield TEMPLATE_NUMBER
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, TEMPLATE_NUMBER, error) from error
 
 
 def write_template(book: ReceiptBook, data: bytes, training_vectors: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, finish
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
 
 from retrodb.index import GroupedIndex, IndexFile
 from retrodb.index.engine import Metric
@@ -130,44 +130,42 @@ class MergeTruth(beam.CombineFn):
         return [merge_exact(tops, RECALL_AT, self._metric)] if tops else []
 
 
-class _BookDoFn(beam.DoFn):
+class _SampleDoFn(StageDoFn):
+    """Reads the sampled queries once a worker."""
+
     def __init__(self, book: ReceiptBook, metric: Metric) -> None:
-        self._book = book
+        super().__init__(book)
         self._metric = metric
         self._sample: Sample | None = None
 
     def _queries(self) -> Sample:
         if self._sample is None:
-            self._sample = Sample.from_bytes(self._book.storage.read_bytes(sample_path(self._book)))
+            self._sample = Sample.from_bytes(self._storage.read_bytes(sample_path(self._book)))
         return self._sample
 
 
-class ExactOfShard(_BookDoFn):
+class ExactOfShard(_SampleDoFn):
     """Task -> the exact nearest of every sampled query within one shard."""
 
     def process(self, task: Task) -> Iterator[Any]:
-        try:
+        with self._naming(task.number):
             sample = self._queries()
-            storage, files = self._book.storage, task.payload
+            storage, files = self._storage, task.payload
             chunk_ids, vectors = indexed_part(storage, files)
             documents = StoredDocuments(storage, {task.number: files.chunks})
             exclusion = sample.exclusion(StoredClusters(documents, {task.number: files.documents}))
             yield exact_top(sample.vectors, exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric)
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, task.number, error) from error
 
 
-class WriteTruth(_BookDoFn):
+class WriteTruth(StageDoFn):
     """The merged truth -> a receipt that holds its distances."""
 
     def process(self, top: Any) -> Iterator[int]:
-        try:
+        with self._naming(TRUTH_NUMBER):
             distances = np.asarray(top[0], dtype=np.float64)
             rows = [[None if np.isnan(cell) else float(cell) for cell in row] for row in distances]
             self._book.write(Receipt(TRUTH_NUMBER, details={"distances": rows}))
             yield TRUTH_NUMBER
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, TRUTH_NUMBER, error) from error
 
 
 def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
@@ -184,7 +182,7 @@ def truth_pipeline(
         | DealOut(tasks)
         | "compare with all" >> beam.ParDo(ExactOfShard(book, metric))
         | "merge" >> beam.CombineGlobally(MergeTruth(metric))
-        | "write" >> beam.ParDo(WriteTruth(book, metric))
+        | "write" >> beam.ParDo(WriteTruth(book))
     )
 
 
@@ -194,15 +192,15 @@ def truth_distances(receipt: Receipt) -> np.ndarray:
     return np.array([[np.nan if cell is None else cell for cell in row] for row in rows], dtype=np.float32)
 
 
-class _Searching(beam.DoFn):
+class _Searching(StageDoFn):
     """Holds the index, the vectors and the document ids, opened once a worker."""
 
     def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
-        self._book = book
+        super().__init__(book)
         self._settings = settings
 
     def setup(self) -> None:
-        settings, storage = self._settings, self._book.storage
+        settings, storage = self._settings, self._storage
         self._index = GroupedIndex(
             storage,
             settings.index,
@@ -233,8 +231,8 @@ class TryNprobe(_Searching):
     """Task (an nprobe) -> the recall it gives on the sample."""
 
     def process(self, task: Task) -> Iterator[int]:
-        try:
-            sample = Sample.from_bytes(self._book.storage.read_bytes(sample_path(self._book)))
+        with self._naming(task.number):
+            sample = Sample.from_bytes(self._storage.read_bytes(sample_path(self._book)))
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
@@ -242,23 +240,19 @@ class TryNprobe(_Searching):
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, task.number, error) from error
 
 
 class SearchShard(_Searching):
     """Task (a query shard) -> its neighbours, written."""
 
     def process(self, task: Task) -> Iterator[int]:
-        try:
+        with self._naming(task.number):
             receipt = self._search(task.number, task.payload)
             finish(self._book, receipt)
             yield task.number
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, task.number, error) from error
 
     def _search(self, number: int, files: ShardFiles) -> Receipt:
-        storage = self._book.storage
+        storage = self._storage
         chunk_ids, document_ids = chunk_columns(storage, files)
         exclusion = Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude)
         clusters = query_clusters(storage, files, document_ids, self._settings.exclude)

@@ -13,7 +13,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles
-from retrodb.pipelines.tasks import DealOut, Task, TaskFailedError, finish
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
 
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -31,55 +31,45 @@ WAVE_BYTES: Final = 16 << 20
 """Tokens that one local shuffle may carry: the in-process runner keeps them in memory."""
 
 
-class _StageDoFn(beam.DoFn):
-    """Names the shard in hand when something fails."""
+class _NeighboursDoFn(StageDoFn):
+    """Knows how many neighbours of each chunk are asked for."""
 
     def __init__(self, book: ReceiptBook, neighbours: int) -> None:
-        self._book = book
-        self._storage = book.storage
+        super().__init__(book)
         self._neighbours = neighbours
 
-    def _fail(self, number: int, error: BaseException) -> TaskFailedError:
-        return TaskFailedError(self._book.stage, number, error)
 
-
-class Ask(_StageDoFn):
+class Ask(_NeighboursDoFn):
     """Task -> (neighbour's shard, request)."""
 
     def process(self, task: Task) -> Iterator[tuple[int, bytes]]:
-        try:
+        with self._naming(task.number):
             wanted = wanted_neighbours(self._storage, task.payload, self._neighbours)
             for shard, request in requests(wanted, task.number).items():
                 yield shard, request.to_bytes()
-        except Exception as error:
-            raise self._fail(task.number, error) from error
 
 
-class AnswerRequests(_StageDoFn):
+class AnswerRequests(_NeighboursDoFn):
     """(neighbour's shard, requests) -> (query's shard, answer)."""
 
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
         shard, messages = element
-        try:
+        with self._naming(shard):
             chunks = read_chunks(self._storage, shard_path("chunks", shard))
             for message in messages:
                 request = Request.from_bytes(message)
                 yield request.query_shard, answer(request, chunks).to_bytes()
-        except Exception as error:
-            raise self._fail(shard, error) from error
 
 
-class FromAnswers(_StageDoFn):
+class FromAnswers(_NeighboursDoFn):
     """(query's shard, its task and answers) -> the stage's shard, and its receipt."""
 
     def process(self, element: tuple[int, dict[str, Any]]) -> Iterator[int]:
         number, parts = element
-        try:
+        with self._naming(number):
             for task in parts["tasks"]:
                 finish(self._book, self.make(task, parts["answers"]))
                 yield number
-        except Exception as error:
-            raise self._fail(number, error) from error
 
     def make(self, task: Task, messages: Iterable[bytes]) -> Receipt:
         """Write the shard of a task from the answers to its requests."""

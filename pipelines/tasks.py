@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -80,20 +81,33 @@ class Task:
         return Task(self.number, self.payload, numbers, weight, self.width) if numbers else None
 
 
-class DoTasks(beam.DoFn):
+class StageDoFn(beam.DoFn):
+    """A step of a stage: knows its receipts and the database, and names the shard in hand when something fails."""
+
+    def __init__(self, book: ReceiptBook) -> None:
+        self._book = book
+        self._storage = book.storage
+
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise TaskFailedError(self._book.stage, number, error) from error
+
+
+class DoTasks(StageDoFn):
     """Runs ``work(task)``, which yields receipts once their shards are in place; writes them, counts them."""
 
     def __init__(self, book: ReceiptBook, work: Callable[[Task], Iterable[Receipt]]) -> None:
-        self._book = book
+        super().__init__(book)
         self._work = work
 
     def process(self, task: Task) -> Iterator[int]:
-        try:
+        with self._naming(task.number):
             for receipt in self._work(task):
                 finish(self._book, receipt)
                 yield receipt.number
-        except Exception as error:
-            raise TaskFailedError(self._book.stage, task.number, error) from error
 
 
 def finish(book: ReceiptBook, receipt: Receipt) -> None:

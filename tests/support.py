@@ -237,7 +237,7 @@ def digests(database: Path, tables: Iterable[str] = DATA_TABLES) -> dict[str, st
     return {
         str(path.relative_to(database)): sha256(path)
         for table in tables
-        for path in sorted((database / table).iterdir())
+        for path in sorted((database / table).glob("*"))
     }
 
 

@@ -667,7 +667,7 @@ def test_a_dry_run_plans_from_the_copy_and_writes_nothing(source, tiny_encoder, 
     MANIFEST_DAMAGES[damage](database / MANIFEST_NAME)
     before = stamps(database)
     assert planned(source, database, tiny_encoder, {}) == set()
-    assert planned(source, database, tiny_encoder, {"neighbours": 10}) == {"neighbours", "training"}
+    assert planned(source, database, tiny_encoder, {"neighbours": 10}) == {"neighbours", "training", "report"}
     assert stamps(database) == before
 
 

@@ -72,9 +72,9 @@ def test_caches_are_bounded_and_stay_behind_when_a_source_travels(tmp_path: Path
     vectors = StoredVectors(storage, embeddings, cache_bytes=2 * 100 * 4)
     documents.document_ids(asked)
     vectors.rows(asked)
-    assert (len(documents._cache), len(vectors._cache)) == (2, 2)
+    assert (len(documents._recent), len(vectors._recent)) == (2, 2)
     sent = pickle.loads(pickle.dumps(vectors))
-    assert not sent._cache
+    assert len(sent._recent) == 0
     assert sent.rows(asked).tolist() == vectors.rows(asked).tolist()
 
 

@@ -1,8 +1,7 @@
 """Where neighbours come from: candidates from an index, vectors and document ids from stored shards."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
 from retrodb.neighbours.exclusion import NO_CLUSTER
+from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
 from retrodb.storage import Storage
 
@@ -90,9 +90,9 @@ class StoredDocuments:
     storage: Storage
     paths: Mapping[int, str]
     cache_bytes: int = 32 << 20
-    _cache: "OrderedDict[int, tuple[np.ndarray | None, np.ndarray]]" = field(
-        default_factory=OrderedDict, init=False, repr=False
-    )
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self._read, _nbytes, self.cache_bytes)
 
     def document_ids(self, ids: np.ndarray) -> np.ndarray:
         """The document of each chunk, int64 [n].
@@ -100,7 +100,9 @@ class StoredDocuments:
         Raises:
             DamagedError: a chunk's shard or row does not exist.
         """
-        return by_shard(ids, lambda shard, own: self._columns(shard)[1][self.locate(shard, own)], np.empty(0, np.int64))
+        return by_shard(
+            ids, lambda shard, own: self._recent.get(shard)[1][self.locate(shard, own)], np.empty(0, np.int64)
+        )
 
     def locate(self, shard: int, ids: np.ndarray) -> np.ndarray:
         """The rows of chunks ``ids``, all of ``shard``, in its files: not ``id & 0xffffffff`` once it was compacted.
@@ -108,7 +110,7 @@ class StoredDocuments:
         Raises:
             DamagedError: one of them does not exist.
         """
-        chunk_ids, document_ids = self._columns(shard)
+        chunk_ids, document_ids = self._recent.get(shard)
         rows = ids & _ROW_MASK if chunk_ids is None else np.searchsorted(chunk_ids, ids)
         inside = rows < len(document_ids)
         if chunk_ids is not None:
@@ -118,19 +120,13 @@ class StoredDocuments:
             raise DamagedError(f"chunk {int(ids[~inside][0])} does not exist in {where}. Verify the database.")
         return rows
 
-    def _columns(self, shard: int) -> tuple[np.ndarray | None, np.ndarray]:
+    def _read(self, shard: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Chunk ids (None where they are dense) and document ids of a shard."""
-        if shard in self._cache:
-            self._cache.move_to_end(shard)
-            return self._cache[shard]
         path = _recorded(self.paths, shard, "chunk")
         table = self.storage.read_table(path, columns=["chunk_id", "document_id"])
         chunk_ids = table["chunk_id"].to_numpy()
         dense = np.array_equal(chunk_ids, (shard << ID_SHIFT) + np.arange(len(chunk_ids), dtype=np.int64))
-        self._cache[shard] = (None if dense else chunk_ids, table["document_id"].to_numpy())
-        while len(self._cache) > 1 and sum(_nbytes(columns) for columns in self._cache.values()) > self.cache_bytes:
-            self._cache.popitem(last=False)
-        return self._cache[shard]
+        return None if dense else chunk_ids, table["document_id"].to_numpy()
 
     def __reduce__(self) -> tuple[object, ...]:
         return StoredDocuments, (self.storage, self.paths, self.cache_bytes)
@@ -149,9 +145,9 @@ class StoredClusters:
     documents: StoredDocuments
     paths: Mapping[int, str]
     cache_bytes: int = 32 << 20
-    _cache: "OrderedDict[int, tuple[np.ndarray, np.ndarray]]" = field(
-        default_factory=OrderedDict, init=False, repr=False
-    )
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self._read, _nbytes, self.cache_bytes)
 
     def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
         """The near-duplicate cluster of each chunk's document, int64 [n]; `NO_CLUSTER` for a cluster of one.
@@ -162,24 +158,18 @@ class StoredClusters:
         return by_shard(self.documents.document_ids(ids), self._take, np.empty(0, np.int64))
 
     def _take(self, shard: int, document_ids: np.ndarray) -> np.ndarray:
-        known, clusters = self._columns(shard)
+        known, clusters = self._recent.get(shard)
         rows = np.minimum(np.searchsorted(known, document_ids), len(known) - 1)
         if not len(known) or (known[rows] != document_ids).any():
             where = self.documents.storage.describe(self.paths[shard])
             raise DamagedError(f"{where} lacks a document that its chunks name. Verify the database.")
         return clusters[rows]
 
-    def _columns(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Document ids, ascending, and their clusters."""
-        if shard in self._cache:
-            self._cache.move_to_end(shard)
-            return self._cache[shard]
         path = _recorded(self.paths, shard, "document")
         table = self.documents.storage.read_table(path, columns=["document_id", "cluster_id"])
-        self._cache[shard] = (table["document_id"].to_numpy(), clusters_of(table))
-        while len(self._cache) > 1 and sum(_nbytes(columns) for columns in self._cache.values()) > self.cache_bytes:
-            self._cache.popitem(last=False)
-        return self._cache[shard]
+        return table["document_id"].to_numpy(), clusters_of(table)
 
     def __reduce__(self) -> tuple[object, ...]:
         return StoredClusters, (self.documents, self.paths, self.cache_bytes)
@@ -197,7 +187,7 @@ def _recorded(paths: Mapping[int, str], shard: int, kind: str) -> str:
     return path
 
 
-def _nbytes(columns: tuple[np.ndarray | None, np.ndarray]) -> int:
+def _nbytes(columns: tuple[np.ndarray | None, ...]) -> int:
     return sum(column.nbytes for column in columns if column is not None)
 
 
@@ -217,7 +207,9 @@ class StoredVectors:
     paths: Mapping[int, str]
     locate: Callable[[int, np.ndarray], np.ndarray] | None = None
     cache_bytes: int = 64 << 20
-    _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self._read, lambda array: array.nbytes, self.cache_bytes)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The stored vectors of chunks, float16 [n, d]. Each shard is touched once.
@@ -228,7 +220,7 @@ class StoredVectors:
         return by_shard(ids, self._take, np.empty((0, 0), np.float16))
 
     def _take(self, shard: int, ids: np.ndarray) -> np.ndarray:
-        array = self._array(shard)
+        array = self._recent.get(shard)
         rows = ids & _ROW_MASK if self.locate is None else self.locate(shard, ids)
         if int(rows.max()) >= len(array):
             raise DamagedError(
@@ -237,17 +229,11 @@ class StoredVectors:
             )
         return np.asarray(array[rows])
 
-    def _array(self, shard: int) -> np.ndarray:
-        if shard in self._cache:
-            self._cache.move_to_end(shard)
-            return self._cache[shard]
+    def _read(self, shard: int) -> np.ndarray:
         path = _recorded(self.paths, shard, "embedding")
         array = self.storage.read_array(path)
         if array.ndim != 2 or array.dtype != np.float16:
             raise DamagedError(f"{self.storage.describe(path)} is {array.dtype} {array.shape}, not a float16 matrix.")
-        self._cache[shard] = array
-        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes:
-            self._cache.popitem(last=False)
         return array
 
     def __reduce__(self) -> tuple[object, ...]:

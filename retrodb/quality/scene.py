@@ -5,10 +5,9 @@ file gives one problem, and names itself and no other.
 """
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from retrodb.index import Metric
 from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
 from retrodb.neighbours import Exclude, clusters_of
 from retrodb.quality.findings import Findings
+from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
@@ -157,27 +157,6 @@ class ChunkTokens:
         return self.tokens.nbytes + self.n_tokens.nbytes
 
 
-Kept = TypeVar("Kept", ChunkIds, ChunkTokens)
-
-
-class _Recent(Generic[Kept]):
-    """What was loaded last, up to so many bytes; at least one."""
-
-    def __init__(self, load: Callable[[int], Kept], budget: int) -> None:
-        self._load: Callable[[int], Kept] = load
-        self._budget = budget
-        self._kept: OrderedDict[int, Kept] = OrderedDict()
-
-    def get(self, number: int) -> Kept:
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        self._kept[number] = self._load(number)
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._budget:
-            self._kept.popitem(last=False)
-        return self._kept[number]
-
-
 @dataclass
 class Scene:
     """A database under verification."""
@@ -190,8 +169,8 @@ class Scene:
 
     def __post_init__(self) -> None:
         self._trusted = {table: {s.number: s for s in self.manifest.shards(table)} for table in STAGE_OF}
-        self._ids: _Recent[ChunkIds] = _Recent(self._load_ids, _ID_CACHE_BYTES)
-        self._tokens: _Recent[ChunkTokens] = _Recent(self._load_tokens, _TOKEN_CACHE_BYTES)
+        self._ids = Recent(self._load_ids, lambda ids: ids.nbytes, _ID_CACHE_BYTES)
+        self._tokens = Recent(self._load_tokens, lambda tokens: tokens.nbytes, _TOKEN_CACHE_BYTES)
 
     def done(self, stage: str) -> bool:
         """Whether a stage is finished."""

@@ -1,0 +1,36 @@
+"""What was loaded last, kept up to so many bytes."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Kept = TypeVar("Kept")
+
+
+class Recent(Generic[Kept]):
+    """Loads by number, and keeps what was used last; at least one.
+
+    Args:
+        load: makes what a number stands for.
+        size: its bytes.
+        budget: bound on the bytes kept.
+    """
+
+    def __init__(self, load: Callable[[int], Kept], size: Callable[[Kept], int], budget: int) -> None:
+        self._load = load
+        self._size = size
+        self._budget = budget
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, number: int) -> Kept:
+        """What ``number`` stands for, loaded if it is not here any more. Raises what ``load`` does."""
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        self._kept[number] = self._load(number)
+        while len(self._kept) > 1 and sum(map(self._size, self._kept.values())) > self._budget:
+            self._kept.popitem(last=False)
+        return self._kept[number]
