@@ -61,7 +61,7 @@ def build_dedup(builder: Builder) -> None:
     builder.record("dedup", parts, shards_by_table(written, "duplicates"), counts, {})
     if found is not None:
         builder.storage.commit_json(DEDUP_REPORT, report(builder, found, counts))
-    builder.progress.end(describe(counts))
+    builder.progress.end("near-duplicates were not looked for" if found is None else describe(counts))
 
 
 def settle_clusters(builder: Builder, book: ReceiptBook) -> Assignments:

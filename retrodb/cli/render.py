@@ -104,7 +104,11 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"documents   {documents['kept']:,} of {documents['in']:,}{dropped}, "
             f"{documents['quarantined']:,} quarantined"
+            + (f"; {documents['validation']:,} for validation" if documents["validation"] else "")
         )
+        near = documents["near_duplicates"]
+        if near and near["clusters"]:
+            lines.append(f"duplicates  {near['in']:,} documents in {near['clusters']:,} near-duplicate clusters")
     if facts["chunks"] is not None:
         config = facts["config"]
         lines.append(
