@@ -11,7 +11,7 @@ import apache_beam as beam
 from retrodb.pipelines import stages
 from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, forget_scans, one_wave
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.integrity import damaged_shards
+from retrodb.pipelines.integrity import damaged_reports, damaged_shards
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import Task
@@ -24,7 +24,9 @@ from retrodb.manifest import (
     DEDUP_REPORT,
     LEAKAGE_REPORT,
     RECALL_REPORT,
+    REPORT_SHA256,
     REPORTS_FOLDER,
+    STAGE_REPORTS,
     TABLES,
     TRAINED_TOKENIZER,
     WORK_FOLDER,
@@ -46,6 +48,10 @@ _PACKAGES: Final = (
     "torch",
     "transformers",
 )
+
+
+ReportWriter = Callable[[StageState], str]
+"""Commits a stage's report from what is recorded of the stage and from the tables; its sha256."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +174,17 @@ class Builder:
         tables: Mapping[str, Sequence[Shard]],
         counts: dict[str, int],
         details: dict[str, Any],
+        report: ReportWriter | None = None,
         **changes: Any,
     ) -> None:
-        """A stage is done: now, and only now, its shards exist."""
+        """A stage is done: now, and only now, its shards exist. Its ``report``, if it has one, is written before that,
+        and its checksum kept in the details."""
         state = StageState(fingerprint(parts), parts, counts, details)
+        if report is not None:
+            before = self.manifest
+            self.manifest = before.with_stage(stage, state, tables)  # what the report is made from
+            state = replace(state, details={**details, REPORT_SHA256: report(state)})
+            self.manifest = before
         manifest = replace(self.manifest.with_stage(stage, state, tables), **changes)
         self.manifest = replace(
             manifest,
@@ -185,6 +198,20 @@ class Builder:
         self.manifest.save(self.storage)
         self.storage.delete_folder(self.book(stage, parts).folder)
         self.done.append(stage)
+
+    def mend_report(self, stage: str, write: ReportWriter) -> None:
+        """Write the report of a finished stage anew where it is missing or not what was recorded."""
+        if stage not in damaged_reports(self.storage, self.manifest):
+            return
+        self.progress.note(f"{stage}: {STAGE_REPORTS[stage]} was missing or damaged, and is written anew")
+        state = self.manifest.stages[stage]
+        sha256 = write(state)
+        if sha256 != state.details[REPORT_SHA256]:
+            mended = replace(state, details={**state.details, REPORT_SHA256: sha256})
+            self.manifest = self.manifest.with_stage(stage, mended, {})
+            self.manifest.save(self.storage)
+        if stage not in self.done:
+            self.done.append(stage)
 
     def record_repair(self, stage: str, receipts: Mapping[int, Receipt], ignore: Sequence[str] = ()) -> None:
         """Damaged shards were made again. The same bytes change nothing; other bytes undo what depends on them."""

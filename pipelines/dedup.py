@@ -122,18 +122,32 @@ class EmitBands(StageDoFn):
 
 
 class FindPairs(StageDoFn):
-    """((wave, band, part), records) -> ((wave, first one's shard), candidates)."""
+    """((wave, band, part), records) -> ((wave, first one's shard), candidates); shard -1: how many were in too large a
+    bucket."""
+
+    def __init__(self, book: ReceiptBook, settings: PairSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
 
     def process(self, element: tuple[tuple[int, int, int], Iterable[Any]]) -> Iterator[tuple[tuple[int, int], bytes]]:
         (wave, band, _), parts = element
         with self._naming(band):
-            found = [(shard, np.frombuffer(data, np.uint64).reshape(3, -1)) for shard, data in parts]
-            records = np.concatenate([columns for _, columns in found], axis=1)
-            shards = np.repeat([shard for shard, _ in found], [columns.shape[1] for _, columns in found])
+            read = [(shard, np.frombuffer(data, np.uint64).reshape(3, -1)) for shard, data in parts]
+            records = np.concatenate([columns for _, columns in read], axis=1)
+            shards = np.repeat([shard for shard, _ in read], [columns.shape[1] for _, columns in read])
             ids = (shards.astype(np.int64) << ID_SHIFT) + records[1].astype(np.int64)
-            pairs = candidate_pairs(records[0], ids, records[2])
-            for shard, own in _by_shard(pairs, 0):
+            found = candidate_pairs(records[0], ids, records[2], band, self._bands_of)
+            for shard, own in _by_shard(found.pairs, 0):
                 yield (wave, shard), own.tobytes()
+            yield (wave, -1), np.array([[band, found.cut]], dtype=np.int64).tobytes()
+
+    def _bands_of(self, ids: np.ndarray) -> np.ndarray:
+        shards = ids >> ID_SHIFT
+        parts = []
+        for shard in np.unique(shards):
+            sketches = self._storage.read_array(sketch_path(self._settings.sketches, int(shard)))
+            parts.append(sketches[:BANDS, ids[shards == shard] & _ROW_MASK])
+        return np.concatenate(parts, axis=1)
 
 
 def _by_shard(pairs: np.ndarray, column: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -147,21 +161,27 @@ def _pairs(parts: Iterable[bytes]) -> np.ndarray:
 
 
 class WritePairs(StageDoFn):
-    """((wave, shard), candidates) -> (wave, shard), the candidates written."""
+    """((wave, shard), candidates) -> (wave, (shard, 0)), the candidates written; or (wave, (-1, documents cut off))."""
 
-    def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, int]]:
+    def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> Iterator[tuple[int, tuple[int, int]]]:
         (wave, shard), parts = element
         with self._naming(shard):
-            self._storage.commit_array(pairs_path(self._book, wave, shard), _pairs(parts))
-            yield wave, shard
+            if shard >= 0:
+                self._storage.commit_array(pairs_path(self._book, wave, shard), _pairs(parts))
+                yield wave, (shard, 0)
+            else:
+                counted = np.concatenate([np.frombuffer(part, np.int64).reshape(-1, 2) for part in parts])
+                yield wave, (-1, int(np.bincount(counted[:, 0], weights=counted[:, 1]).max()))
 
 
 class EndPairs(StageDoFn):
-    """(wave, shards that have candidates, and -1) -> its receipt."""
+    """(wave, (shards that have candidates, 0) and (-1, documents cut off)) -> its receipt."""
 
-    def process(self, element: tuple[int, Iterable[int]]) -> Iterator[int]:
-        wave, shards = element
-        self._book.write(Receipt(wave, details={"shards": sorted(shard for shard in shards if shard >= 0)}))
+    def process(self, element: tuple[int, Iterable[tuple[int, int]]]) -> Iterator[int]:
+        wave, parts = element
+        told = list(parts)
+        details = {"shards": sorted(shard for shard, _ in told if shard >= 0), "cut": max(cut for _, cut in told)}
+        self._book.write(Receipt(wave, details=details))
         yield wave
 
 
@@ -176,7 +196,7 @@ def pair_pipeline(
         | "spread" >> beam.Reshuffle()
         | "bands" >> beam.ParDo(EmitBands(book, settings))
         | "by band" >> beam.GroupByKey()
-        | "pair" >> beam.ParDo(FindPairs(book))
+        | "pair" >> beam.ParDo(FindPairs(book, settings))
         | "by first shard" >> beam.GroupByKey()
         | "write pairs" >> beam.ParDo(WritePairs(book))
     )
@@ -190,8 +210,8 @@ def _shards_of_wave(shards: Sequence[int], task: Task) -> Iterator[tuple[int, An
         yield task.number, task.payload, shard
 
 
-def _wave_alone(task: Task) -> tuple[int, int]:
-    return task.number, -1
+def _wave_alone(task: Task) -> tuple[int, tuple[int, int]]:
+    return task.number, (-1, 0)
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from retrodb.pipelines import dedup, stages
 from retrodb.pipelines.builder import Builder, add_counts, shards_by_table
 from retrodb.pipelines.dedup import Assignments, CompareSettings, PairSettings
@@ -22,7 +23,7 @@ from retrodb.corpus.near_duplicates import (
     unique_pairs,
 )
 from retrodb.errors import InputError
-from retrodb.manifest import DEDUP_REPORT, fingerprint
+from retrodb.manifest import DEDUP_REPORT, WORK_FOLDER, StageState, fingerprint
 
 _SMALL_SKETCH_BYTES: Final = 8 << 20
 _SMALL_PAIR_RECORDS: Final = 10_000_000
@@ -43,29 +44,45 @@ def build_dedup(builder: Builder) -> None:
     parts = dedup_parts(builder)
     current = builder.is_current("dedup", parts)
     if current and not builder.damage.get("duplicates"):
+        if builder.config.dedup != "off":
+            builder.mend_report("dedup", lambda state: write_report(builder, state))
         return
     builder.begin("dedup", parts)
     book = builder.book("dedup", parts)
     if current:
         builder.progress.note("dedup: duplicates are damaged and are found again")
         builder.storage.delete_folder(book.folder)
-    found = None if builder.config.dedup == "off" else settle_clusters(builder, book)
+    found, cut = (None, 0) if builder.config.dedup == "off" else settle_clusters(builder, book)
     written = write_duplicates(builder, book, found)
     if current:
         builder.record_repair("dedup", written)
         builder.storage.delete_folder(book.folder)
+        builder.mend_report("dedup", lambda state: write_report(builder, state))
         return
     counts = {**dict.fromkeys([f"dropped.{rule}" for rule in DEDUP_RULES], 0), "clustered": 0, **add_counts(written)}
     counts["clusters"] = 0 if found is None else len(np.unique(found.clusters))
     refuse_no_training(builder, counts)
-    builder.record("dedup", parts, shards_by_table(written, "duplicates"), counts, {})
-    if found is not None:
-        builder.storage.commit_json(DEDUP_REPORT, report(builder, found, counts))
+    if cut:
+        builder.progress.note(
+            f"dedup: {cut:,} documents share most of their text with so many others that they were not compared with "
+            "all of those: near-duplicates among them may be missed"
+        )
+    builder.record(
+        "dedup",
+        parts,
+        shards_by_table(written, "duplicates"),
+        counts,
+        {"not_compared_with_all": cut},
+        report=None if found is None else lambda state: write_report(builder, state),
+    )
     builder.progress.end("near-duplicates were not looked for" if found is None else describe(counts))
 
 
-def settle_clusters(builder: Builder, book: ReceiptBook) -> Assignments:
-    """The clusters of all documents; every step but the last, which is cheap, resumes."""
+def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, int]:
+    """The clusters of all documents, and how many were not compared with all that share a band with them.
+
+    Every step but the last, which is cheap, resumes.
+    """
     documents = builder.manifest.shards("documents")
     total = sum(shard.rows for shard in documents)
     sketches, pairs, compared = (ReceiptBook(book.storage, book.stage, book.fingerprint, s) for s in _STEPS)
@@ -104,7 +121,8 @@ def settle_clusters(builder: Builder, book: ReceiptBook) -> Assignments:
         waves=dedup.one_task_a_wave,
     )
     parts = [builder.storage.read_array(dedup.near_duplicates_path(compared, task.number)) for task in tasks]
-    return assigned(builder, unique_pairs(np.concatenate([np.empty((0, 2), np.int64), *parts])))
+    found = assigned(builder, unique_pairs(np.concatenate([np.empty((0, 2), np.int64), *parts])))
+    return found, max(receipt.details["cut"] for receipt in receipts.values())
 
 
 _STEPS: Final = ("sketch", "pair", "compare")
@@ -167,43 +185,49 @@ def refuse_no_training(builder: Builder, counts: Mapping[str, int]) -> None:
         if training
         else f"all {read['kept']:,} documents are validation documents; give a smaller --validation-fraction"
     )
+    builder.undo(stages.downstream("corpus"))
+    builder.storage.delete_folder(WORK_FOLDER)
     raise InputError(f"nothing is left to retrieve from: {why}.")
 
 
-def report(builder: Builder, found: Assignments, counts: Mapping[str, int]) -> dict[str, Any]:
-    """``reports/dedup.json``: what was found and removed, and the largest clusters."""
-    names, sizes = np.unique(found.clusters, return_counts=True)
+def write_report(builder: Builder, state: StageState) -> str:
+    """Commit ``reports/dedup.json``: what was found and removed, and the largest clusters; its sha256.
+
+    It follows from the ``duplicates`` table and from what is recorded of the stage.
+    """
+    shards = builder.manifest.shards("duplicates")
+    read = [builder.storage.read_table(shard.path, ["cluster_id"])["cluster_id"].to_numpy() for shard in shards]
+    names, sizes = np.unique(np.concatenate([np.empty(0, np.int64), *read]), return_counts=True)
     by_size, numbers = np.unique(sizes, return_counts=True)
     largest = np.lexsort((names, -sizes))[:_LARGEST]
-    keys = _keys(builder, found, names[largest])
-    return {
+    keys = _keys(builder, names[largest])
+    report = {
         "definition": f"sets of {NGRAM}-grams of words with a Jaccard similarity of at least {THRESHOLD}, connected",
-        "dedup": builder.config.dedup,
-        "documents": builder.manifest.rows("documents"),
-        "clusters": counts["clusters"],
-        "clustered": counts["clustered"],
-        "removed": {rule: counts[f"dropped.{rule}"] for rule in DEDUP_RULES},
+        "dedup": state.made_from["dedup"],
+        "documents": builder.manifest.stages["corpus"].counts["kept"],
+        "clusters": state.counts["clusters"],
+        "clustered": state.counts["clustered"],
+        "removed": {rule: state.counts[f"dropped.{rule}"] for rule in DEDUP_RULES},
+        "not_compared_with_all": state.details["not_compared_with_all"],
         "clusters_by_size": dict(zip(map(str, by_size.tolist()), numbers.tolist(), strict=True)),
         "largest": [
             {"cluster_id": int(names[at]), "documents": int(sizes[at]), "keys": keys[int(names[at])]} for at in largest
         ],
     }
+    return builder.storage.commit_json(DEDUP_REPORT, report).sha256
 
 
-def _keys(builder: Builder, found: Assignments, names: Sequence[int] | np.ndarray) -> dict[int, list[str]]:
+def _keys(builder: Builder, names: np.ndarray) -> dict[int, list[str]]:
     """The first few keys of some clusters."""
-    wanted = {int(name): found.ids[found.clusters == name][:_SHOWN_KEYS].tolist() for name in names}
-    paths = {shard.number: shard.path for shard in builder.manifest.shards("duplicates")}
-    read: dict[int, dict[int, str]] = {}
-
-    def key(document: int) -> str:
-        shard = document >> ID_SHIFT
-        if shard not in read:
-            table = builder.storage.read_table(paths[shard], ["row", "key"])
-            read[shard] = dict(zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True))
-        return read[shard][document & ((1 << ID_SHIFT) - 1)]
-
-    return {name: [key(document) for document in documents] for name, documents in wanted.items()}
+    found: dict[int, list[str]] = {int(name): [] for name in names}
+    for shard in builder.manifest.shards("duplicates"):
+        table = builder.storage.read_table(shard.path, ["cluster_id", "key"])
+        own = np.flatnonzero(np.isin(table["cluster_id"].to_numpy(), names))
+        for row in table.take(pa.array(own)).to_pylist():
+            keys = found[row["cluster_id"]]
+            if len(keys) < _SHOWN_KEYS:
+                keys.append(row["key"])
+    return found
 
 
 def describe(counts: Mapping[str, int]) -> str:

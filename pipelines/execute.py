@@ -62,7 +62,7 @@ class Executor:
         """
         started = time.monotonic()
         weights = {number: task.weight / len(task.receipts) for task in tasks for number in task.receipts}
-        receipts = book.read_all(weights)
+        receipts = book.read_all(weights, whole=True)
         tick = _Ticker(book, weights, self.progress)
         self.progress.begin(book.stage, round(sum(weights.values())), tick.done(receipts), unit)
         for attempt in range(1, _ATTEMPTS + 1):

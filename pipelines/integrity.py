@@ -1,17 +1,17 @@
 """What is damaged, found before a build: the manifest is put back, and exactly the damaged shards are made again."""
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from retrodb.pipelines.progress import Progress
 
+from retrodb.errors import DamagedError
 from retrodb.manifest import (
     DAMAGE_REPORT,
-    LEAKAGE_REPORT,
     MANIFEST_COPY,
     MANIFEST_NAME,
     REPORT_SHA256,
+    STAGE_REPORTS,
     Manifest,
     Shard,
 )
@@ -72,16 +72,24 @@ def is_intact(storage: Storage, shard: Shard, read: bool) -> bool:
         return False
 
 
-def report_is_intact(storage: Storage, manifest: Manifest) -> bool:
-    """Whether the leakage report is there with the recorded bytes, or there is none to be."""
-    if "report" not in manifest.stages:
-        return True
-    if storage.size(LEAKAGE_REPORT) is None:
-        return False
-    return storage.sha256(LEAKAGE_REPORT) == manifest.stages["report"].details.get(REPORT_SHA256)
+def damaged_reports(storage: Storage, manifest: Manifest) -> set[str]:
+    """The finished stages whose report is missing or not what was recorded."""
+    recorded = {
+        stage: manifest.stages[stage].details[REPORT_SHA256]
+        for stage in STAGE_REPORTS
+        if stage in manifest.stages and REPORT_SHA256 in manifest.stages[stage].details
+    }
+    return {
+        stage
+        for stage, sha256 in recorded.items()
+        if storage.size(STAGE_REPORTS[stage]) is None or storage.sha256(STAGE_REPORTS[stage]) != sha256
+    }
 
 
 def _suspected(storage: Storage) -> set[str]:
-    report: Any = storage.read_json(DAMAGE_REPORT)
-    paths: Iterable[Any] = report.get("paths", []) if isinstance(report, dict) else []
-    return {str(path) for path in paths}
+    try:
+        report: Any = storage.read_json(DAMAGE_REPORT)
+    except DamagedError:
+        return set()  # a hint that cannot be read is none
+    paths = report.get("paths") if isinstance(report, dict) else None
+    return {str(path) for path in paths} if isinstance(paths, list) else set()

@@ -1,19 +1,19 @@
 """``--dry-run``: what a build would do, and why, without writing anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
-from retrodb.pipelines.integrity import damaged_shards, report_is_intact
+from retrodb.pipelines.integrity import damaged_reports, damaged_shards
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice, choose_key
-from retrodb.manifest import LEAKAGE_REPORT, STAGES, Manifest, fingerprint
+from retrodb.manifest import STAGE_REPORTS, STAGES, Manifest, fingerprint
 from retrodb.storage import Storage
 
 SCAN_BYTES: Final = 2 << 30
@@ -124,6 +124,7 @@ def _actions(
     storage: Storage, manifest: Manifest, parts: dict[str, dict[str, Any]], layout: Plan, until: str | None
 ) -> list[dict[str, Any]]:
     damage = damaged_shards(storage, manifest)
+    reports = damaged_reports(storage, manifest)
     actions = []
     for stage in STAGES:
         state = manifest.stages.get(stage)
@@ -132,8 +133,10 @@ def _actions(
             action, why = ("repair", f"{damaged} damaged shards") if damaged else ("up to date", "")
             if stage == "corpus" and _is_read_again(manifest, parts):
                 action, why = "make again", "other near-duplicates are found in the documents as they were read"
-            if stage == "report" and not damaged and not report_is_intact(storage, manifest):
-                action, why = "repair", f"{LEAKAGE_REPORT} is missing or damaged"
+            if stage in reports and not damaged:
+                action, why = "repair", f"{STAGE_REPORTS[stage]} is missing or damaged"
+            if action == "up to date" and (reason := _repaired_along(stage, damage)):
+                action, why = "repair", reason
         elif state is not None:
             action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
         else:
@@ -142,6 +145,15 @@ def _actions(
         if stage == until:
             break
     return actions
+
+
+def _repaired_along(stage: str, damage: Mapping[str, set[int]]) -> str:
+    """Why an intact stage has to repair shards as well, or "": documents are read, and then finished by chunking."""
+    if stage in ("corpus", "chunk") and damage.get("duplicates"):
+        return "near-duplicates are found again, in the documents as they were read"
+    if stage == "chunk" and (damage.get("documents") or damage.get("quarantine")):
+        return "documents that are read again have to be finished"
+    return ""
 
 
 def _is_read_again(manifest: Manifest, parts: dict[str, dict[str, Any]]) -> bool:

@@ -1,18 +1,16 @@
 """The last stage: how much of each chunk its neighbours give away, as a table and as a report to read."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.integrity import report_is_intact
 from retrodb.pipelines.leakage import WORST_PAIRS, leakage_pipeline
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.shuffle import join_tasks, join_waves
 
 from retrodb.database import Database, Document
-from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256
+from retrodb.manifest import LEAKAGE_REPORT
 from retrodb.quality.leakage import DEFINITION, distribution, in_words, merged_histograms, shared_run
 
 _SMALL_COMPARE_CHUNKS: Final = 60_000
@@ -37,7 +35,7 @@ def build_report(builder: Builder) -> None:
         )
     )
     if receipts is None:
-        mend_report(builder)
+        builder.mend_report("report", lambda state: write_report(builder, state.details))
         return
     found = [receipt.details for _, receipt in sorted(receipts.items())]
     worst = sorted((-overlap, chunk, other) for part in found for overlap, chunk, other in part["worst"])
@@ -47,24 +45,15 @@ def build_report(builder: Builder) -> None:
         "worst": [[chunk, other, -negative] for negative, chunk, other in worst[:WORST_PAIRS]],
     }
     tables = shards_by_table(receipts, "leakage")
-    details[REPORT_SHA256] = write_report(builder, details)
-    builder.record("report", parts, tables, add_counts(receipts), details)
+    builder.record(
+        "report",
+        parts,
+        tables,
+        add_counts(receipts),
+        details,
+        report=lambda state: write_report(builder, state.details),
+    )
     builder.progress.end(in_words({split: distribution(counts) for split, counts in details["histograms"].items()}))
-
-
-def mend_report(builder: Builder) -> None:
-    """Write the report anew where it is missing or not what was recorded: it follows from the tables."""
-    if report_is_intact(builder.storage, builder.manifest):
-        return
-    builder.progress.note(f"report: {LEAKAGE_REPORT} was missing or damaged, and is written anew")
-    state = builder.manifest.stages["report"]
-    sha256 = write_report(builder, state.details)
-    if sha256 != state.details[REPORT_SHA256]:
-        mended = replace(state, details={**state.details, REPORT_SHA256: sha256})
-        builder.manifest = builder.manifest.with_stage("report", mended, {})
-        builder.manifest.save(builder.storage)
-    if "report" not in builder.done:
-        builder.done.append("report")
 
 
 def write_report(builder: Builder, details: dict[str, Any]) -> str:

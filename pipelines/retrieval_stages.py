@@ -26,7 +26,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import RECALL_REPORT, TEMPLATE_NUMBER, TEMPLATE_PATH, shard_of
+from retrodb.manifest import RECALL_REPORT, REPORT_SHA256, TEMPLATE_NUMBER, TEMPLATE_PATH, StageState, shard_of
 from retrodb.neighbours import from_table
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS
@@ -141,6 +141,8 @@ def build_neighbours(builder: Builder) -> None:
     parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     damaged = builder.damage.get("neighbours", set())
     current = builder.is_current("neighbours", parts)
+    if current:
+        builder.mend_report("neighbours", lambda state: write_recall_report(builder, state))
     if current and not damaged:
         return
     builder.begin("neighbours", parts)
@@ -169,12 +171,25 @@ def build_neighbours(builder: Builder) -> None:
     details = measured_recall(builder, book, receipts, truth)
     refuse_low_recall(details, builder.config.min_recall, choice.key)
     details |= {"nprobe": settings.nprobe, "metric": settings.metric}
-    builder.record("neighbours", parts, shards_by_table(receipts, "neighbours"), add_counts(receipts), details)
-    builder.storage.commit_json(RECALL_REPORT, {**details, "index": choice.key, "gate": builder.config.min_recall})
+    details |= {"index": choice.key, "gate": builder.config.min_recall}
+    builder.record(
+        "neighbours",
+        parts,
+        shards_by_table(receipts, "neighbours"),
+        add_counts(receipts),
+        details,
+        report=lambda state: write_recall_report(builder, state),
+    )
     recall = details["recall_at_10"]
     found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
     short = add_counts(receipts)["short"]
     builder.progress.end(found + (f", {short:,} chunks have fewer than {settings.k}" if short else ""))
+
+
+def write_recall_report(builder: Builder, state: StageState) -> str:
+    """Commit ``reports/recall.json``, which is what is recorded of the stage; its sha256."""
+    told = {name: value for name, value in state.details.items() if name != REPORT_SHA256}
+    return builder.storage.commit_json(RECALL_REPORT, told).sha256
 
 
 _CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")

@@ -169,7 +169,7 @@ def why_rebuilt(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> lis
             changes.append("made by an earlier version of this stage")
         elif name in UPSTREAM:
             changes.append(f"{UPSTREAM[name]} changed")
-        else:
+        elif name != "seed" or None not in (old, new):  # a seed comes and goes with what is drawn by it
             changes.append(f"{name.replace('_', '-')}: {_short(old)} -> {_short(new)}")
     return changes
 
@@ -188,5 +188,5 @@ def _several(urls: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text[:12] if len(text) == 64 else text

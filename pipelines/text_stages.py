@@ -1,10 +1,11 @@
 """The stages from raw files to vectors: what each is made from, its tasks, and what is recorded of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
@@ -15,7 +16,20 @@ from retrodb.pipelines.ingredients import OWN_TOKENIZER
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
-from retrodb.corpus import FieldNames, FractionSplit, Plan, ScannedFile, all_train, plan, read_split
+from retrodb.config import BuildConfig
+from retrodb.corpus import (
+    TRAIN,
+    VALIDATION,
+    FieldNames,
+    FractionSplit,
+    Plan,
+    ScannedFile,
+    Split,
+    SplitOf,
+    all_train,
+    plan,
+    read_split,
+)
 from retrodb.errors import InputError
 from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, fingerprint
 
@@ -35,8 +49,8 @@ def build_corpus(builder: Builder) -> None:
     split_of = FractionSplit(config.validation_fraction, config.seed) if config.validation_fraction else all_train
     unread_for_dedup(builder, parts)
     current = builder.is_current("corpus", parts)
-    if not current and builder.manifest.tables:
-        refuse_useless(layout, fields)
+    if not current and (builder.manifest.tables or config.has_validation):
+        refuse_useless(layout, fields, split_of, config)
     damaged = damaged_documents(builder) if current else set()
     receipts = builder.run_stage(
         StageWork(
@@ -59,6 +73,9 @@ def build_corpus(builder: Builder) -> None:
     details = {"documents": read_fingerprint(tables["documents"])}
     builder.record("corpus", parts, tables, counts, details, inputs=[scan.as_json() for scan in scans])
     builder.progress.end(describe_counts(counts))
+    if config.validation_fraction and not counts["validation"]:
+        fraction = config.validation_fraction
+        builder.progress.note(f"corpus: none of {counts['kept']:,} documents fell to --validation-fraction {fraction}")
 
 
 def unread_for_dedup(builder: Builder, parts: Mapping[str, Any]) -> None:
@@ -75,22 +92,51 @@ def unread_for_dedup(builder: Builder, parts: Mapping[str, Any]) -> None:
         builder.undo(stages.downstream("corpus"))
 
 
-def refuse_useless(layout: Plan, fields: FieldNames) -> None:
-    """Before the tables of an existing database give way: is there any document in the new inputs?
+def refuse_useless(layout: Plan, fields: FieldNames, split_of: SplitOf, config: BuildConfig) -> None:
+    """Before the tables of an existing database give way: do the new inputs make one?
+
+    Reads until that is known: mostly one training document, and one validation document where there are to be any; the
+    whole validation corpus, where its first documents are training documents too.
 
     Raises:
-        InputError: there is none.
+        InputError: there would be no document to retrieve, or none of the validation inputs can be kept.
     """
-    reasons: list[str] = []
-    for split in layout.splits:
-        for output in read_split(split, fields):
-            if output.counts["kept"]:
-                return
-            reasons += _reasons(output.quarantine)
+    held_out = [split for split in layout.splits if split.shards[0].split == VALIDATION]
+    training = [split for split in layout.splits if split.shards[0].split == TRAIN]
+    validation: set[bytes] = set()
+    if held_out:
+        validation = set(
+            _hashes(held_out, fields, split_of, VALIDATION, "validation document: no record of --validation")
+        )
+    repeated = validation if config.decontaminate else set()
+    for content_hash in _hashes(training, fields, split_of, TRAIN, "document to build from: no record of these inputs"):
+        if content_hash not in repeated:
+            return
     raise InputError(
-        "no document to build from: no record of these inputs can be kept. The database was left as it is."
-        + "".join(reasons[:3])
+        "no document to retrieve from: every training document is a validation document as well. "
+        "The database was left as it was. Look at the inputs, or give --no-decontaminate."
     )
+
+
+def _hashes(splits: list[Split], fields: FieldNames, split_of: SplitOf, wanted: str, what: str) -> Iterator[bytes]:
+    """The content hashes of the documents of one kind; at least one."""
+    reasons: list[str] = []
+    others = found = 0
+    for split in splits:
+        for output in read_split(split, fields, split_of=split_of):
+            own = pc.equal(output.documents["split"], wanted)
+            hashes = output.documents["content_hash"].filter(own).to_pylist()
+            found += len(hashes)
+            others += output.documents.num_rows - len(hashes)
+            reasons += _reasons(output.quarantine)
+            yield from hashes
+    if not found and others:
+        raise InputError(
+            f"no training document: all {others:,} documents fell to --validation-fraction. The database was left as "
+            "it was. Give a smaller fraction."
+        )
+    if not found:
+        raise InputError(f"no {what} can be kept. The database was left as it was." + "".join(reasons[:3]))
 
 
 def _reasons(quarantine: pa.Table) -> list[str]:
@@ -150,7 +196,7 @@ def damaged_documents(builder: Builder) -> set[int]:
         return damaged | builder.damage.get("chunks", set())
     if "chunk" in builder.manifest.stages and not builder.manifest.config.get("text", True):
         return everything
-    return damaged - set(builder.book("chunk", parts).read_all(damaged))
+    return damaged - set(builder.book("chunk", parts).read_all(damaged, whole=True))
 
 
 def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapping[str, int]) -> None:

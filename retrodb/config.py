@@ -31,6 +31,8 @@ _UNITS: Final = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 _MINIMUM_TRAINED_VOCABULARY: Final = 256
 
+_OVERRIDES: Final = {"validation": "validation_fraction", "validation_fraction": "validation"}
+"""A flag that stands for another way of the same takes the place of a setting of the file."""
 _SWITCHES: Final = ("no_text", "decontaminate")
 
 DEFAULT_MEMORY: Final = 16 * 10**9
@@ -92,7 +94,11 @@ class BuildConfig(BaseModel):
     @field_validator("validation", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+            raise ValueError("write a path, or a list of paths")
+        return value
 
     @field_validator("tokenizer")
     @classmethod
@@ -184,6 +190,7 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
         if isinstance(value, bool) != (name in _SWITCHES):
             takes = "takes true or false alone" if name in _SWITCHES else "does not take true or false"
             raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; this setting {takes}.")
+    file_settings = {name: value for name, value in file_settings.items() if _OVERRIDES.get(name) not in flags}
     try:
         return _validated({**file_settings, **flags})
     except ValidationError as error:

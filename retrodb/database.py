@@ -105,8 +105,16 @@ class Database:
         return f"<retrodb database {self.storage.url}: {rows or 'empty'}>"
 
     def summary(self) -> dict[str, Any]:
-        """What the database is: counts per stage, fingerprints, recall, sizes (see ``retrodb info --json``)."""
-        return summarise(self.manifest, self.storage.url)
+        """What the database is: counts per stage, fingerprints, recall, sizes (see ``retrodb info --json``).
+
+        Raises:
+            DamagedError: the manifest does not say.
+        """
+        try:
+            return summarise(self.manifest, self.storage.url)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            where = self.storage.describe(MANIFEST_NAME)
+            raise DamagedError(f"{where} is malformed: {error!r}. Verify the database.") from error
 
     # -- tables ----------------------------------------------------------------------------------------------------
 

@@ -64,8 +64,11 @@ def _local_lock(storage: Storage) -> Iterator[None]:
 def _acquire(storage: Storage, path: Path) -> IO[str]:
     while True:
         try:
-            file = path.open("a+", encoding="utf-8")
+            # No link is followed: what it led to would be overwritten.
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
         except OSError as error:
+            if path.is_symlink():
+                raise InputError(f"{path} is a link: refused. Remove it, and run the same command again.") from error
             raise InputError(f"cannot write into {storage.url}: {error.strerror or error}.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

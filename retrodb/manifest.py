@@ -38,8 +38,10 @@ TRAINED_TOKENIZER: Final = "tokenizer.json"
 RECALL_REPORT: Final = "reports/recall.json"
 DEDUP_REPORT: Final = "reports/dedup.json"
 LEAKAGE_REPORT: Final = "reports/leakage.json"
+STAGE_REPORTS: Final = {"dedup": DEDUP_REPORT, "neighbours": RECALL_REPORT, "report": LEAKAGE_REPORT}
+"""What a stage leaves for people to read."""
 REPORT_SHA256: Final = "report_sha256"
-"""Key of the report stage's details: the checksum of `LEAKAGE_REPORT`."""
+"""Key of a stage's details: the checksum of its report."""
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
@@ -288,7 +290,7 @@ def _parse_whole(data: bytes, where: str) -> Manifest:
         manifest = Manifest.parse(content, where)
         if manifest.as_bytes() == data:
             return manifest
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is not valid JSON ({error}).") from error
     stated, found = str(content.get("checksum", "missing")), manifest.as_json()["checksum"]
     raise DamagedError(

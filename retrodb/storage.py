@@ -7,10 +7,12 @@ absolute path is refused (invariant 10).
 """
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
 import posixpath
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -150,8 +152,30 @@ class Storage:
         return isinstance(self._filesystem, LocalFileSystem)
 
     def path(self, relative: str) -> str:
-        """The full path of ``relative`` inside its filesystem."""
-        return posixpath.join(self._root, checked_relative(relative))
+        """The full path of ``relative`` inside its filesystem.
+
+        Raises:
+            DamagedError: it leaves the database: by its name, or by a link in place of one of its folders.
+        """
+        full = posixpath.join(self._root, checked_relative(relative))
+        if self.is_local:
+            folder = posixpath.dirname(full)
+            while len(folder) > len(self._root):
+                if os.path.islink(folder):
+                    raise DamagedError(f"{folder} is a link, which may lead out of the database: refused. Remove it.")
+                folder = posixpath.dirname(folder)
+        return full
+
+    def _readable(self, relative: str) -> str:
+        """The path of a file to read: a regular one where it is local, for a link leads anywhere and a pipe never ends.
+
+        Raises:
+            DamagedError: it is there and is no regular file.
+        """
+        path = self.path(relative)
+        if self.is_local and os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DamagedError(f"{self.describe(relative)} is a link, a folder or a device, not a file: refused.")
+        return path
 
     def describe(self, relative: str) -> str:
         """``relative`` as a person would name it, for messages."""
@@ -160,12 +184,13 @@ class Storage:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def size(self, relative: str) -> int | None:
-        """Bytes of a file, or None where there is none. Never answers from a listing cache."""
+        """Bytes of a file, or None where there is none (a link is none). Never answers from a listing cache."""
         if self.is_local:
             try:
-                return os.stat(self.path(relative)).st_size
+                found = os.lstat(self.path(relative))
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
         self._filesystem.invalidate_cache()
         try:
             return int(self._filesystem.info(self.path(relative))["size"])
@@ -174,7 +199,7 @@ class Storage:
 
     def read_bytes(self, relative: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        return bytes(self._filesystem.cat_file(self.path(relative)))
+        return bytes(self._filesystem.cat_file(self._readable(relative)))
 
     def read_if_there(self, relative: str) -> bytes | None:
         """The whole file, or None where there is none."""
@@ -192,13 +217,13 @@ class Storage:
         data = self.read_if_there(relative)
         try:
             return None if data is None else json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedError(f"{self.describe(relative)} is not valid JSON ({error}).") from error
 
     @contextlib.contextmanager
     def open(self, relative: str) -> Iterator[IO[bytes]]:
         """A readable binary file."""
-        with self._filesystem.open(self.path(relative), "rb") as file:
+        with self._filesystem.open(self._readable(relative), "rb") as file:
             yield file
 
     def open_parquet(self, relative: str) -> pq.ParquetFile:
@@ -207,7 +232,7 @@ class Storage:
         Raises:
             DamagedError: it is missing or is not Parquet.
         """
-        path = self.path(relative)
+        path = self._readable(relative)
         try:
             if self.is_local:
                 return pq.ParquetFile(path, memory_map=True)
@@ -233,7 +258,7 @@ class Storage:
         Raises:
             DamagedError: it is missing or not an array file.
         """
-        path = self.path(relative)
+        path = self._readable(relative)
         try:
             if self.is_local:
                 if os.path.getsize(path) == 0:
@@ -251,7 +276,7 @@ class Storage:
     def local_copy(self, relative: str) -> Iterator[Path]:
         """A local path with the file's bytes: the file itself, or a copy that is removed afterwards."""
         if self.is_local:
-            yield Path(self.path(relative))
+            yield Path(self._readable(relative))
             return
         with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
             target = Path(folder) / posixpath.basename(relative)
@@ -278,9 +303,12 @@ class Storage:
         return self._list(relative, "directory")
 
     def _list(self, relative: str, kind: str) -> list[str]:
-        self._filesystem.invalidate_cache()
-        folder = self.path(relative) if relative else self._root
+        folder = posixpath.dirname(self.path(f"{relative}/_")) if relative else self._root
         try:
+            if self.is_local:  # by lstat: a link is listed as a file, and never followed
+                with os.scandir(folder) as found:
+                    return sorted(e.name for e in found if e.is_dir(follow_symlinks=False) == (kind == "directory"))
+            self._filesystem.invalidate_cache()
             entries = self._filesystem.ls(folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -322,7 +350,13 @@ class Storage:
                 write(writer)
                 raw.flush()
                 os.fsync(raw.fileno())
-            os.replace(temporary, final)
+            if _is_same_file(temporary, final):
+                temporary.unlink()  # made again, and the same: it stays as it was
+            else:
+                os.replace(temporary, final)
+        except IsADirectoryError as error:
+            temporary.unlink()
+            raise DamagedError(f"{final} is a folder where a file belongs: remove it.") from error
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
@@ -409,9 +443,16 @@ class Storage:
             self._filesystem.rm_file(self.path(relative))
 
     def delete_folder(self, relative: str) -> None:
-        """Remove a folder of our own and all in it, if it is there."""
+        """Remove a folder of our own and all in it, if it is there. Of a link in its place, the link."""
+        if self.is_local and os.path.islink(self.path(relative)):
+            os.unlink(self.path(relative))
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm(self.path(relative), recursive=True)
+
+
+def _is_same_file(made: Path, final: Path) -> bool:
+    """Whether ``final`` is a regular file of just the bytes of ``made``."""
+    return final.is_file() and not final.is_symlink() and filecmp.cmp(made, final, shallow=False)
 
 
 def _write_all(writer: HashingWriter, data: bytes) -> None:

@@ -347,10 +347,46 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_writ
     assert not (tmp_path / "db").exists()
 
 
-def test_when_every_training_document_repeats_a_validation_one_that_is_said(source, tiny_encoder, tmp_path):
-    shutil.copy(source, tmp_path / "copy.jsonl")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"validation": ["copy.jsonl"]}, r"every training document is a validation document.*no-decontaminate"),
+        ({"validation_fraction": 0.9999999}, "fell to --validation-fraction"),
+        ({"validation": ["blank.jsonl"]}, "no record of --validation can be kept"),
+        ({"validation": ["missing.jsonl"]}, "--validation: .*missing"),
+    ],
+    ids=str,
+)
+def test_a_useless_validation_is_refused_and_costs_no_database(
+    source, kept, tiny_encoder, tmp_path, monkeypatch, settings, says
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(source, "copy.jsonl")
+    write_jsonl(tmp_path / "blank.jsonl", [{"id": "x", "text": " "}, {"id": "y"}])
+    shutil.copytree(kept, "db")
+    before = stamps(tmp_path / "db")
+    for out in ("db", "new"):
+        with pytest.raises(InputError, match=says):
+            made(source, tmp_path / out, tiny_encoder, **settings)
+    assert stamps(tmp_path / "db") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_when_every_training_document_is_a_near_duplicate_of_a_validation_one_nothing_is_left_behind(
+    tiny_encoder, tmp_path
+):
+    words = words_of(1)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": varied(words, 0)}, {"text": varied(words, 1)}])
+    held_out = write_jsonl(tmp_path / "valid.jsonl", [{"text": varied(words, 2)}])
     with pytest.raises(InputError, match=r"near-duplicates of validation documents.*no-decontaminate"):
-        made(source, tmp_path / "db", tiny_encoder, validation=[str(tmp_path / "copy.jsonl")])
+        made(source, tmp_path / "db", tiny_encoder, validation=[str(held_out)])
+    assert not (tmp_path / "db").exists()
+
+
+def test_a_fraction_that_takes_no_document_says_so(tiny_encoder, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}, {"text": "two"}])
+    ran = retrodb("build", source, "--out", tmp_path / "db", "--until", "corpus", "--validation-fraction", "0.0000001")
+    assert (ran.code, "none of 2 documents" in ran.err) == (0, True)
 
 
 def test_by_the_command_line_and_a_file_of_settings(source, held_out, tiny_encoder, tmp_path):
@@ -402,6 +438,30 @@ def test_killed_in_every_step_it_ends_as_an_undisturbed_build(source, held_out, 
         running.kill()
     made(source, out, tiny_encoder, validation=[str(held_out)], dedup="drop")
     assert_same(out, dropped)
+
+
+@pytest.mark.parametrize("report", ["dedup", "recall", "leakage"])
+@pytest.mark.parametrize("how", ["deleted", "garbled"])
+def test_a_lost_or_changed_report_is_found_and_written_again(source, kept, tiny_encoder, tmp_path, report, how):
+    shutil.copytree(kept, tmp_path / "db")
+    path = tmp_path / "db" / "reports" / f"{report}.json"
+    path.unlink() if how == "deleted" else path.write_text("{}")
+    ran = retrodb("verify", tmp_path / "db")
+    assert (ran.code, f"reports/{report}.json" in ran.err) == (4, True)
+    assert len(made(source, tmp_path / "db", tiny_encoder).done) == 1
+    assert {n: d for n, (_, d) in stamps(tmp_path / "db").items()} == {n: d for n, (_, d) in stamps(kept).items()}
+
+
+def test_a_dry_run_tells_that_damaged_duplicates_take_the_source_and_the_chunk_stage_too(
+    source, kept, tiny_encoder, tmp_path
+):
+    shutil.copytree(kept, tmp_path / "db")
+    damage(next((tmp_path / "db" / "duplicates").iterdir()))
+    settings = ["--encoder", tiny_encoder, "--shard-bytes", "12KiB", "--precision", "fp32", "--chunk-tokens", 32]
+    ran = retrodb("build", source, "--out", tmp_path / "db", *settings, "--sequence-tokens", 128, "--dry-run", "--json")
+    told = [stage["stage"] for stage in ran.json["stages"] if stage["action"] == "repair"]
+    assert told == ["corpus", "dedup", "chunk"]
+    assert set(made(source, tmp_path / "db", tiny_encoder).done) == set(told)
 
 
 def test_a_dry_run_tells_that_the_source_is_read_again(source, dropped, tiny_encoder):

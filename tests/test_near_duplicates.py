@@ -18,6 +18,7 @@ from retrodb.corpus.near_duplicates import (
     BANDS,
     NGRAM,
     THRESHOLD,
+    Sketches,
     batches,
     candidate_pairs,
     clusters,
@@ -131,8 +132,11 @@ def test_all_who_share_a_bucket_are_connected_and_none_who_do_not(documents, ran
     ids = np.arange(len(documents), dtype=np.int64) * 7
     order = np.array(random.sample(range(len(documents)), len(documents)), dtype=int)
     buckets, signatures = (np.array([d[at] for d in documents], dtype=np.uint64) for at in (0, 1))
-    pairs = candidate_pairs(buckets[order], ids[order], signatures[order])
-    assert pairs.tolist() == candidate_pairs(buckets, ids, signatures).tolist(), "in any order of the input"
+    found = candidate_pairs(buckets[order], ids[order], signatures[order], 0, never_asked)
+    pairs = found.pairs
+    again = candidate_pairs(buckets, ids, signatures, 0, never_asked)
+    assert pairs.tolist() == again.pairs.tolist(), "in any order of the input"
+    assert found.cut == 0
     assert (pairs[:, 0] < pairs[:, 1]).all()
     found = naive_clusters([tuple(pair) for pair in pairs.tolist()])
     for a, b in itertools.combinations(range(len(documents)), 2):
@@ -140,19 +144,67 @@ def test_all_who_share_a_bucket_are_connected_and_none_who_do_not(documents, ran
         assert together == (documents[a][0] == documents[b][0])
 
 
-def test_a_huge_bucket_gives_few_pairs_and_is_connected_all_the_same():
+def all_candidates(found: Sketches) -> np.ndarray:
+    """Over all bands."""
+    ids = np.arange(len(found.signatures))
+    parts = [
+        candidate_pairs(found.bands[band], ids, found.signatures, band, lambda some: found.bands[:, some]).pairs
+        for band in range(BANDS)
+    ]
+    return unique_pairs(np.concatenate(parts))
+
+
+def test_near_duplicates_are_found_among_hundreds_that_share_nearly_all_of_their_text():
+    """Licence pages: 412 words that all have and 56 of their own, which makes 0.78. Copies share up to 20 of those."""
+    chance = np.random.default_rng(3)
+    boilerplate = [f"b{n}" for n in range(412)]
+    own = [[f"u{chance.integers(1 << 40)}" for _ in range(56)] for _ in range(900)]
+    other = [[f"v{chance.integers(1 << 40)}" for _ in range(56)] for _ in range(90)]
+    copies = [[*own[at][: 8 + at % 13], *other[at][8 + at % 13 :]] for at in range(90)]
+    texts = [" ".join([*boilerplate, *words]) for words in (*own, *copies)]
+    sets = sets_of(texts)
+    pairs = [(at, 900 + at) for at in range(90)]
+    assert all(0.8 < jaccard(sets[a], sets[b]) < 0.9 for a, b in pairs)
+    candidates = set(map(tuple, all_candidates(sketch(column(texts))).tolist()))
+    assert len([pair for pair in pairs if pair not in candidates]) <= 1
+
+
+def never_asked(ids: np.ndarray) -> np.ndarray:
+    raise AssertionError("only large buckets need more than their own band")
+
+
+def test_a_large_bucket_gives_every_pair_once_over_all_bands():
+    """300 documents that share the first and the last band, and half of them a band between."""
+    n = 300
+    signatures = np.random.default_rng(0).permutation(n).astype(np.uint64)
+    bands = np.zeros((BANDS, n), np.uint64)
+    bands[1:-1] = np.arange(n)
+    bands[7, : n // 2] = 0
+    found = [candidate_pairs(bands[b], np.arange(n), signatures, b, lambda ids: bands[:, ids]) for b in range(BANDS)]
+    assert unique_pairs(np.concatenate([some.pairs for some in found])).tolist() == [
+        [a, b] for a in range(n) for b in range(a + 1, n)
+    ]
+    assert len(found[-1].pairs) < 65 * n, "those already named are not named again, but for each one's next few"
+    assert not any(some.cut for some in found)
+
+
+def test_a_bucket_too_large_for_all_its_pairs_is_connected_all_the_same_and_that_is_told(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_BUCKET_PAIRS", 1_000)
     n = 3_000
-    pairs = candidate_pairs(
-        np.zeros(n, np.uint64), np.arange(n), np.random.default_rng(0).permutation(n).astype(np.uint64)
-    )
-    assert len(pairs) < 65 * n
-    assert len(set(naive_labels(pairs))) == 1
-    same = candidate_pairs(np.zeros(n, np.uint64), np.arange(n), np.zeros(n, np.uint64))
-    assert same.tolist() == [[0, other] for other in range(1, n)]
+    signatures = np.random.default_rng(0).permutation(n).astype(np.uint64)
+    nothing = np.zeros((BANDS, n), np.uint64)
+    found = [candidate_pairs(nothing[b], np.arange(n), signatures, b, lambda ids: nothing[:, ids]) for b in (0, 1)]
+    assert [some.cut for some in found] == [n, n]
+    assert all(len(some.pairs) < 65 * n for some in found)
+    assert len(set(clusters(found[0].pairs)[1].tolist())) == 1
+    assert len(unique_pairs(np.concatenate([some.pairs for some in found]))) > 1.9 * len(found[0].pairs)
 
 
-def naive_labels(pairs: np.ndarray) -> list[int]:
-    return clusters(pairs)[1].tolist()
+def test_equal_documents_are_each_compared_with_the_first_alone():
+    n = 3_000
+    same = candidate_pairs(np.zeros(n, np.uint64), np.arange(n), np.zeros(n, np.uint64), 0, never_asked)
+    assert same.pairs.tolist() == [[0, other] for other in range(1, n)]
+    assert same.cut == 0
 
 
 LABELLED = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30)
@@ -236,8 +288,7 @@ def test_on_real_text_the_clusters_are_those_of_comparing_all_with_all(name):
     truth = [p for p, n in common.items() if n / (len(sets[p[0]]) + len(sets[p[1]]) - n) >= THRESHOLD]
 
     found = sketch(column(texts))
-    ids = np.arange(len(texts))
-    pairs = unique_pairs(np.concatenate([candidate_pairs(band, ids, found.signatures) for band in found.bands]))
+    pairs = all_candidates(found)
     near = pairs[[jaccard(sets[a], sets[b]) >= THRESHOLD for a, b in pairs.tolist()]]
     members, labels = clusters(near)
     assert dict(zip(members.tolist(), labels.tolist(), strict=True)) == naive_clusters(truth)

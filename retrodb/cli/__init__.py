@@ -5,7 +5,6 @@ Only these modules print. Nothing heavy is imported before a command runs, so th
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ import typer
 
 from retrodb._version import __version__
 from retrodb.cli.build import build
+from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import info, query, show
 from retrodb.cli.verify import verify
 from retrodb.errors import RetrodbError
@@ -38,7 +38,7 @@ for command in (build, info, verify, query, show):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"retrodb {__version__}")
+        echo(f"retrodb {__version__}")
         raise typer.Exit
 
 
@@ -61,19 +61,19 @@ def main() -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == INTERRUPTED:  # what Typer makes of KeyboardInterrupt
-            typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on.", err=True)
+            echo("\ninterrupted: what is finished is kept; run the same command again to go on.", err=True)
         _leave(code)
     except RetrodbError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+            echo_json({"error": str(error), "exit_code": error.exit_code})
         _leave(error.exit_code)
     except BrokenPipeError:
         _leave(0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         first = "Free some space: what" if error.errno == errno.ENOSPC else "What"
-        typer.echo(f"error: {error.strerror or error}{where}. {first} is finished is kept; run it again.", err=True)
+        echo(f"error: {error.strerror or error}{where}. {first} is finished is kept; run it again.", err=True)
         _leave(1)
     _leave(0)
 

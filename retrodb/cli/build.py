@@ -1,11 +1,12 @@
 """``retrodb build``: the whole way, or the rest of it, or nothing."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from retrodb.cli.echo import echo_json
 
 Text = Optional[str]
 Number = Optional[str]
@@ -139,7 +140,7 @@ def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -
     if as_json:
         seconds = {stage: round(value, 3) for stage, value in outcome.seconds.items()}
         facts = {**summary(storage, outcome.manifest), "done": list(outcome.done), "seconds": seconds}
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        echo_json(facts)
 
 
 def _dry_run(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:
@@ -148,6 +149,6 @@ def _dry_run(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool)
 
     plan = dry_run(listing.files, storage, settings, run)
     if as_json:
-        typer.echo(json.dumps(plan, ensure_ascii=False))
+        echo_json(plan)
     else:
         print_plan(plan)

@@ -1,10 +1,11 @@
 """``retrodb info``, ``query`` and ``show``: look at what was built."""
 
 import dataclasses
-import json
 from typing import Annotated, Any, Optional
 
 import typer
+
+from retrodb.cli.echo import echo_json
 
 Database = Annotated[str, typer.Argument(metavar="DB", help="The database: a folder, or any fsspec URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -17,7 +18,7 @@ def info(database: Database, as_json: Json = False) -> None:
 
     summary = open_database(database).summary()
     if as_json:
-        typer.echo(json.dumps(summary, ensure_ascii=False))
+        echo_json(summary)
     else:
         print_info(summary)
 
@@ -42,7 +43,7 @@ def query(
     hits = [_described(db, hit) for hit in found]
     if as_json:
         answer = {"query": text, "k": k, "metric": db.manifest.config["metric"], "neighbours": hits}
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        echo_json(answer)
     else:
         print_hits(hits)
 
@@ -70,7 +71,7 @@ def show(
         )
     shown = {"chunk": {**dataclasses.asdict(chunk), **_place(db, chunk.document_id)}, "neighbours": rows}
     if as_json:
-        typer.echo(json.dumps(shown, ensure_ascii=False))
+        echo_json(shown)
     else:
         print_chunk(shown)
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from retrodb.cli.echo import echo
 from retrodb.database import Database
 from retrodb.quality.leakage import in_words
 from retrodb.quality.summary import summarise
@@ -55,19 +54,19 @@ def closing(storage: Storage, outcome: Any, as_json: bool) -> None:
     """The end of a build: where it is, counts, recall, neighbour pairs worth reading, what to type next."""
     facts = summary(storage, outcome.manifest)
     if not outcome.done:
-        typer.echo(f"{storage.url} is up to date: nothing to do.", err=as_json)
+        echo(f"{storage.url} is up to date: nothing to do.", err=as_json)
         return
     _print_counts(facts, as_json)
     if facts["complete"] and not as_json:
         pairs = example_pairs(Database(storage, outcome.manifest))
         if pairs:
-            typer.echo("\nNeighbours worth reading (each from another document):")
+            echo("\nNeighbours worth reading (each from another document):")
         for chunk, neighbour in pairs:
-            typer.echo(f"\n  {chunk['title']}  [chunk {chunk['chunk_id']}]\n{quoted(chunk['text'])}")
-            typer.echo(f"  ~ {neighbour['title']}  [distance {neighbour['distance']:.3f}]\n{quoted(neighbour['text'])}")
+            echo(f"\n  {chunk['title']}  [chunk {chunk['chunk_id']}]\n{quoted(chunk['text'])}")
+            echo(f"  ~ {neighbour['title']}  [distance {neighbour['distance']:.3f}]\n{quoted(neighbour['text'])}")
         first = pairs[0][0]["chunk_id"] if pairs else 0
         retrodb, python, where = _program("retrodb"), _program("python"), _short_path(storage.url)
-        typer.echo(
+        echo(
             f"\nNext:\n  {retrodb} query {where} 'your question'\n  {retrodb} show {where} {first}\n"
             f"  {retrodb} info {where}\n  {retrodb} verify {where}\n"
             f"  {python} -c \"import retrodb; print(next(iter(retrodb.open('{where}').training()))['tokens'])\""
@@ -91,9 +90,9 @@ def _short_path(path: str) -> str:
 
 def _print_counts(facts: Mapping[str, Any], to_stderr: bool) -> None:
     total = sum(table["bytes"] for table in facts["tables"].values())
-    typer.echo(f"\n{facts['database']}  ({size_text(total)})", err=to_stderr)
+    echo(f"\n{facts['database']}  ({size_text(total)})", err=to_stderr)
     for line in _count_lines(facts):
-        typer.echo(f"  {line}", err=to_stderr)
+        echo(f"  {line}", err=to_stderr)
 
 
 def _count_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -185,47 +184,45 @@ def _titled(db: Database, chunk: Any, distance: float) -> dict[str, Any]:
 
 def print_info(facts: Mapping[str, Any]) -> None:
     """``retrodb info``."""
-    typer.echo(facts["database"])
+    echo(facts["database"])
     for line in _count_lines(facts):
-        typer.echo(f"  {line}")
+        echo(f"  {line}")
     if not facts["complete"]:
-        typer.echo(f"  not complete: {', '.join(facts['stages']) or 'no stage'} done; run the build again to go on")
-    typer.echo("tables")
+        echo(f"  not complete: {', '.join(facts['stages']) or 'no stage'} done; run the build again to go on")
+    echo("tables")
     for name, table in facts["tables"].items():
-        typer.echo(
-            f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}"
-        )
-    typer.echo("fingerprints")
+        echo(f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}")
+    echo("fingerprints")
     for kind in ("encoder", "tokenizer"):
         recorded = facts["fingerprints"].get(kind)
         if recorded:
-            typer.echo(f"  {kind:<12}{recorded['fingerprint'][:16]}  {recorded['name']}")
+            echo(f"  {kind:<12}{recorded['fingerprint'][:16]}  {recorded['name']}")
     for stage, value in facts["fingerprints"].get("stages", {}).items():
-        typer.echo(f"  {stage:<12}{value[:16]}")
-    typer.echo("made with  " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+        echo(f"  {stage:<12}{value[:16]}")
+    echo("made with  " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
 
 
 def print_hits(hits: Sequence[Mapping[str, Any]]) -> None:
     """``retrodb query``."""
     if not hits:
-        typer.echo("no neighbours: the database has no chunk that may be one.")
+        echo("no neighbours: the database has no chunk that may be one.")
     for number, hit in enumerate(hits, 1):
-        typer.echo(f"{number}. {hit['title'] or hit['key']}  [distance {hit['distance']:.4f}, chunk {hit['chunk_id']}]")
-        typer.echo(f"{_INDENT}{hit['source']}")
-        typer.echo(quoted(hit["text"]))
+        echo(f"{number}. {hit['title'] or hit['key']}  [distance {hit['distance']:.4f}, chunk {hit['chunk_id']}]")
+        echo(f"{_INDENT}{hit['source']}")
+        echo(quoted(hit["text"]))
 
 
 def print_chunk(shown: Mapping[str, Any]) -> None:
     """``retrodb show``."""
     chunk = shown["chunk"]
-    typer.echo(
+    echo(
         f"chunk {chunk['chunk_id']}: {chunk['title'] or chunk['key']}, position {chunk['position']}, "
         f"bytes {chunk['start']:,}-{chunk['end']:,} of {chunk['source']}"
     )
-    typer.echo(quoted(chunk["text"], lines=12))
+    echo(quoted(chunk["text"], lines=12))
     half = (_width() - 3) // 2
     for number, row in enumerate(shown["neighbours"], 1):
-        typer.echo(
+        echo(
             f"\n{number}. {row['title'] or row['key']}, position {row['position']}  "
             f"[distance {row['distance']:.4f}, chunk {row['chunk_id']}]"
         )
@@ -233,28 +230,28 @@ def print_chunk(shown: Mapping[str, Any]) -> None:
         right = textwrap.wrap(" ".join((row["continuation"] or "(no continuation)").split()), half) or [""]
         for at in range(max(len(left), len(right))):
             cells = [column[at] if at < len(column) else "" for column in (left, right)]
-            typer.echo(f"{cells[0]:<{half}} | {cells[1]}".rstrip())
+            echo(f"{cells[0]:<{half}} | {cells[1]}".rstrip())
 
 
 def print_verdict(report: Any) -> None:
     """``retrodb verify``."""
     for name, number in report.checked.items():
-        typer.echo(f"  {name}: {number:,}")
+        echo(f"  {name}: {number:,}")
     for note in report.notes:
-        typer.echo(f"  note: {note}")
+        echo(f"  note: {note}")
     for problem in report.problems:
-        typer.echo(f"damaged: {problem.path}: {problem.what}", err=True)
+        echo(f"damaged: {problem.path}: {problem.what}", err=True)
     if report.problems:
         found = f"problems found: {len(report.problems):,}, in {len(report.paths):,} files."
-        typer.echo(f"{found} Run the build again: it makes exactly the damaged shards anew.", err=True)
+        echo(f"{found} Run the build again: it makes exactly the damaged shards anew.", err=True)
     else:
-        typer.echo("all of it is as the manifest says.")
+        echo("all of it is as the manifest says.")
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
     """``retrodb build --dry-run``."""
-    typer.echo(f"{plan['database']}: {plan['inputs']['files']:,} files, {size_text(plan['inputs']['bytes'])} of input")
+    echo(f"{plan['database']}: {plan['inputs']['files']:,} files, {size_text(plan['inputs']['bytes'])} of input")
     for stage in plan["stages"]:
-        typer.echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
+        echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
     for name, value in plan["estimates"].items():
-        typer.echo(f"  {name.replace('_', ' '):<28} {value}")
+        echo(f"  {name.replace('_', ' '):<28} {value}")

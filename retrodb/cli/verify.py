@@ -1,10 +1,10 @@
 """``retrodb verify``: proves that a database is what its manifest says."""
 
-import json
 from typing import Annotated, Optional
 
 import typer
 
+from retrodb.cli.echo import echo_json
 from retrodb.cli.look import Database, Json
 
 
@@ -28,7 +28,7 @@ def verify(
     db = open_database(database)
     report = verify_database(db, sample=sample, seed=seed, encoder=encoder)
     if as_json:
-        typer.echo(json.dumps(report.as_json(), ensure_ascii=False))
+        echo_json(report.as_json())
     else:
         print_verdict(report)
     if report.problems:

@@ -120,7 +120,10 @@ def with_validation(inputs: Listing, validation: Sequence[str]) -> Listing:
     """
     if not validation:
         return inputs
-    found = expand_inputs(validation)
+    try:
+        found = expand_inputs(validation)
+    except InputError as error:
+        raise InputError(f"--validation: {error}") from error
     held_out = {file.url for file in found.files}
     files = [file for file in inputs.files if file.url not in held_out]
     if not files:

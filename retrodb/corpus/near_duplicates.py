@@ -2,18 +2,20 @@
 
 Borgeaud et al. 2022, section 2.1: training documents that similar to an evaluation document were removed. Here:
 
-- a document is the set of its 13-grams of words (`shingles`), letters lower-cased, punctuation and spaces left out;
+- a document is the set of its 13-grams of words (`shingles`), in Unicode's form NFKC, letters lower-cased, punctuation
+  and spaces left out;
 - `sketch` gives its MinHash signature, cut into bands: documents that share a band are *candidates*;
 - candidates are near-duplicates where the `jaccard` similarity of their whole sets, not an estimate, reaches 0.8;
 - `clusters` are what near-duplicates connect.
 
 So the sketch decides which pairs are looked at, and never which are near-duplicates: a pair at 0.8 is missed with
-probability 5e-5 (25 bands of 5), one at 0.9 never. All of it is numpy and Arrow over whole shards; signatures are
+probability 5e-5 (25 bands of 5), one at 0.9 never; but where thousands of documents share nearly all of their text, see
+`Candidates`. All of it is numpy and Arrow over whole shards; signatures are
 `rensa`'s.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,9 +36,11 @@ DEDUP_RULES: Final = (NEAR_DUPLICATE, VALIDATION_DUPLICATE)
 _BAND_ROWS: Final = 5
 _PERMUTATIONS: Final = 128
 _SEED: Final = 13
-_WINDOW: Final = 64
-"""Different signatures of one bucket that each is compared with. Larger buckets still connect, through many windows
-and bands, without their square of pairs."""
+_BUCKET_PAIRS: Final = 2_000_000
+"""Pairs of one bucket that are compared at most: all of up to 2,000 different documents. Of a larger bucket, whose
+documents share most of their text with thousands of others, each is compared with as many as that leaves, in an order
+that differs from band to band; how many documents are in such buckets is counted and told."""
+_LEAST_WINDOW: Final = 64
 _BATCH_BYTES: Final = 8 << 20
 _SEPARATORS: Final = r"[^\pL\pN\pM]+"
 _UNSPACED: Final = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
@@ -88,7 +92,7 @@ def shingles(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _words(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all words uint64 [w], and the number of each text's, int64 [n]."""
-    lowered = pc.utf8_lower(texts)
+    lowered = pc.utf8_lower(pc.utf8_normalize(texts, form="NFKC"))
     unspaced = pc.match_substring_regex(lowered, _UNSPACED)
     if pc.any(unspaced).as_py():
         lowered = pc.if_else(unspaced, pc.replace_substring_regex(lowered, _UNSPACED, r" \1 "), lowered)
@@ -182,36 +186,71 @@ def _folded(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def candidate_pairs(buckets: np.ndarray, ids: np.ndarray, signatures: np.ndarray) -> np.ndarray:
-    """The pairs of documents to compare, of those that share a bucket.
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of documents to compare.
+
+    Attributes:
+        pairs: int64 [p, 2], the smaller id first, without repetition.
+        cut: documents of buckets too large for all their pairs.
+    """
+
+    pairs: np.ndarray
+    cut: int
+
+
+BandsOf = Callable[[np.ndarray], np.ndarray]
+"""Buckets of documents in every band, uint64 [BANDS, k], by their ids int64 [k], ascending."""
+
+
+def candidate_pairs(
+    buckets: np.ndarray, ids: np.ndarray, signatures: np.ndarray, band: int, bands_of: BandsOf
+) -> Candidates:
+    """The pairs of documents to compare, of those that share a bucket of one band.
 
     Documents of one signature are each compared with the first of them alone, for they are (nearly always) the same
-    set; those of different signatures with each other, up to a window that bounds the pairs of a large bucket.
+    set; those of different signatures with each other.
 
     Args:
-        buckets: uint64 [n], the hash of one band.
+        buckets: uint64 [n], of the band.
         ids: int64 [n], distinct.
         signatures: uint64 [n].
-
-    Returns:
-        int64 [p, 2], the smaller id first, without repetition.
+        band: the band.
+        bands_of: asked about the documents of large buckets, whose many pairs are named by one band alone.
     """
-    order = np.lexsort((ids, signatures, buckets))
-    buckets, ids, signatures = buckets[order], ids[order], signatures[order]
-    if not len(ids):
-        return np.empty((0, 2), np.int64)
+    # Where a bucket is cut, another order in each band gives every pair another chance.
+    shuffled = _mixed((signatures + np.uint64(band)) * _FACTOR)
+    order = np.lexsort((ids, shuffled, buckets))
+    buckets, ids, shuffled = buckets[order], ids[order], shuffled[order]
     fresh = np.ones(len(ids), dtype=bool)
-    fresh[1:] = (np.diff(buckets) != 0) | (np.diff(signatures) != 0)
+    fresh[1:] = (np.diff(buckets) != 0) | (np.diff(shuffled) != 0)
     heads = np.flatnonzero(fresh)
     mine = heads[np.cumsum(fresh) - 1]
     found = [np.stack([ids[mine[~fresh]], ids[~fresh]], axis=1)]
-    own = ids[heads]
-    for step in range(1, min(_WINDOW + 1, len(heads))):
-        together = buckets[heads[step:]] == buckets[heads[:-step]]
+    own, bucket = ids[heads], buckets[heads]
+    for step in range(1, min(_LEAST_WINDOW + 1, len(own))):
+        together = bucket[step:] == bucket[:-step]
         if not together.any():
             break
         found.append(np.stack([own[:-step][together], own[step:][together]], axis=1))
-    return unique_pairs(np.concatenate(found))
+    cut = 0
+    edges = np.flatnonzero(np.concatenate([[True], np.diff(bucket) != 0, [True]]))
+    for at in np.flatnonzero(np.diff(edges) > _LEAST_WINDOW + 1):
+        members = own[edges[at] : edges[at + 1]]
+        window = max(_LEAST_WINDOW, _BUCKET_PAIRS // len(members))
+        cut += len(members) if window < len(members) - 1 else 0
+        found += _further_pairs(members, window, band, bands_of)
+    return Candidates(unique_pairs(np.concatenate(found)), cut)
+
+
+def _further_pairs(members: np.ndarray, window: int, band: int, bands_of: BandsOf) -> Iterator[np.ndarray]:
+    """Each document of a large bucket with those behind the first few, but whom it meets in an earlier band."""
+    order = np.argsort(members)
+    bands = np.empty((band, len(members)), dtype=np.uint64)
+    bands[:, order] = bands_of(members[order])[:band]
+    for step in range(_LEAST_WINDOW + 1, min(window + 1, len(members))):
+        met = (bands[:, step:] == bands[:, :-step]).any(axis=0)
+        yield np.stack([members[:-step][~met], members[step:][~met]], axis=1)
 
 
 def unique_pairs(pairs: np.ndarray) -> np.ndarray:

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from retrodb.encoding import EncoderIdentity
+from retrodb.errors import RetrodbError
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
-    LEAKAGE_REPORT,
     MANIFEST_COPY,
     MANIFEST_NAME,
     REPORT_SHA256,
+    STAGE_REPORTS,
     STAGES,
     TABLES,
     TEMPLATE_NUMBER,
@@ -162,7 +163,7 @@ def check_files(scene: Scene) -> None:
     findings.count("files", len(shards))
     findings.count("bytes", sum(shard.bytes for shard in shards))
     _check_tokenizer(scene)
-    _check_report(scene)
+    _check_reports(scene)
     _check_nothing_else(scene)
 
 
@@ -175,7 +176,7 @@ def _fault(storage: Storage, shard: Shard) -> str | None:
         if size != shard.bytes:
             return f"has {size:,} bytes, recorded are {shard.bytes:,}"
         found = storage.sha256(shard.path)
-    except OSError as error:
+    except (OSError, RetrodbError) as error:
         return f"cannot be read: {error}"
     return None if found == shard.sha256 else f"has sha256 {found[:16]}.., recorded is {shard.sha256[:16]}.."
 
@@ -221,16 +222,17 @@ def _check_tokenizer(scene: Scene) -> None:
             scene.findings.add(path, "is not the tokenizer that cut the chunks: its sha256 is another")
 
 
-def _check_report(scene: Scene) -> None:
-    """The leakage report is the one that the build wrote."""
-    if not scene.done("report"):
-        return
-    recorded = scene.manifest.stages["report"].details.get(REPORT_SHA256)
-    with scene.findings.blaming(LEAKAGE_REPORT):
-        if scene.storage.size(LEAKAGE_REPORT) is None:
-            scene.findings.add(LEAKAGE_REPORT, "is missing")
-        elif scene.storage.sha256(LEAKAGE_REPORT) != recorded:
-            scene.findings.add(LEAKAGE_REPORT, "is not the report of this build: its sha256 is another")
+def _check_reports(scene: Scene) -> None:
+    """The reports of finished stages are those that the build wrote."""
+    for stage, path in STAGE_REPORTS.items():
+        recorded = scene.manifest.stages[stage].details.get(REPORT_SHA256) if scene.done(stage) else None
+        if recorded is None:
+            continue
+        with scene.findings.blaming(path):
+            if scene.storage.size(path) is None:
+                scene.findings.add(path, "is missing")
+            elif scene.storage.sha256(path) != recorded:
+                scene.findings.add(path, "is not the report of this build: its sha256 is another")
 
 
 def _check_nothing_else(scene: Scene) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import LEAKAGE_REPORT, STAGES, Manifest
+from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256, STAGES, Manifest
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
 
@@ -85,7 +85,8 @@ def _neighbours(manifest: Manifest) -> dict[str, Any] | None:
     if "neighbours" not in manifest.stages:
         return None
     state = manifest.stages["neighbours"]
-    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **state.details, **state.counts}
+    details = {name: value for name, value in state.details.items() if name != REPORT_SHA256}
+    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **details, **state.counts}
 
 
 def _training(manifest: Manifest) -> dict[str, Any] | None:
