@@ -100,6 +100,20 @@ class Builder:
     def book(self, stage: str, parts: Mapping[str, Any]) -> ReceiptBook:
         return ReceiptBook(self.storage, stage, fingerprint(parts))
 
+    @property
+    def read_folder(self) -> str:
+        """Where documents lie that were read again, while finished ones are what readers see."""
+        corpus = self.manifest.stages.get("corpus")
+        return f"{WORK_FOLDER}/read-{corpus.fingerprint[:16] if corpus else ''}"
+
+    def source_documents(self) -> list[Shard]:
+        """The document shards to make others from: those recorded, or what was read again in their place."""
+        again = set(self.storage.list_files(f"{self.read_folder}/documents"))
+        return [
+            replace(shard, path=f"{self.read_folder}/{shard.path}") if shard.path.split("/")[-1] in again else shard
+            for shard in self.manifest.shards("documents")
+        ]
+
     def is_current(self, stage: str, parts: Mapping[str, Any]) -> bool:
         """Whether the manifest has this stage, made from just these parts."""
         state = self.manifest.stages.get(stage)
@@ -126,6 +140,7 @@ class Builder:
         receipts = self.executor.complete(
             book, tasks, lambda pipeline, some: work.pipeline(pipeline, book, some), work.unit, work.small, work.waves
         )
+        book.put_in_place(receipts.values())
         if not current:
             return receipts
         self.record_repair(work.stage, receipts, work.rewritten_later)

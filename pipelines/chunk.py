@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import apache_beam as beam
 import pyarrow as pa
@@ -46,8 +46,8 @@ def open_tokenizer(url: str, spec: str, stored: bool) -> ChunkTokenizer:
     return load_tokenizer(spec)
 
 
-def _chunk(storage: Storage, settings: ChunkSettings, task: Task) -> Iterator[Receipt]:
-    number = task.number
+def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[Receipt]:
+    storage, number = book.storage, task.number
     documents = kept_documents(storage, task.payload)
     tokenizer = open_tokenizer(storage.url, settings.tokenizer, settings.stored)
     chunks, counts = chunk_documents(
@@ -55,12 +55,14 @@ def _chunk(storage: Storage, settings: ChunkSettings, task: Task) -> Iterator[Re
     )
     written = storage.commit_table(shard_path("chunks", number), chunks, CHUNK_ROW_GROUP)
     finished = finished_documents(documents, pa.array(counts), settings.keep_text)
-    documents_written = storage.commit_table(shard_path("documents", number), finished, DOCUMENT_ROW_GROUP)
+    # Beside those that are recorded, which readers still see: all of them change places when the stage is done.
+    place = shard_path("documents", number)
+    documents_written = storage.commit_table(book.staged(place), finished, DOCUMENT_ROW_GROUP)
     yield Receipt(
         number,
         {
             "chunks": Shard.of(written, number, chunks.num_rows),
-            "documents": Shard.of(documents_written, number, finished.num_rows),
+            "documents": replace(Shard.of(documents_written, number, finished.num_rows), path=place),
         },
         {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))},
     )
@@ -100,5 +102,5 @@ def chunk_pipeline(
     pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: ChunkSettings
 ) -> beam.PCollection:
     """Tokenise and cut document shards."""
-    work = functools.partial(_chunk, book.storage, settings)
+    work = functools.partial(_chunk, book, settings)
     return pipeline | DealOut(tasks) | "chunk" >> beam.ParDo(DoTasks(book, work))

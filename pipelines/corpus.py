@@ -37,12 +37,17 @@ def read_tasks(splits: Sequence[Split]) -> list[Task]:
     return tasks
 
 
-def _read(storage: Storage, fields: FieldNames, split_of: SplitOf, task: Task) -> Iterator[Receipt]:
+def _read(storage: Storage, fields: FieldNames, split_of: SplitOf, folder: str, task: Task) -> Iterator[Receipt]:
     for output in read_split(task.payload, fields, set(task.numbers), split_of):
         shards = {}
         for table, rows in (("documents", output.documents), ("quarantine", output.quarantine)):
             if table == "documents" or rows.num_rows:
-                committed = storage.commit_table(shard_path(table, output.number), rows, DOCUMENT_ROW_GROUP)
+                place = (
+                    folder + shard_path(table, output.number)
+                    if table == "documents"
+                    else shard_path(table, output.number)
+                )
+                committed = storage.commit_table(place, rows, DOCUMENT_ROW_GROUP)
                 shards[table] = Shard.of(committed, output.number, rows.num_rows)
         receipt = Receipt(output.number, shards, output.counts)
         del output, rows  # one shard's documents at a time: the next one is read before these names are bound again
@@ -50,8 +55,13 @@ def _read(storage: Storage, fields: FieldNames, split_of: SplitOf, task: Task) -
 
 
 def corpus_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], fields: FieldNames, split_of: SplitOf = all_train
+    pipeline: beam.Pipeline,
+    book: ReceiptBook,
+    tasks: Sequence[Task],
+    fields: FieldNames,
+    split_of: SplitOf = all_train,
+    folder: str = "",
 ) -> beam.PCollection:
-    """Read splits, write document and quarantine shards."""
-    work = functools.partial(_read, book.storage, fields, split_of)
+    """Read splits, write quarantine shards and document shards, these below ``folder`` if given (ends in a slash)."""
+    work = functools.partial(_read, book.storage, fields, split_of, folder)
     return pipeline | DealOut(tasks) | "read" >> beam.ParDo(DoTasks(book, work))

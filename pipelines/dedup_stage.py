@@ -83,7 +83,7 @@ def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, i
 
     Every step but the last, which is cheap, resumes.
     """
-    documents = builder.manifest.shards("documents")
+    documents = builder.source_documents()
     total = sum(shard.rows for shard in documents)
     sketches, pairs, compared = (ReceiptBook(book.storage, book.stage, book.fingerprint, s) for s in _STEPS)
     builder.executor.complete(
@@ -145,7 +145,7 @@ def _validation(builder: Builder, ids: np.ndarray) -> np.ndarray:
     found = np.zeros(len(ids), dtype=bool)
     if not builder.config.has_validation:
         return found
-    paths = {shard.number: shard.path for shard in builder.manifest.shards("documents")}
+    paths = {shard.number: shard.path for shard in builder.source_documents()}
     shards = ids >> ID_SHIFT
     for shard in np.unique(shards):
         own = shards == shard
@@ -162,7 +162,7 @@ def write_duplicates(builder: Builder, book: ReceiptBook, found: Assignments | N
         shards.append(shard)
     return builder.executor.complete(
         book,
-        dedup.write_tasks(builder.manifest.shards("documents"), shards),
+        dedup.write_tasks(builder.source_documents(), shards),
         lambda pipeline, tasks: dedup.write_pipeline(pipeline, book, tasks),
         unit="documents",
         small=_SMALL_DUPLICATES,

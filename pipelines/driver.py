@@ -22,7 +22,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, WORK_FOLDER, Manifest
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 
 
@@ -80,8 +80,9 @@ def _abandon(out: Storage) -> None:
     if manifest is not None and not manifest.tables:
         out.delete_folder(WORK_FOLDER)
         out.delete(MANIFEST_COPY)  # before the manifest: left alone, it would be taken for what a lost one said
-        if not out.list_files(REPORTS_FOLDER):
-            out.delete_folder(REPORTS_FOLDER)
+        for folder in (*TABLES, REPORTS_FOLDER):
+            if not out.list_files(folder):
+                out.delete_folder(folder)
         out.delete(MANIFEST_NAME)
 
 

@@ -52,6 +52,17 @@ class ReceiptBook:
         folder = f"{WORK_FOLDER}/{self.stage}-{self.fingerprint[:16]}"
         return f"{folder}/{self.step}" if self.step else folder
 
+    def staged(self, path: str) -> str:
+        """Where a shard waits until its stage is recorded, if another version of it is what readers still see."""
+        return f"{self.folder}/{path}"
+
+    def put_in_place(self, receipts: Iterable[Receipt]) -> None:
+        """Move the staged shards of finished tasks to where they belong."""
+        for receipt in receipts:
+            for shard in receipt.shards.values():
+                if self.storage.size(self.staged(shard.path)) is not None:
+                    self.storage.move(self.staged(shard.path), shard.path)
+
     def path(self, number: int) -> str:
         return f"{self.folder}/{number:05d}.json"
 
@@ -72,9 +83,10 @@ class ReceiptBook:
         return receipt if intact else None
 
     def _is_intact(self, shard: Shard, whole: bool) -> bool:
-        if self.storage.size(shard.path) != shard.bytes:
-            return False
-        return not whole or self.storage.sha256(shard.path) == shard.sha256
+        return any(
+            self.storage.size(path) == shard.bytes and (not whole or self.storage.sha256(path) == shard.sha256)
+            for path in (self.staged(shard.path), shard.path)
+        )
 
     def read_all(self, numbers: Iterable[int], whole: bool = False) -> dict[int, Receipt]:
         """The receipts there are for the given tasks; ``whole`` as in `read`."""

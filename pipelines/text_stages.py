@@ -52,16 +52,18 @@ def build_corpus(builder: Builder) -> None:
     if not current and (builder.manifest.tables or config.has_validation):
         refuse_useless(layout, fields, split_of, config)
     damaged = damaged_documents(builder) if current else set()
+    finished = current and documents_are_finished(builder)
+    folder = f"{builder.read_folder}/" if finished else ""
     receipts = builder.run_stage(
         StageWork(
             stage="corpus",
             parts=parts,
             tasks=read_tasks(layout.splits),
             damaged=damaged,
-            pipeline=lambda pipeline, book, tasks: corpus_pipeline(pipeline, book, tasks, fields, split_of),
+            pipeline=lambda pipeline, book, tasks: corpus_pipeline(pipeline, book, tasks, fields, split_of, folder),
             unit="bytes",
             small=_SMALL_READ_BYTES,
-            rewritten_later=("documents",) if documents_are_finished(builder) else (),
+            rewritten_later=("documents",) if finished else (),
         )
     )
     builder.damage.setdefault("chunks", set()).update(damaged)
@@ -194,9 +196,12 @@ def damaged_documents(builder: Builder) -> set[int]:
         if not is_stored(builder, builder.book("chunk", parts)):
             return everything
         return damaged | builder.damage.get("chunks", set())
-    if "chunk" in builder.manifest.stages and not builder.manifest.config.get("text", True):
-        return everything
-    return damaged - set(builder.book("chunk", parts).read_all(damaged, whole=True))
+    done = set(builder.book("chunk", parts).read_all(everything, whole=True))
+    if documents_are_finished(builder) and not builder.manifest.config.get("text", True):
+        # Their text is gone: read again, all but those that an earlier run has read again.
+        again = {shard.number for shard in builder.source_documents() if shard.path.startswith(builder.read_folder)}
+        return everything if "chunk" in builder.manifest.stages else everything - again - done
+    return damaged - done
 
 
 def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapping[str, int]) -> None:
@@ -259,7 +264,7 @@ def build_chunks(builder: Builder) -> None:
         StageWork(
             stage="chunk",
             parts=parts,
-            tasks=chunk_tasks(builder.manifest.shards("documents"), builder.manifest.shards("duplicates")),
+            tasks=chunk_tasks(builder.source_documents(), builder.manifest.shards("duplicates")),
             damaged=builder.damage.get("chunks", set()),
             pipeline=lambda pipeline, book, tasks: chunk_pipeline(pipeline, book, tasks, settings),
             unit="bytes",
@@ -268,6 +273,7 @@ def build_chunks(builder: Builder) -> None:
     )
     if receipts is None:
         builder.storage.delete_folder(builder.book("chunk", parts).folder)  # a tokenizer learnt again leaves one
+        builder.storage.delete_folder(builder.read_folder)
         return
     counts = add_counts(receipts)
     if not counts.get("chunks"):
@@ -275,6 +281,7 @@ def build_chunks(builder: Builder) -> None:
     fingerprints = {**builder.manifest.fingerprints, "tokenizer": tokenizer.as_json()}
     tables = shards_by_table(receipts, "chunks", "documents")
     builder.record("chunk", parts, tables, counts, {}, fingerprints=fingerprints)
+    builder.storage.delete_folder(builder.read_folder)
     builder.progress.end(f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens")
 
 

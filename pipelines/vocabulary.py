@@ -62,7 +62,7 @@ def sample_texts(builder: Builder) -> Iterator[str]:
     Those that are removed are left out, whether they are there still or not: learnt again, it is the same tokenizer.
     """
     generator = np.random.default_rng(builder.config.seed)
-    shards = builder.manifest.shards("documents")
+    shards = builder.source_documents()
     inputs = chunk_inputs(shards, builder.manifest.shards("duplicates"))
     room = _SAMPLE_CHARACTERS
     share = max(1, room // max(1, min(len(shards), 64)))

@@ -363,6 +363,18 @@ class Storage:
             raise
         return Committed(relative, writer.bytes_written, writer.hexdigest())
 
+    def move(self, source: str, target: str) -> None:
+        """Put a file that was committed under another name in place; one that is the same already stays as it is."""
+        if not self.is_local:
+            self._filesystem.mv(self.path(source), self.path(target))
+            return
+        made, final = Path(self._readable(source)), Path(self.path(target))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if _is_same_file(made, final):
+            made.unlink()
+        else:
+            os.replace(made, final)
+
     def commit_bytes(self, relative: str, data: bytes) -> Committed:
         """Write ``data`` as one whole file."""
         return self.commit(relative, lambda writer: _write_all(writer, data))

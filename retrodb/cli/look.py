@@ -6,6 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo_json
+from retrodb.errors import DamagedError
 
 Database = Annotated[str, typer.Argument(metavar="DB", help="The database: a folder, or any fsspec URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -19,8 +20,11 @@ def info(database: Database, as_json: Json = False) -> None:
     summary = open_database(database).summary()
     if as_json:
         echo_json(summary)
-    else:
+        return
+    try:
         print_info(summary)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedError(f"the manifest of {database} is malformed: {error!r}. Verify the database.") from error
 
 
 def query(

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 from retrodb.encoding import EncoderIdentity
 from retrodb.errors import RetrodbError
@@ -18,7 +18,6 @@ from retrodb.manifest import (
     TABLES,
     TEMPLATE_NUMBER,
     TEMPLATE_PATH,
-    WORK_FOLDER,
     Manifest,
     Shard,
     fingerprint,
@@ -158,7 +157,7 @@ def check_files(scene: Scene) -> None:
     shards = [shard for table in TABLES for shard in scene.manifest.shards(table) if not findings.has(shard.path)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for shard, fault in zip(shards, pool.map(lambda shard: _fault(storage, shard), shards), strict=True):
-            if fault and not _is_finished_document(scene, shard):
+            if fault:
                 findings.add(shard.path, fault)
     findings.count("files", len(shards))
     findings.count("bytes", sum(shard.bytes for shard in shards))
@@ -179,34 +178,6 @@ def _fault(storage: Storage, shard: Shard) -> str | None:
     except (OSError, RetrodbError) as error:
         return f"cannot be read: {error}"
     return None if found == shard.sha256 else f"has sha256 {found[:16]}.., recorded is {shard.sha256[:16]}.."
-
-
-def _is_finished_document(scene: Scene, shard: Shard) -> bool:
-    """Whether an unfinished chunk stage has already put its own version of a documents shard in place.
-
-    Then it is not the recorded one, and no damage: the receipt of the running (or killed) stage has its checksum. It is
-    set aside, for it becomes part of the database only when the stage is recorded.
-    """
-    if scene.done("chunk") or not shard.path.startswith("documents/"):
-        return False
-    for receipt in _receipts(scene.storage, "chunk-", shard.number):
-        try:
-            made = Shard.parse(receipt["shards"]["documents"])
-        except Exception:  # a receipt of an unfinished stage is nobody's data: it proves nothing then
-            continue
-        if made.path == shard.path and _fault(scene.storage, made) is None:
-            scene.set_aside("documents", shard.number)
-            scene.findings.note("the chunk stage is under way: documents that it has finished were not looked into")
-            return True
-    return False
-
-
-def _receipts(storage: Storage, prefix: str, number: int) -> Iterator[Any]:
-    for folder in storage.list_folders(WORK_FOLDER):
-        if folder.startswith(prefix):
-            receipt = storage.read_json(f"{WORK_FOLDER}/{folder}/{number:05d}.json")
-            if receipt is not None:
-                yield receipt
 
 
 def _check_tokenizer(scene: Scene) -> None:

@@ -195,10 +195,6 @@ class Scene:
         """Whether a shard of this number is recorded, damaged or not."""
         return number in self._trusted[table] or any(s.number == number for s in self.manifest.shards(table))
 
-    def set_aside(self, table: str, number: int) -> None:
-        """Do not look at a shard, though it has no problem."""
-        self._trusted[table].pop(number, None)
-
     @contextlib.contextmanager
     def examining(self, shard: Shard) -> Iterator[None]:
         """A shard that cannot be read is a problem of that shard."""

@@ -1,0 +1,154 @@
+"""Hostile databases: nothing outside the folder is followed, overwritten or deleted, and nothing moves the cursor."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from support import build_here, manifest_of, retrodb, stamps, write_jsonl
+
+from retrodb.cli.echo import printable
+from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.errors import DamagedError, InputError
+from retrodb.storage import Storage
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    lines = [line for line in quickstart_lines() if len(line) < 3_000][:6]
+    return write_jsonl(tmp_path_factory.mktemp("hostile") / "in.jsonl", lines)
+
+
+def again(source: Path, out: Path, encoder: Path):
+    return build_here([source], out, encoder=str(encoder), shard_bytes="4KiB", precision="fp32").done
+
+
+@pytest.fixture(scope="module")
+def whole(source, tiny_encoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "db"
+    again(source, out, tiny_encoder)
+    return out
+
+
+@pytest.fixture
+def database(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "db"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {name: digest for name, (_, digest) in stamps(folder).items()}
+
+
+def test_a_lock_that_is_a_link_is_refused_and_what_it_names_is_left_alone(source, tiny_encoder, database, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (database / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="is a link"):
+        again(source, database, tiny_encoder)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("folder", ["chunks", "embeddings", "reports"])
+def test_a_folder_that_is_a_link_is_refused_and_nothing_behind_it_is_touched(
+    source, tiny_encoder, database, tmp_path, folder
+):
+    outside = Path(shutil.move(database / folder, tmp_path / "outside"))
+    (outside / "00099.parquet").write_text("someone else's")
+    (database / folder).symlink_to(outside)
+    before = stamps(outside)
+    with pytest.raises(DamagedError, match="is a link"):
+        again(source, database, tiny_encoder)
+    ran = retrodb("verify", database)
+    assert (ran.code, "is a link" in ran.err) == (4, True)
+    assert stamps(outside) == before
+
+
+def test_a_shard_that_is_a_link_is_no_shard_and_is_made_again(source, whole, tiny_encoder, database, tmp_path):
+    shard = database / "chunks" / "00000.parquet"
+    outside = Path(shutil.move(shard, tmp_path / "outside.parquet"))
+    shard.symlink_to(outside)
+    before = outside.read_bytes()
+    ran = retrodb("verify", database)
+    assert (ran.code, "chunks/00000.parquet" in ran.err) == (4, True)
+    assert retrodb("show", database, 0).code == 4
+    again(source, database, tiny_encoder)
+    assert not shard.is_symlink()
+    assert outside.read_bytes() == before
+    assert contents(database) == contents(whole)
+
+
+def test_a_work_folder_that_is_a_link_costs_nothing_behind_it(source, tiny_encoder, database, tmp_path):
+    (tmp_path / "outside" / "scan-x").mkdir(parents=True)
+    (tmp_path / "outside" / "scan-x" / "precious").write_text("precious")
+    (database / ".build").symlink_to(tmp_path / "outside")
+    with pytest.raises(DamagedError, match="is a link"):
+        again(source, database, tiny_encoder)
+    assert (tmp_path / "outside" / "scan-x" / "precious").exists()
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_not_waited_for(database):
+    (database / "manifest.json").unlink()
+    os.mkfifo(database / "manifest.json")
+    ran = retrodb("info", database, timeout=60)
+    assert (ran.code, "Traceback" in ran.err) == (4, False)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "null", "[]", "\x00"])
+def test_a_manifest_of_any_depth_is_refused_in_words(database, text):
+    (database / "manifest.json").write_text(text)
+    for command in ("info", "verify"):
+        ran = retrodb(command, database)
+        assert ran.code in (3, 4)
+        assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("hint", ["not json", '{"paths": 5}', "[" * 100_000, "5"])
+def test_a_hint_of_damage_that_cannot_be_read_stops_no_build(source, tiny_encoder, database, hint):
+    (database / "reports" / "damage.json").write_text(hint)
+    again(source, database, tiny_encoder)
+    assert not (database / "reports" / "damage.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["chunk", "index", "neighbours", "report"])
+def test_a_manifest_that_says_nonsense_of_a_stage_gives_no_traceback(database, stage):
+    import json
+
+    manifest = manifest_of(database)
+    manifest["stages"][stage]["counts"] = [1]
+    manifest["stages"][stage]["details"] = "x"
+    (database / "manifest.json").write_text(json.dumps(manifest))
+    ran = retrodb("info", database)
+    assert ran.code in (0, 4)
+    assert "Traceback" not in ran.err
+
+
+def test_no_text_of_a_document_moves_the_cursor(tiny_encoder, tmp_path):
+    evil = "\x1b]0;pwned\x07 \x1b[2J \x9b31m \u202e reversed"
+    records = [{"id": f"k\x1b[31m{n}", "title": evil, "text": f"{evil} number {n} of some words"} for n in range(3)]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    again(source, tmp_path / "db", tiny_encoder)
+    unsafe = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+    for command in (["info"], ["show", 0], ["query", "words"], ["query", "words", "--json"], ["show", 0, "--json"]):
+        ran = retrodb(command[0], tmp_path / "db", *command[1:])
+        assert ran.code == 0, ran.err
+        assert not unsafe.search(ran.out), command
+    (tmp_path / "db" / "chunks" / "\x1b[2Jx").write_text("stray")
+    ran = retrodb("verify", tmp_path / "db")
+    assert (ran.code, unsafe.search(ran.out + ran.err)) == (4, None)
+
+
+def test_what_is_printable_stays():
+    assert printable("Größe\t中文 🙂\n") == "Größe\t中文 🙂\n"
+    assert printable("\x1b[2J\x9b\u202e") == "\\x1b[2J\\u009b\\u202e"
+
+
+def test_a_file_committed_again_with_the_same_bytes_is_left_as_it_was(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.commit_bytes("a/b", b"same")
+    before = stamps(tmp_path)
+    storage.commit_bytes("a/b", b"same")
+    assert stamps(tmp_path) == before
+    storage.commit_bytes("a/b", b"else")
+    assert (tmp_path / "a" / "b").read_bytes() == b"else"
