@@ -149,22 +149,6 @@ def test_an_unfinished_database_is_verified_as_far_as_it_goes(
     found(tmp_path / "db", path, "0 bytes")
 
 
-def test_documents_that_an_unfinished_chunk_stage_has_finished_are_no_damage(
-    whole: Path, quickstart_corpus: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    database, path = tmp_path / "db", "documents/00000.parquet"
-    build_here([quickstart_corpus], database, encoder=str(tiny_encoder), shard_bytes="16KiB", until="corpus")
-    shutil.copy(whole / path, database / path)
-    found(database, path, "recorded")
-    receipt = {"number": 0, "shards": {"documents": entry_of(manifest_of(whole), path)}, "counts": {}, "details": {}}
-    folder = database / ".build" / "chunk-0123"
-    folder.mkdir(parents=True)
-    (folder / "00000.json").write_text(json.dumps(receipt))
-    (database / "chunks").mkdir()
-    (database / "chunks" / "00000.parquet").write_bytes(b"half done")
-    assert verify(database).ok
-
-
 # -- broken files ------------------------------------------------------------------------------------------------------
 
 
