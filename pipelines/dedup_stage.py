@@ -53,6 +53,7 @@ def build_dedup(builder: Builder) -> None:
         builder.progress.note("dedup: duplicates are damaged and are found again")
         builder.storage.delete_folder(book.folder)
     found, cut = (None, 0) if builder.config.dedup == "off" else settle_clusters(builder, book)
+    refuse_no_training(builder, 0 if found is None else int(np.count_nonzero(found.rules)))
     written = write_duplicates(builder, book, found)
     if current:
         builder.record_repair("dedup", written)
@@ -61,7 +62,6 @@ def build_dedup(builder: Builder) -> None:
         return
     counts = {**dict.fromkeys([f"dropped.{rule}" for rule in DEDUP_RULES], 0), "clustered": 0, **add_counts(written)}
     counts["clusters"] = 0 if found is None else len(np.unique(found.clusters))
-    refuse_no_training(builder, counts)
     if cut:
         builder.progress.note(
             f"dedup: {cut:,} documents share most of their text with so many others that they were not compared with "
@@ -169,15 +169,15 @@ def write_duplicates(builder: Builder, book: ReceiptBook, found: Assignments | N
     )
 
 
-def refuse_no_training(builder: Builder, counts: Mapping[str, int]) -> None:
-    """Refuse a database in which nothing can be a neighbour.
+def refuse_no_training(builder: Builder, removed: int) -> None:
+    """Refuse a database in which nothing can be a neighbour, and leave nothing of it.
 
     Raises:
         InputError: every document is a validation document, or was removed for repeating one.
     """
     read = builder.manifest.stages["corpus"].counts
     training = read["kept"] - read.get("validation", 0)
-    if training > sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES):
+    if training > removed:
         return
     why = (
         f"all {training:,} training documents are near-duplicates of validation documents; look at the inputs, or "
