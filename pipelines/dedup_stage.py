@@ -1,6 +1,6 @@
 """The dedup stage: near-duplicate clusters, and which documents the database goes without."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +23,7 @@ from retrodb.corpus.near_duplicates import (
     unique_pairs,
 )
 from retrodb.errors import InputError
-from retrodb.manifest import DEDUP_REPORT, WORK_FOLDER, StageState, fingerprint
+from retrodb.manifest import DEDUP_REPORT, WORK_FOLDER, StageState
 
 _SMALL_SKETCH_BYTES: Final = 8 << 20
 _SMALL_PAIR_RECORDS: Final = 10_000_000
@@ -235,14 +235,3 @@ def describe(counts: Mapping[str, int]) -> str:
     removed = sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES)
     text = f"{counts['clustered']:,} documents in {counts['clusters']:,} near-duplicate clusters"
     return text + (f", {removed:,} removed" if removed else "")
-
-
-def documents_are_finished(builder: Builder) -> bool:
-    """Whether the recorded documents are those that the chunk stage has finished, no longer as they were read."""
-    state = builder.manifest.stages.get("corpus")
-    return state is not None and read_fingerprint(builder.manifest.shards("documents")) != state.details["documents"]
-
-
-def read_fingerprint(documents: Sequence[Any]) -> str:
-    """What tells document shards as they were read from finished ones."""
-    return fingerprint({shard.path: shard.sha256 for shard in documents})

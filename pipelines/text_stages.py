@@ -10,7 +10,7 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
-from retrodb.pipelines.dedup_stage import dedup_parts, documents_are_finished, read_fingerprint
+from retrodb.pipelines.dedup_stage import dedup_parts
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -31,7 +31,7 @@ from retrodb.corpus import (
     read_split,
 )
 from retrodb.errors import InputError
-from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, fingerprint
+from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, documents_fingerprint, fingerprint
 
 _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20
@@ -47,12 +47,16 @@ def build_corpus(builder: Builder) -> None:
     parts = stages.corpus_parts(scans, config, layout.shard_bytes)
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
     split_of = FractionSplit(config.validation_fraction, config.seed) if config.validation_fraction else all_train
-    unread_for_dedup(builder, parts)
-    current = builder.is_current("corpus", parts)
-    if not current and (builder.manifest.tables or config.has_validation):
+    again = is_read_again(builder, parts)
+    if again or (not builder.is_current("corpus", parts) and (builder.manifest.tables or config.has_validation)):
         refuse_useless(layout, fields, split_of, config)
+    if again:
+        reasons = stages.why_rebuilt(builder.manifest, "dedup", dedup_parts(builder))
+        builder.progress.note(f"corpus: read again for other near-duplicates ({'; '.join(reasons)})")
+        builder.undo(stages.downstream("corpus"))
+    current = builder.is_current("corpus", parts)
     damaged = damaged_documents(builder) if current else set()
-    finished = current and documents_are_finished(builder)
+    finished = current and builder.manifest.has_finished_documents
     folder = f"{builder.read_folder}/" if finished else ""
     receipts = builder.run_stage(
         StageWork(
@@ -72,7 +76,7 @@ def build_corpus(builder: Builder) -> None:
     counts = add_counts(receipts)
     refuse_empty(builder, receipts, counts)
     tables = shards_by_table(receipts, "documents", "quarantine")
-    details = {"documents": read_fingerprint(tables["documents"])}
+    details = {"documents": documents_fingerprint(tables["documents"])}
     builder.record("corpus", parts, tables, counts, details, inputs=[scan.as_json() for scan in scans])
     builder.progress.end(describe_counts(counts))
     if config.validation_fraction and not counts["validation"]:
@@ -80,18 +84,14 @@ def build_corpus(builder: Builder) -> None:
         builder.progress.note(f"corpus: none of {counts['kept']:,} documents fell to --validation-fraction {fraction}")
 
 
-def unread_for_dedup(builder: Builder, parts: Mapping[str, Any]) -> None:
-    """Near-duplicates are found in the documents as they were read: where those are finished already, and other
-    duplicates are wanted, they are read again."""
-    wanted = dedup_parts(builder)
-    if (
+def is_read_again(builder: Builder, parts: Mapping[str, Any]) -> bool:
+    """Whether other near-duplicates are wanted than those that finished documents went through: they are found in the
+    documents as they were read."""
+    return (
         builder.is_current("corpus", parts)
-        and documents_are_finished(builder)
-        and not builder.is_current("dedup", wanted)
-    ):
-        reasons = stages.why_rebuilt(builder.manifest, "dedup", wanted)
-        builder.progress.note(f"corpus: read again for other near-duplicates ({'; '.join(reasons)})")
-        builder.undo(stages.downstream("corpus"))
+        and builder.manifest.has_finished_documents
+        and not builder.is_current("dedup", dedup_parts(builder))
+    )
 
 
 def refuse_useless(layout: Plan, fields: FieldNames, split_of: SplitOf, config: BuildConfig) -> None:
@@ -196,12 +196,12 @@ def damaged_documents(builder: Builder) -> set[int]:
         if not is_stored(builder, builder.book("chunk", parts)):
             return everything
         return damaged | builder.damage.get("chunks", set())
-    done = set(builder.book("chunk", parts).read_all(everything, whole=True))
-    if documents_are_finished(builder) and not builder.manifest.config.get("text", True):
+    book = builder.book("chunk", parts)
+    if builder.manifest.has_finished_documents and not builder.manifest.config.get("text", True):
         # Their text is gone: read again, all but those that an earlier run has read again.
         again = {shard.number for shard in builder.source_documents() if shard.path.startswith(builder.read_folder)}
-        return everything if "chunk" in builder.manifest.stages else everything - again - done
-    return damaged - done
+        damaged = everything if "chunk" in builder.manifest.stages else everything - again
+    return damaged - set(book.read_all(damaged, whole=True))
 
 
 def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapping[str, int]) -> None:

@@ -111,6 +111,11 @@ class Shard:
         }
 
 
+def documents_fingerprint(shards: Iterable[Shard]) -> str:
+    """What tells document shards as they were read from those that the chunk stage has finished."""
+    return fingerprint({shard.path: shard.sha256 for shard in shards})
+
+
 @dataclass(frozen=True)
 class StageState:
     """A finished stage: its ``fingerprint`` is that of ``made_from``; what it counted; details worth keeping."""
@@ -135,6 +140,12 @@ class Manifest:
     def shards(self, table: str) -> tuple[Shard, ...]:
         """Recorded shards of a table in order of number; empty where the table is not built."""
         return self.tables.get(table, ())
+
+    @property
+    def has_finished_documents(self) -> bool:
+        """Whether the recorded documents are finished: of an earlier chunk stage too, while it is made again."""
+        state = self.stages.get("corpus")
+        return state is not None and documents_fingerprint(self.shards("documents")) != state.details.get("documents")
 
     def rows(self, table: str) -> int:
         return sum(shard.rows for shard in self.shards(table))

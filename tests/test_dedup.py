@@ -372,6 +372,16 @@ def test_a_useless_validation_is_refused_and_costs_no_database(
     assert not (tmp_path / "new").exists()
 
 
+def test_decontaminating_a_database_of_nothing_but_copies_is_refused_and_costs_nothing(source, tiny_encoder, tmp_path):
+    shutil.copy(source, tmp_path / "copy.jsonl")
+    settings = {"validation": [str(tmp_path / "copy.jsonl")], "until": "chunk"}
+    made(source, tmp_path / "db", tiny_encoder, decontaminate=False, **settings)
+    before = stamps(tmp_path / "db")
+    with pytest.raises(InputError, match="every training document is a validation document"):
+        made(source, tmp_path / "db", tiny_encoder, **settings)
+    assert stamps(tmp_path / "db") == before
+
+
 def test_when_every_training_document_is_a_near_duplicate_of_a_validation_one_nothing_is_left_behind(
     tiny_encoder, tmp_path
 ):
@@ -470,6 +480,37 @@ def test_a_dry_run_tells_that_the_source_is_read_again(source, dropped, tiny_enc
     ran = retrodb("build", source, "--out", dropped, *settings, "--sequence-tokens", 128, "--dry-run", "--json")
     assert {stage["action"] for stage in ran.json["stages"]} == {"make again"}
     assert stamps(dropped) == before
+
+
+@pytest.mark.parametrize("before", ["dedup", "report"])
+def test_readers_see_the_recorded_documents_while_they_are_finished_anew(source, tiny_encoder, tmp_path, before):
+    """Killed in the chunk stage, the first time or once more: what the manifest names is there, to the byte."""
+    out = tmp_path / "db"
+    made(source, out, tiny_encoder, dedup="drop", until=before, no_text=True)
+    settings = ["--shard-bytes", "12KiB", "--precision", "fp32", "--chunk-tokens", 16, "--sequence-tokens", 128]
+    given = ["build", source, "--out", out, "--encoder", tiny_encoder, "--dedup", "drop", "--no-text", *settings]
+    running = Running.start(*given, "--workers", 1)
+    assert running.wait_for(lambda: any((out / ".build").glob("chunk-*/0000[1-9].json")))
+    running.kill()
+    assert "chunk" not in manifest_of(out)["stages"]
+    for shard in manifest_of(out)["tables"]["documents"]["shards"]:
+        assert hashlib.sha256((out / shard["path"]).read_bytes()).hexdigest() == shard["sha256"], shard["path"]
+    assert retrodb("verify", out).code == 0
+
+
+def test_a_shard_that_was_damaged_before_its_stage_was_recorded_is_made_again(source, kept, tiny_encoder, tmp_path):
+    out = tmp_path / "db"
+    made(source, out, tiny_encoder, until="chunk")
+    running = Running.start(
+        *("build", source, "--out", out, "--encoder", tiny_encoder, "--shard-bytes", "12KiB", "--precision", "fp32"),
+        *("--chunk-tokens", 32, "--sequence-tokens", 128, "--workers", 1),
+    )
+    assert running.wait_for(lambda: any((out / ".build").glob("embed-*/0000[1-9].json")))
+    running.kill()
+    receipt = next((out / ".build").glob("embed-*/0000[0-9].json"))
+    damage(out / json.loads(receipt.read_text())["shards"]["embeddings"]["path"])
+    made(source, out, tiny_encoder)
+    assert digests(out, TABLES) == digests(kept, TABLES)
 
 
 def test_other_duplicates_are_found_in_the_documents_as_they_were_read(

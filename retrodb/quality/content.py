@@ -87,7 +87,7 @@ def check_counts(scene: Scene) -> None:
         kept, quarantined = counts.get("kept", 0), counts.get("quarantined", 0)
         dropped = sum(number for name, number in counts.items() if name.startswith("dropped."))
         same("documents kept, dropped and quarantined are not those in", kept + dropped + quarantined, counts.get("in"))
-        removed = removed_documents(manifest) if scene.done("chunk") else 0
+        removed = removed_documents(manifest) if manifest.has_finished_documents else 0
         same("rows of documents, and documents kept, differ", manifest.rows("documents"), kept - removed)
         same("rows of quarantine, and records quarantined, differ", manifest.rows("quarantine"), quarantined)
     if scene.done("chunk"):
