@@ -35,6 +35,7 @@ from retrodb.manifest import (
     Shard,
     StageState,
     fingerprint,
+    is_of_a_table,
 )
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
@@ -278,9 +279,9 @@ class Builder:
         """Remove what no finished stage recorded: leftovers of killed writers, of earlier settings, of damage."""
         recorded = {shard.path for shards in self.manifest.tables.values() for shard in shards}
         for table in TABLES:
-            for name in self.storage.list_files(table):
-                if f"{table}/{name}" not in recorded and _is_ours(name):
-                    self.storage.delete(f"{table}/{name}")
+            for path in self.storage.list_below(table):
+                if path not in recorded and is_of_a_table(path):
+                    self.storage.delete(path)
         for folder in ("", REPORTS_FOLDER):
             for name in self.storage.list_files(folder):
                 if name.startswith(TEMPORARY_PREFIX):
@@ -304,12 +305,6 @@ class Builder:
             yield LEAKAGE_REPORT
         if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
             yield TRAINED_TOKENIZER
-
-
-def _is_ours(name: str) -> bool:
-    stem, _, suffix = name.partition(".")
-    named = stem.isdigit() or stem == "quantiser"
-    return name.startswith(TEMPORARY_PREFIX) or (named and suffix in ("parquet", "npy", "faiss"))
 
 
 def _versions() -> dict[str, str]:

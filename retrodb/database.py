@@ -8,8 +8,8 @@
     db.search("how do generators work", k=5)
     db.training(split="train")            # a PyTorch iterable dataset
 
-A `Database` reads the manifest once and follows it: it keeps the picture of the moment it was opened. It runs no code
-from the database and follows no path out of it.
+A `Database` reads the manifest once and follows it: it keeps the picture of the moment it was opened, and says so when
+a build has changed it since (`retrodb.snapshot`). It runs no code from the database and follows no path out of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of
 from retrodb.quality.summary import summarise
 from retrodb.schemas import ID_SHIFT
+from retrodb.snapshot import Snapshot
 from retrodb.storage import Storage
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Database:
                     f"{storage.url} has lost its {MANIFEST_NAME}. Run the build again: it is put back from its copy."
                 )
             raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-        return Database(storage, manifest)
+        return Database(Snapshot(url, manifest), manifest)
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{self.manifest.rows(table):,} {table}" for table in self.manifest.tables)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.schemas import ID_SHIFT, SCHEMA_VERSION
-from retrodb.storage import Committed, Storage, checked_relative, json_bytes
+from retrodb.storage import TEMPORARY_PREFIX, Committed, Storage, checked_relative, json_bytes
 
 MANIFEST_NAME: Final = "manifest.json"
 REPORTS_FOLDER: Final = "reports"
@@ -66,6 +66,13 @@ def shard_path(table: str, number: int) -> str:
     """Relative path of shard ``number`` of a table: ``chunks/00000.parquet``, ``embeddings/00000.npy``."""
     suffix = {"embeddings": "npy", "index": "faiss"}.get(table, "parquet")
     return f"{table}/{number:05d}.{suffix}"
+
+
+def is_of_a_table(path: str) -> bool:
+    """Whether a file in a table's folder is a build's to remove where it is not recorded: by its kind, or as a
+    leftover. Anything else there is someone's own."""
+    name = path.rpartition("/")[2]
+    return name.startswith(TEMPORARY_PREFIX) or name.endswith((".parquet", ".npy", ".faiss"))
 
 
 def shard_of(identifier: int) -> int:
@@ -210,10 +217,11 @@ class Manifest:
         if data["format"].get("name") != FORMAT_NAME:
             raise InputError(f"{where} is not a retrodb manifest (format {data['format'].get('name')!r}).")
         version = data["format"].get("schema_version")
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
+        if type(version) is not int or version < 1:
+            raise DamagedError(f"{where} is malformed: its schema version is {version!r}.")
+        if version > SCHEMA_VERSION:
             raise MismatchError(
-                f"{where} has schema version {version!r}; "
-                f"this retrodb reads up to {SCHEMA_VERSION}: install a newer one."
+                f"{where} has schema version {version}; this retrodb reads up to {SCHEMA_VERSION}: install a newer one."
             )
         try:
             return Manifest(

@@ -32,6 +32,10 @@ TEMPORARY_PREFIX: Final = ".tmp-"
 """Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
 
 _COPY_BYTES: Final = 1 << 20
+_GROUP_ROWS: Final = 1 << 17
+_GROUP_BYTES: Final = 1 << 30
+_GROUP_RATIO: Final = 1 << 8
+"""What one row group may hold at most: rows, and bytes, or so many times its file's."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -143,7 +147,7 @@ class Storage:
         self.url = absolute_url(self.url)
         self._filesystem, self._root = filesystem_of(self.url)
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.url,)
 
     @property
@@ -177,6 +181,9 @@ class Storage:
             raise DamagedError(f"{self.describe(relative)} is a link, a folder or a device, not a file: refused.")
         return path
 
+    def _opened(self, relative: str) -> None:
+        """Called once a file was opened for reading, or could not be: `retrodb.snapshot` may object."""
+
     def describe(self, relative: str) -> str:
         """``relative`` as a person would name it, for messages."""
         return posixpath.join(self.url, relative)
@@ -194,6 +201,18 @@ class Storage:
         self._filesystem.invalidate_cache()
         try:
             return int(self._filesystem.info(self.path(relative))["size"])
+        except FileNotFoundError:
+            return None
+
+    def stamp(self, relative: str) -> object:
+        """What differs when a file was replaced; None where there is none. Looks at no byte of it."""
+        path = self.path(relative)
+        try:
+            if self.is_local:
+                found = os.lstat(path)
+                return found.st_ino, found.st_size, found.st_mtime_ns
+            self._filesystem.invalidate_cache()
+            return self._filesystem.checksum(path)
         except FileNotFoundError:
             return None
 
@@ -224,6 +243,7 @@ class Storage:
     def open(self, relative: str) -> Iterator[IO[bytes]]:
         """A readable binary file."""
         with self._filesystem.open(self._readable(relative), "rb") as file:
+            self._opened(relative)
             yield file
 
     def open_parquet(self, relative: str) -> pq.ParquetFile:
@@ -235,10 +255,40 @@ class Storage:
         path = self._readable(relative)
         try:
             if self.is_local:
-                return pq.ParquetFile(path, memory_map=True)
-            return pq.ParquetFile(self._filesystem.open(path, "rb"), pre_buffer=False)
+                file = pq.ParquetFile(path, memory_map=True)
+            else:
+                file = pq.ParquetFile(self._filesystem.open(path, "rb"), pre_buffer=False)
         except (pa.ArrowException, OSError, ValueError) as error:
+            self._opened(relative)
             raise self._unreadable(relative, error) from error
+        try:
+            self._opened(relative)
+            self._refuse_bomb(relative, file.metadata)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _refuse_bomb(self, relative: str, found: pq.FileMetaData) -> None:
+        """Refuse what reading a few bytes would swell to any size: no shard of retrodb is so.
+
+        Raises:
+            DamagedError: a row group says it has more rows or bytes than any of ours, or values by reference.
+        """
+        most = max(_GROUP_BYTES, _GROUP_RATIO * (self.size(relative) or 0))
+        for number in range(found.num_row_groups):
+            group = found.row_group(number)
+            columns = [group.column(at) for at in range(group.num_columns)]
+            # A value in a dictionary may stand in every row; ours have none.
+            referred = max(
+                (c.total_uncompressed_size * c.num_values for c in columns if c.has_dictionary_page), default=0
+            )
+            held = max(group.total_byte_size, referred)
+            if held > most or not 0 <= group.num_rows <= _GROUP_ROWS:
+                raise DamagedError(
+                    f"{self.describe(relative)} was not written by retrodb: its row group {number} may hold "
+                    f"{held:,} bytes in {group.num_rows:,} rows. Run the build again to repair it."
+                )
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """A whole Parquet shard, or some of its columns, read on the calling thread.
@@ -263,11 +313,15 @@ class Storage:
             if self.is_local:
                 if os.path.getsize(path) == 0:
                     raise ValueError("the file is empty")
-                return np.load(path, mmap_mode="r", allow_pickle=False)
-            with self._filesystem.open(path, "rb") as file:
-                return np.asarray(np.load(file, allow_pickle=False))
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                with self._filesystem.open(path, "rb") as file:
+                    array = np.asarray(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
+            self._opened(relative)
             raise self._unreadable(relative, error) from error
+        self._opened(relative)
+        return array
 
     def _unreadable(self, relative: str, error: Exception) -> DamagedError:
         return DamagedError(f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it.")
@@ -276,11 +330,14 @@ class Storage:
     def local_copy(self, relative: str) -> Iterator[Path]:
         """A local path with the file's bytes: the file itself, or a copy that is removed afterwards."""
         if self.is_local:
-            yield Path(self._readable(relative))
+            path = Path(self._readable(relative))
+            self._opened(relative)
+            yield path
             return
         with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
             target = Path(folder) / posixpath.basename(relative)
             self._filesystem.get_file(self.path(relative), str(target))
+            self._opened(relative)
             yield target
 
     def sha256(self, relative: str) -> str:
@@ -297,6 +354,13 @@ class Storage:
         For cleaning up and for finding what should not be there: never for finding out what exists.
         """
         return self._list(relative, "file")
+
+    def list_below(self, relative: str) -> Iterator[str]:
+        """Paths of the files in a folder, at any depth."""
+        for name in self.list_files(relative):
+            yield f"{relative}/{name}"
+        for name in self.list_folders(relative):
+            yield from self.list_below(f"{relative}/{name}")
 
     def list_folders(self, relative: str) -> list[str]:
         """Names of the folders directly in a folder, sorted."""

@@ -597,8 +597,14 @@ def test_without_the_text_damage_is_repaired_from_the_source(source, tiny_encode
 
 @pytest.mark.parametrize(
     ("table", "stage"),
-    [("documents", "chunk"), ("chunks", "embed"), ("embeddings", "index"), ("index", "neighbours")]
-    + [("neighbours", "training"), ("chunks", "report")],
+    [
+        ("documents", "chunk"),
+        ("chunks", "embed"),
+        ("embeddings", "index"),
+        ("index", "neighbours"),
+        ("neighbours", "training"),
+        ("chunks", "report"),
+    ],
 )
 def test_what_is_damaged_while_a_stage_reads_it_goes_into_nothing(
     source, clean, tiny_encoder, tmp_path, monkeypatch, table, stage

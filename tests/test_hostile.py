@@ -1,16 +1,24 @@
 """Hostile databases: nothing outside the folder is followed, overwritten or deleted, and nothing moves the cursor."""
 
+import hashlib
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support import build_here, manifest_of, retrodb, stamps, write_jsonl
+from support import build_here, manifest_of, retrodb, save_manifest, stamps, write_jsonl
 
 from retrodb.cli.echo import printable
 from retrodb.corpus.quickstart import quickstart_lines
-from retrodb.errors import DamagedError, InputError
+from retrodb.database import Database
+from retrodb.errors import DamagedError, InputError, MismatchError
+from retrodb.manifest import Manifest
 from retrodb.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -142,6 +150,123 @@ def test_no_text_of_a_document_moves_the_cursor(tiny_encoder, tmp_path):
 def test_what_is_printable_stays():
     assert printable("Größe\t中文 🙂\n") == "Größe\t中文 🙂\n"
     assert printable("\x1b[2J\x9b\u202e") == "\\x1b[2J\\u009b\\u202e"
+
+
+# -- a reader and a build ----------------------------------------------------------------------------------------------
+
+
+def test_a_database_that_is_rebuilt_under_its_reader_never_gives_a_mix(source, tiny_encoder, database):
+    """What was opened is read on; what has changed since is refused in words; what has not is read."""
+    db, stream = Database.open(str(database)), Database.open(str(database)).training()
+    before = db.chunk(0)
+    vectors = np.array(db.embeddings(0))
+    mapped = db.embeddings(0)
+    build_here([source], database, encoder=str(tiny_encoder), shard_bytes="4KiB", precision="fp32", chunk_tokens=32)
+    assert (mapped == vectors).all()
+    assert db.chunk(0) == before
+    assert db.document(1).key
+    for reading in (
+        lambda: db.embeddings(0),
+        lambda: db.chunk(1 << 32),
+        lambda: db.search("words"),
+        lambda: list(stream),
+    ):
+        with pytest.raises(MismatchError, match=r"Open the database again"):
+            reading()
+    assert Database.open(str(database)).chunk(0).tokens[:32] == before.tokens[:32]
+
+
+def test_a_reader_in_another_process_keeps_its_picture(database):
+    db = pickle.loads(pickle.dumps(Database.open(str(database)).storage))
+    manifest = Manifest.load(Storage(str(database)))
+    assert manifest is not None
+    manifest.without(["training"], ["training"]).save(Storage(str(database)))
+    with pytest.raises(MismatchError, match=r"training/00000.parquet is no longer"):
+        db.read_table("training/00000.parquet")
+    assert db.read_table("chunks/00000.parquet").num_rows
+
+
+# -- what swells or leads out as it is read ----------------------------------------------------------------------------
+
+
+def sealed(database: Path, table: str, number: int) -> None:
+    """Make the manifest say that a changed shard is what was built."""
+    manifest = manifest_of(database)
+    for shard in manifest["tables"][table]["shards"]:
+        if shard["path"].split("/")[-1].startswith(f"{number:05d}"):
+            data = (database / shard["path"]).read_bytes()
+            shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    save_manifest(database, manifest)
+
+
+@pytest.mark.parametrize("key", ["Flat", "IVF2,Flat"])
+def test_an_index_whose_lists_lie_in_another_file_is_refused_before_that_is_opened(
+    source, tiny_encoder, database, tmp_path, key
+):
+    if key != "Flat":
+        again_with = {"shard_bytes": "4KiB", "precision": "fp32", "index_key": key}
+        build_here([source], database, encoder=str(tiny_encoder), **again_with)
+    vectors = np.load(database / "embeddings" / "00000.npy").astype(np.float32)
+    index = faiss.index_factory(vectors.shape[1], "IVF2,Flat")
+    index.train(vectors)
+    lists = faiss.OnDiskInvertedLists(2, index.code_size, str(tmp_path / "elsewhere"))
+    index.replace_invlists(lists)
+    index.add_with_ids(vectors, np.arange(len(vectors)))
+    faiss.write_index(index, str(database / "index" / "00000.faiss"))
+    (tmp_path / "elsewhere").unlink()
+    os.mkfifo(tmp_path / "elsewhere")  # opening it would wait for ever
+    sealed(database, "index", 0)
+    for command in (["query", database, "words"], ["verify", database]):
+        ran = retrodb(*command, timeout=120)
+        assert (ran.code, "no index that retrodb writes" in ran.err) == (4, True), ran.err
+
+
+def test_an_index_that_says_it_is_endless_allocates_nothing(database):
+    path = database / "index" / "00000.faiss"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"IxSQ")
+    vectors = np.load(database / "embeddings" / "00000.npy")
+    codes = data.index(vectors[0].tobytes(), at)
+    data[codes - 8 : codes] = (1 << 38).to_bytes(8, "little")
+    path.write_bytes(bytes(data))
+    sealed(database, "index", 0)
+    ran = retrodb("query", database, "words")
+    assert (ran.code, "Traceback" in ran.err) == (4, False), ran.err
+
+
+@pytest.mark.parametrize("bomb", ["a dictionary", "many rows"])
+def test_a_parquet_shard_that_swells_as_it_is_read_is_refused(database, bomb):
+    path = database / "documents" / "00000.parquet"
+    table = pq.read_table(path)
+    if bomb == "a dictionary":
+        text = pa.DictionaryArray.from_arrays(np.zeros(30_000, np.int32), pa.array(["a" * 50_000], pa.large_string()))
+        rows = pa.concat_tables([table.slice(0, 1)] * 30_000).set_column(
+            table.schema.get_field_index("text"), "text", text
+        )
+        pq.write_table(rows, path, use_dictionary=["text"])
+    else:
+        rows = pa.concat_tables([table.slice(0, 1)] * 200_000).combine_chunks()
+        pq.write_table(rows, path, use_dictionary=False, compression="zstd", row_group_size=200_000)
+    sealed(database, "documents", 0)
+    for command in (["show", database, 0], ["verify", database]):
+        ran = retrodb(*command)
+        assert (ran.code, "was not written by retrodb" in ran.err) == (4, True), ran.err
+
+
+def test_an_extra_shard_is_named_and_removed_and_someones_own_file_is_named_and_left(source, tiny_encoder, database):
+    for name in ("chunks/extra.parquet", "chunks/deep/00000.parquet", "index/copy of 00000.faiss"):
+        (database / name).parent.mkdir(exist_ok=True)
+        shutil.copy(database / "chunks" / "00000.parquet", database / name)
+    (database / "chunks" / "notes.txt").write_text("someone's own")
+    ran = retrodb("verify", database)
+    assert ran.code == 4
+    for name in ("chunks/extra.parquet", "chunks/deep/00000.parquet", "index/copy of 00000.faiss", "chunks/notes.txt"):
+        assert name in ran.err
+    again(source, database, tiny_encoder)
+    ran = retrodb("verify", database)
+    assert (ran.code, "extra.parquet" in ran.err, "notes.txt" in ran.err, "remove it" in ran.err) == (4, False, 1, 1)
+    (database / "chunks" / "notes.txt").unlink()
+    assert retrodb("verify", database).code == 0
 
 
 def test_a_file_committed_again_with_the_same_bytes_is_left_as_it_was(tmp_path):

@@ -114,7 +114,7 @@ def deserialize(data: bytes, where: str) -> faiss.Index:
     """
     try:
         with faiss_threads(1):
-            return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+            return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
     except (RuntimeError, MemoryError, AssertionError) as error:
         raise DamagedError(f"{where} is not a faiss index: {first_line(error)}. Run the build again.") from error
 

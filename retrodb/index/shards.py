@@ -1,5 +1,6 @@
 """Index shards: the template plus the vectors of one group of consecutive chunk shards, under their chunk ids."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,7 @@ import numpy as np
 
 from retrodb.errors import DamagedError
 from retrodb.index.engine import Metric, check_index, faiss_threads, first_line, ivf_of, untyped
+from retrodb.index.guard import refuse_foreign, vectors_within
 from retrodb.index.template import load_template
 from retrodb.storage import Committed, HashingWriter, Storage
 
@@ -125,9 +127,11 @@ def load_index_shard(path: Path | str, dimension: int, metric: Metric, ntotal: i
         DamagedError: it is missing, cannot be read, or is not the index expected.
     """
     try:
-        with faiss_threads(1):
+        with faiss_threads(1), vectors_within(os.path.getsize(path)):
+            with open(path, "rb") as file:
+                refuse_foreign(file, str(path))
             index = faiss.read_index(str(path), _MMAP)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         raise DamagedError(f"cannot read {path}: {first_line(error)}. Run the build again to repair it.") from error
     check_index(index, dimension, metric, ntotal, str(path))
     return index if ivf_of(index) is not None else _as_float32(index, str(path))

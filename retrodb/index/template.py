@@ -3,6 +3,7 @@
 Shards that were trained apart lose 3-4 points of recall when merged; shards of one template equal one big index.
 """
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -21,6 +22,7 @@ from retrodb.index.engine import (
     n_lists,
     serialize,
 )
+from retrodb.index.guard import refuse_foreign, vectors_within
 from retrodb.index.keys import BEST_POINTS_PER_LIST
 
 _AMPLE_MEMORY: Final = "1000000G"
@@ -154,6 +156,8 @@ def load_template(data: bytes, dimension: int, metric: Metric, where: str = "the
     Raises:
         DamagedError: the bytes are not an index, or not an empty one of this dimension and metric.
     """
-    index = deserialize(data, where)
+    with vectors_within(len(data)):
+        refuse_foreign(io.BytesIO(data), where)
+        index = deserialize(data, where)
     check_index(index, dimension, metric, 0, where)
     return index

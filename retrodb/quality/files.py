@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -21,6 +21,7 @@ from retrodb.manifest import (
     Manifest,
     Shard,
     fingerprint,
+    is_of_a_table,
     shard_path,
 )
 from retrodb.quality.findings import Findings
@@ -216,14 +217,8 @@ def _check_nothing_else(scene: Scene) -> None:
         if not scene.done(STAGE_OF[table]):
             continue  # what lies there does not exist yet: the build goes on from it, or clears it away
         chunking = table == "documents" and not scene.done("chunk")
-        for path in _files_below(scene.storage, table):
+        for path in scene.storage.list_below(table):
             temporary = path.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
             if path not in recorded and not (temporary and (locked or chunking)):
-                scene.findings.add(path, "is not recorded in the manifest: it should not be here")
-
-
-def _files_below(storage: Storage, folder: str) -> Iterator[str]:
-    for name in storage.list_files(folder):
-        yield f"{folder}/{name}"
-    for name in storage.list_folders(folder):
-        yield from _files_below(storage, f"{folder}/{name}")
+                remedy = "" if is_of_a_table(path) else ", and a build leaves it alone: remove it"
+                scene.findings.add(path, f"is not recorded in the manifest: it should not be here{remedy}")
