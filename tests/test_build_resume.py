@@ -12,6 +12,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,22 +209,25 @@ def test_a_shard_written_but_not_recorded_before_the_kill_does_not_exist(source,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_says_so_exits_130_leaves_no_process_and_resumes(
-    source, clean_small, tiny_encoder, tmp_path, number
-):
-    more = (*SMALL, "--workers", 2)
-    out = tmp_path / "db"
-    running = Running.start(*arguments(source, out, tiny_encoder, *more))
-    running.wait_for(lambda: reached(out, "chunk", 99))
-    time.sleep(1.5)
-    running.signal_group(number)
-    assert running.end(30) == 130
-    assert "run the same command again" in running.err
-    assert "Traceback" not in running.err
-    assert gone(lambda: group_of(running.process.pid))
-    assert not (out / ".lock").exists()
-    assert again(source, out, tiny_encoder, chunk_tokens=8, sequence_tokens=64) == STAGES[3:]
-    assert_same(out, clean_small)
+@pytest.mark.parametrize("module", ["retrodb.cli", "retrodb.config", "retrodb.pipelines.driver", "faiss"])
+def test_interrupted_while_it_is_importing_it_exits_130_and_says_so(source, tmp_path, number, module):
+    """However early: a signal arrives just when some module is being imported."""
+    program = f"""
+import builtins, os, sys
+real = builtins.__import__
+def importing(name, *rest, **more):
+    if name == {module!r} and not done:
+        done.append(name)
+        os.kill(os.getpid(), {int(number)})
+    return real(name, *rest, **more)
+done = []
+from retrodb.__main__ import main
+builtins.__import__ = importing
+sys.argv = ["retrodb", "build", {str(source)!r}, "--out", {str(tmp_path / "db")!r}]
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (ran.returncode, "interrupted" in ran.stderr, "Traceback" in ran.stderr) == (130, True, False), ran.stderr
 
 
 def gone(processes: Callable[[], list[psutil.Process]]) -> bool:

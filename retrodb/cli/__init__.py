@@ -14,14 +14,13 @@ from typing import Annotated
 
 import typer
 
+from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import info, query, show
 from retrodb.cli.verify import verify
 from retrodb.errors import RetrodbError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="retrodb",
@@ -54,7 +53,8 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 usage, 3 refused, 4 damaged, 5 recall, 6 locked, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     logging.getLogger().addHandler(logging.NullHandler())  # libraries' advice is not for the user's screen
     try:
         app(standalone_mode=True)
