@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import apache_beam as beam
 from retrodb.pipelines import stages
-from retrodb.pipelines.execute import Executor, Waves, forget_other_receipts, forget_scans, one_wave
+from retrodb.pipelines.execute import Executor, Waves, forget_receipts, forget_scans, one_wave
 from retrodb.pipelines.ingredients import Ingredients
 from retrodb.pipelines.integrity import damaged_reports, damaged_shards
 from retrodb.pipelines.progress import Progress
@@ -19,6 +19,7 @@ from retrodb.pipelines.tasks import Task
 from retrodb import __version__
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
+from retrodb.errors import DamagedError
 from retrodb.manifest import (
     DAMAGE_REPORT,
     DEDUP_REPORT,
@@ -133,13 +134,16 @@ class Builder:
         tasks = list(work.tasks)
         if current:
             self.progress.note(f"{work.stage}: repairing {_count(work.damaged, 'damaged shard')}")
-            self.storage.delete_folder(book.folder)
+            damaged = any(self.damage.get(table) for table in stages.STAGE_TABLES[work.stage])
+            # Where bytes were damaged, an unfinished stage after this one may have been made from them.
+            forget_receipts(self.storage, stages.downstream(work.stage) if damaged else [work.stage])
             tasks = [part for task in tasks if (part := task.restricted(work.damaged)) is not None]
         else:
             self.begin(work.stage, work.parts)
         receipts = self.executor.complete(
             book, tasks, lambda pipeline, some: work.pipeline(pipeline, book, some), work.unit, work.small, work.waves
         )
+        self.prove_read(work.stage)
         book.put_in_place(receipts.values())
         if not current:
             return receipts
@@ -147,6 +151,26 @@ class Builder:
         self.storage.delete_folder(book.folder)
         self.progress.end(f"{_count(receipts, 'shard')} repaired")
         return None
+
+    def prove_read(self, stage: str) -> None:
+        """What a stage was made from, found whole when the build began, still is: so it was while it was read.
+
+        Raises:
+            DamagedError: it is not.
+        """
+        damage = damaged_shards(self.storage, self.manifest, stages.STAGE_READS[stage])
+        known = self.damage  # mended by now; or finished documents, in place before their stage is recorded
+        paths = [
+            shard.path
+            for table, numbers in damage.items()
+            for shard in self.manifest.shards(table)
+            if shard.number in numbers - known.get(table, set())
+        ]
+        if paths:
+            raise DamagedError(
+                f"{', '.join(paths[:3])}{' and others' if paths[3:] else ''} changed while {stage} was made from it. "
+                "Check the disk, and run the build again: it repairs that first."
+            )
 
     def begin(self, stage: str, parts: Mapping[str, Any]) -> None:
         """Before a stage runs afresh: what depends on it leaves the manifest, then the disk. Says what changed."""
@@ -157,7 +181,7 @@ class Builder:
             self.progress.note(f"{stage}: made again, because {'; '.join(reasons)}")
         gone_stages = stages.undone_by(self.manifest, stage, parts)
         self.undo(gone_stages)
-        forget_other_receipts(self.book(stage, parts), gone_stages)
+        forget_receipts(self.storage, gone_stages, keep=self.book(stage, parts).folder)
 
     def undo(self, gone_stages: Sequence[str]) -> None:
         """Take stages and their tables out of the manifest, then off the disk."""

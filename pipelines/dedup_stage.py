@@ -55,6 +55,7 @@ def build_dedup(builder: Builder) -> None:
     found, cut = (None, 0) if builder.config.dedup == "off" else settle_clusters(builder, book)
     refuse_no_training(builder, 0 if found is None else int(np.count_nonzero(found.rules)))
     written = write_duplicates(builder, book, found)
+    builder.prove_read("dedup")
     if current:
         builder.record_repair("dedup", written)
         builder.storage.delete_folder(book.folder)

@@ -20,7 +20,7 @@ from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embe
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
-from retrodb.errors import InputError
+from retrodb.errors import DamagedError, InputError
 from retrodb.lock import build_lock
 from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
@@ -64,7 +64,14 @@ def build(
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
             try:
-                return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+                try:
+                    return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+                except DamagedError as error:
+                    builder = Builder(inputs, out, config, run, progress, ingredients)
+                    if not builder.damage:
+                        raise
+                    progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
+                    return _run_all(builder)
             except InputError:
                 forget_scans(out)
                 if new:

@@ -1,7 +1,7 @@
 """Run a stage's tasks to the last receipt: resume, watch, retry what a dead worker left, and account for it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -120,14 +120,14 @@ def forget_scans(storage: Storage) -> None:
         storage.delete_folder(WORK_FOLDER)
 
 
-def forget_other_receipts(book: ReceiptBook, stages: Sequence[str]) -> None:
-    """Remove receipts that shards about to be overwritten would make false.
+def forget_receipts(storage: Storage, stages: Collection[str], keep: str = "") -> None:
+    """Remove receipts of stages whose shards are about to be overwritten, or were made from damaged ones.
 
     Args:
-        book: the book of the stage about to run, which is kept.
-        stages: that stage and all after it.
+        storage: the database.
+        stages: whose.
+        keep: the folder of a book that stays.
     """
-    keep = book.folder.removeprefix(f"{WORK_FOLDER}/")
-    for name in book.storage.list_folders(WORK_FOLDER):
-        if name != keep and name.rsplit("-", 1)[0] in stages:
-            book.storage.delete_folder(f"{WORK_FOLDER}/{name}")
+    for name in storage.list_folders(WORK_FOLDER):
+        if f"{WORK_FOLDER}/{name}" != keep and name.rsplit("-", 1)[0] in stages:
+            storage.delete_folder(f"{WORK_FOLDER}/{name}")

@@ -1,5 +1,6 @@
 """What is damaged, found before a build: the manifest is put back, and exactly the damaged shards are made again."""
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -45,10 +46,21 @@ def mend_manifest(storage: Storage, progress: Progress) -> bool:
     return True
 
 
-def damaged_shards(storage: Storage, manifest: Manifest) -> dict[str, set[int]]:
-    """Numbers of damaged shards by table: missing, of another size, or, where bytes are read, of another sha256."""
-    entries = [(table, shard) for table, shards in manifest.tables.items() for shard in shards]
-    everything = sum(shard.bytes for _, shard in entries) <= CHECK_ALL_BYTES
+def damaged_shards(storage: Storage, manifest: Manifest, tables: Collection[str] | None = None) -> dict[str, set[int]]:
+    """Numbers of damaged shards by table: missing, of another size, or, where bytes are read, of another sha256.
+
+    Args:
+        storage: the database.
+        manifest: what is recorded of it.
+        tables: those to look at; None for all.
+    """
+    everything = sum(shard.bytes for shards in manifest.tables.values() for shard in shards) <= CHECK_ALL_BYTES
+    entries = [
+        (table, shard)
+        for table, shards in manifest.tables.items()
+        if tables is None or table in tables
+        for shard in shards
+    ]
     suspects = _suspected(storage)
 
     def check(entry: tuple[str, Shard]) -> bool:

@@ -27,6 +27,18 @@ STAGE_TABLES: Final = {
 }
 """The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
 
+STAGE_READS: Final = {
+    "corpus": (),
+    "dedup": ("documents",),
+    "chunk": ("documents", "duplicates"),
+    "embed": ("documents", "chunks"),
+    "index": ("documents", "chunks", "embeddings"),
+    "neighbours": ("documents", "chunks", "embeddings", "index"),
+    "training": ("documents", "chunks", "neighbours"),
+    "report": ("documents", "chunks", "neighbours"),
+}
+"""The recorded tables that a stage is made from."""
+
 UPSTREAM: Final = {
     "corpus": "the documents",
     "documents": "the documents that are kept",

@@ -4,6 +4,7 @@ The corpus is small and the encoder tiny, so that what is tested is the driver a
 a kill runs as a process of its own; what must be rebuilt, and only that, runs in this one.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -16,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from support import (
     DATA_TABLES,
+    Progress,
     Running,
     always_use_workers,
     build_here,
@@ -590,6 +593,50 @@ def test_without_the_text_damage_is_repaired_from_the_source(source, tiny_encode
     again(source, out, tiny_encoder, text=False)
     assert digests(out, TABLES) == before
     assert strays(out) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "stage"),
+    [("documents", "chunk"), ("chunks", "embed"), ("embeddings", "index"), ("index", "neighbours")]
+    + [("neighbours", "training"), ("chunks", "report")],
+)
+def test_what_is_damaged_while_a_stage_reads_it_goes_into_nothing(
+    source, clean, tiny_encoder, tmp_path, monkeypatch, table, stage
+):
+    """A bit that flips once the build has begun, in bytes that decode all the same, and before they are read."""
+    out, notes = tmp_path / "db", []
+
+    def damage(self: Any, name: str, *rest: object) -> None:
+        if name == stage and not notes:
+            path = out / manifest_of(out)["tables"][table]["shards"][-1]["path"]
+            if table == "embeddings":
+                stored = np.load(path)
+                stored[0, 0] += 1
+                np.save(path, stored)
+            else:
+                flip(path)
+            notes.append(f"flipped {path}")
+
+    monkeypatch.setattr(Progress, "begin", damage)
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    again(source, out, tiny_encoder)
+    assert any("Repairing it, and going on" in note for note in notes)
+    assert_same(out, clean)
+
+
+def test_what_an_unfinished_stage_made_from_damaged_bytes_is_not_used(source, clean, tiny_encoder, tmp_path):
+    out = tmp_path / "db"
+    again(source, out, tiny_encoder, until="chunk")
+    killed_on_the_way(source, out, tiny_encoder, "embed", 2, 0.0, "--workers", 1)
+    for receipt in (out / ".build").glob("embed-*/*.json"):
+        shard = json.loads(receipt.read_text())["shards"]["embeddings"]
+        stored = np.load(out / shard["path"]) + np.float16(1)  # as if made from other text
+        np.save(out / shard["path"], stored)
+        digest = hashlib.sha256((out / shard["path"]).read_bytes()).hexdigest()
+        receipt.write_text(receipt.read_text().replace(shard["sha256"], digest))
+    flip(out / "chunks" / "00000.parquet")
+    again(source, out, tiny_encoder)
+    assert_same(out, clean)
 
 
 def test_a_missing_report_or_a_deleted_table_folder_is_no_riddle(source, clean, tiny_encoder, database):
