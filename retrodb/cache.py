@@ -141,7 +141,9 @@ class ShardCache:
                 fetch(part)
             except OSError as again:
                 if again.errno == errno.ENOSPC:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self.folder} ({FOLDER_VARIABLE})") from again
+                    raise OSError(
+                        errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self.folder} ({FOLDER_VARIABLE})"
+                    ) from again
                 raise
 
     def _make_folder(self) -> None:

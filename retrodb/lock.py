@@ -31,6 +31,7 @@ from retrodb.storage import Storage, json_bytes
 LOCK_NAME: Final = ".lock"
 STALE_SECONDS: Final = 120.0
 BEAT_SECONDS: Final = 30.0
+WATCH_SECONDS: Final = 2 * BEAT_SECONDS + 5
 _SETTLE_SECONDS: Final = 0.2
 
 
@@ -149,7 +150,7 @@ def _is_dead(storage: Storage, held: bytes) -> bool:
     if not isinstance(beat, int | float) or time.time() - beat < STALE_SECONDS:
         return not holder  # nobody's: what lies there is no lock
     # Clocks differ. By its own clock it has been silent for long; wait for two more beats by ours.
-    time.sleep(2 * BEAT_SECONDS + 5)
+    time.sleep(WATCH_SECONDS)
     return storage.read_if_there(LOCK_NAME) == held
 
 

@@ -217,4 +217,3 @@ def _check_nothing_else(scene: Scene) -> None:
             temporary = path.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
             if path not in recorded and not (temporary and (locked or chunking)):
                 scene.findings.add(path, "is not recorded in the manifest: it should not be here")
-
