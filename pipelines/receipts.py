@@ -12,7 +12,7 @@ from retrodb.storage import Storage
 _THREADS: Final = 16
 
 WAITING: Final[Mapping[str, tuple[str, ...]]] = {"chunk": ("documents",)}
-"""By stage: the tables whose shards wait until it is recorded, for another version of them is what readers still see."""
+"""By stage: tables whose shards wait until it is recorded, for another version of them is what readers still see."""
 
 
 @dataclass(frozen=True)

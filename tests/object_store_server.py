@@ -32,7 +32,7 @@ def serve_s3(log: IO[str], bucket: str) -> int:
     class Quiet(WSGIRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002 - werkzeug's name
+        def log(self, type: str, message: str, *args: Any) -> None:
             pass
 
     server = make_server(LOOPBACK, 0, counting, threaded=True, request_handler=Quiet)

@@ -1,5 +1,6 @@
 """The PyTorch stream: training sequences in order, one dict of tensors each, with no random access."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,8 @@ class TrainingDataset(IterableDataset[Sample]):
 
     Ranks and workers get contiguous parts of the stream whose sizes differ by at most one; some get none where there
     are fewer rows than consumers. `shortest` is what every rank has at least, for those who need equal steps.
-    Memory: one row group; with ``shuffle``, ``shuffle_row_groups`` of them. From an object store each shard comes whole,
-    once an epoch and consumer, through the cache (`retrodb.cache`), and the next one while one is read.
+    Memory: one row group; with ``shuffle``, ``shuffle_row_groups`` of them. From an object store each shard comes
+    whole, once an epoch and consumer, through the cache (`retrodb.cache`), and the next one while one is read.
 
     Resuming. `state_dict` after any sample is the exact position and goes into `load_state_dict` of a dataset made
     alike. That holds where the dataset is iterated directly, with ``DataLoader(num_workers=0)``, and with torchdata's
@@ -323,7 +324,7 @@ class _OpenShards:
     ) -> None:
         self._storage, self._shards, self._neighbours = storage, shards, neighbours
         self._open: OrderedDict[int, TrainingShard] = OrderedDict()
-        self._following = dict(zip(wanted, wanted[1:], strict=False))
+        self._following = dict(itertools.pairwise(wanted))
         self._ahead = None if storage.is_local else ThreadPoolExecutor(1, thread_name_prefix="retrodb-prefetch")
 
     def __enter__(self) -> "_OpenShards":
