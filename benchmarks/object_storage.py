@@ -2,7 +2,7 @@
 
     python benchmarks/object_storage.py [CORPUS.jsonl]
 
-The corpus is the quickstart's by default, in small shards; the encoder a random one-layer BERT, so that what is measured
+The corpus is the quickstart's by default, in small shards; the encoder a random one-layer BERT: what is measured
 is storage. An emulator answers in a few milliseconds of processor time: read the requests, and take seconds as ratios.
 """
 

@@ -154,3 +154,41 @@ def test_the_environment_says_where_and_how_much(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv(FOLDER_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert shard_cache() == ShardCache(tmp_path / "xdg" / "retrodb" / "shards", 10 * 10**9)
+
+
+UNSHARE = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+ON_A_SMALL_DISK = 'mount -t tmpfs -o size=64k tmpfs "$1" || exit 99; shift; exec "$@"'
+
+
+@pytest.mark.parametrize(
+    ("variable", "code"),
+    [
+        ("TMPDIR", "Storage('memory://x/db').commit_bytes('a', bytes(1 << 20))"),
+        ("RETRODB_CACHE", "open_array()"),
+    ],
+)
+def test_a_full_disk_is_named_by_the_variable_that_chose_it(tmp_path: Path, variable: str, code: str) -> None:
+    """A staged upload, and a shard that is fetched: nothing is taken for damaged, and the remedy is plain."""
+    program = f"""
+import numpy as np
+from retrodb.storage import Storage
+def open_array():
+    storage = Storage('memory://x/db')
+    storage.read_array(storage.commit_array('a.npy', np.zeros(1 << 20, np.uint8)))
+{code}
+"""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        [*UNSHARE, "sh", "-c", ON_A_SMALL_DISK, "sh", disk, sys.executable, "-c", program],
+        env={**os.environ, variable: str(disk)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode in (99, 127) or "unshare" in done.stderr:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert "No space left on device" in last
+    assert str(disk) in last
+    assert variable in last
