@@ -159,6 +159,8 @@ class Builder:
         Raises:
             DamagedError: it is not.
         """
+        if not self.storage.is_local:
+            return  # each was compared with its checksum when a worker fetched it
         damage = damaged_shards(self.storage, self.manifest, stages.STAGE_READS[stage])
         known = self.damage  # mended by now; or finished documents, in place before their stage is recorded
         paths = [
@@ -191,8 +193,7 @@ class Builder:
             old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
             self.manifest = self.manifest.without(gone_stages, gone_tables)
             self.manifest.save(self.storage)
-            for shard in old:
-                self.storage.delete(shard.path)
+            self.storage.delete(*(shard.path for shard in old))
         for table in gone_tables:
             self.damage.pop(table, None)
 
@@ -278,17 +279,14 @@ class Builder:
     def clean_up(self) -> None:
         """Remove what no finished stage recorded: leftovers of killed writers, of earlier settings, of damage."""
         recorded = {shard.path for shards in self.manifest.tables.values() for shard in shards}
+        gone = []
         for table in TABLES:
-            for path in self.storage.list_below(table):
-                if path not in recorded and is_of_a_table(path):
-                    self.storage.delete(path)
+            gone += [path for path in self.storage.list_below(table) if path not in recorded and is_of_a_table(path)]
+        outdated = set(self._outdated_files())
         for folder in ("", REPORTS_FOLDER):
-            for name in self.storage.list_files(folder):
-                if name.startswith(TEMPORARY_PREFIX):
-                    self.storage.delete(posixpath.join(folder, name))
-        for name in self._outdated_files():
-            if self.storage.size(name) is not None:
-                self.storage.delete(name)
+            paths = [(posixpath.join(folder, name), name) for name in self.storage.list_files(folder)]
+            gone += [path for path, name in paths if path in outdated or name.startswith(TEMPORARY_PREFIX)]
+        self.storage.delete(*gone)
         forget_scans(self.storage)
         if set(self.manifest.stages) == set(stages.STAGE_TABLES):
             self.storage.delete_folder(WORK_FOLDER)

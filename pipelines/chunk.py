@@ -8,6 +8,7 @@ import apache_beam as beam
 import pyarrow as pa
 from retrodb.pipelines.corpus import DOCUMENT_ROW_GROUP
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import as_read
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb import schemas
@@ -15,7 +16,7 @@ from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
 from retrodb.chunking.tokenizer import tokenizer_from_json
 from retrodb.corpus.near_duplicates import without_removed
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 CHUNK_ROW_GROUP = 1 << 16
 
@@ -34,8 +35,8 @@ class ChunkSettings:
 class ChunkInput:
     """One shard's documents, and what the dedup stage says of them; "" where that is nothing."""
 
-    documents: str
-    duplicates: str
+    documents: File
+    duplicates: File
 
 
 @functools.lru_cache(maxsize=2)
@@ -88,8 +89,8 @@ def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool)
 
 def chunk_inputs(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> dict[int, ChunkInput]:
     """What is read for each document shard."""
-    paths = {shard.number: shard.path for shard in duplicates}
-    return {shard.number: ChunkInput(shard.path, paths.get(shard.number, "")) for shard in documents}
+    found: dict[int, File] = {shard.number: shard for shard in duplicates}
+    return {shard.number: ChunkInput(as_read(shard), found.get(shard.number, "")) for shard in documents}
 
 
 def chunk_tasks(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> list[Task]:

@@ -19,6 +19,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import as_read
 from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task
 from retrodb.schemas import ID_SHIFT
 
@@ -35,7 +36,7 @@ from retrodb.corpus.near_duplicates import (
     unique_pairs,
 )
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 WAVE_BYTES: Final = 32 << 20
 """What one local shuffle may carry: the in-process runner keeps it in memory."""
@@ -64,7 +65,7 @@ def _sketch(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
 
 def sketch_tasks(documents: Sequence[Shard]) -> list[Task]:
     """One task a document shard."""
-    return [Task(shard.number, shard.path, weight=shard.bytes) for shard in documents]
+    return [Task(shard.number, as_read(shard), weight=shard.bytes) for shard in documents]
 
 
 def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
@@ -223,7 +224,7 @@ class CompareSettings:
 
     pairs: ReceiptBook
     waves: Mapping[int, tuple[int, ...]]
-    documents: Mapping[int, str]
+    documents: Mapping[int, File]
 
 
 def near_duplicates_path(book: ReceiptBook, number: int) -> str:
@@ -271,7 +272,7 @@ class AskForSets(StageDoFn):
                 yield (wave, other), _message(own, sets)
 
 
-def document_sets(storage: Storage, path: str, rows: np.ndarray) -> dict[int, np.ndarray]:
+def document_sets(storage: Storage, path: File, rows: np.ndarray) -> dict[int, np.ndarray]:
     """The shingle sets of some documents of a shard, by row: uint64, sorted and distinct."""
     wanted = np.unique(rows)
     texts = storage.read_table(path, ["text"])["text"].take(pa.array(wanted))
@@ -434,7 +435,7 @@ def _write(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
 def write_tasks(documents: Sequence[Shard], shards: Iterable[int]) -> list[Task]:
     """One task a shard that has near-duplicates."""
     paths = {shard.number: shard for shard in documents}
-    return [Task(number, paths[number].path, weight=paths[number].rows) for number in shards]
+    return [Task(number, as_read(paths[number]), weight=paths[number].rows) for number in shards]
 
 
 def write_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:

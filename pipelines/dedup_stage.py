@@ -9,6 +9,7 @@ from retrodb.pipelines import dedup, stages
 from retrodb.pipelines.builder import Builder, add_counts, shards_by_table
 from retrodb.pipelines.dedup import Assignments, CompareSettings, PairSettings
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import as_read
 from retrodb.schemas import ID_SHIFT
 
 from retrodb.corpus import VALIDATION
@@ -110,7 +111,7 @@ def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, i
     comparing = CompareSettings(
         pairs,
         {shard: tuple(waves) for shard, waves in having.items()},
-        {shard.number: shard.path for shard in documents},
+        {shard.number: as_read(shard) for shard in documents},
     )
     tasks = dedup.compare_tasks(documents, having)
     builder.executor.complete(
@@ -146,7 +147,7 @@ def _validation(builder: Builder, ids: np.ndarray) -> np.ndarray:
     found = np.zeros(len(ids), dtype=bool)
     if not builder.config.has_validation:
         return found
-    paths = {shard.number: shard.path for shard in builder.source_documents()}
+    paths = {shard.number: as_read(shard) for shard in builder.source_documents()}
     shards = ids >> ID_SHIFT
     for shard in np.unique(shards):
         own = shards == shard
@@ -197,7 +198,7 @@ def write_report(builder: Builder, state: StageState) -> str:
     It follows from the ``duplicates`` table and from what is recorded of the stage.
     """
     shards = builder.manifest.shards("duplicates")
-    read = [builder.storage.read_table(shard.path, ["cluster_id"])["cluster_id"].to_numpy() for shard in shards]
+    read = [builder.storage.read_table(shard, ["cluster_id"])["cluster_id"].to_numpy() for shard in shards]
     names, sizes = np.unique(np.concatenate([np.empty(0, np.int64), *read]), return_counts=True)
     by_size, numbers = np.unique(sizes, return_counts=True)
     largest = np.lexsort((names, -sizes))[:_LARGEST]
@@ -222,7 +223,7 @@ def _keys(builder: Builder, names: np.ndarray) -> dict[int, list[str]]:
     """The first few keys of some clusters."""
     found: dict[int, list[str]] = {int(name): [] for name in names}
     for shard in builder.manifest.shards("duplicates"):
-        table = builder.storage.read_table(shard.path, ["cluster_id", "key"])
+        table = builder.storage.read_table(shard, ["cluster_id", "key"])
         own = np.flatnonzero(np.isin(table["cluster_id"].to_numpy(), names))
         for row in table.take(pa.array(own)).to_pylist():
             keys = found[row["cluster_id"]]

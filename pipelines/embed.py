@@ -13,7 +13,7 @@ from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb.encoding import EncoderFiles, chunk_texts, resolve_encoder
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class EmbedSettings:
 class EmbedInput:
     """One shard's chunk and document files."""
 
-    chunks: str
-    documents: str
+    chunks: File
+    documents: File
 
 
 def shard_texts(storage: Storage, item: EmbedInput, chunking: ChunkSettings) -> list[str]:
@@ -102,8 +102,8 @@ def _encoder_files(spec: str) -> EncoderFiles:
 
 def embed_tasks(chunks: Sequence[Shard], documents: Sequence[Shard]) -> list[Task]:
     """One task a chunk shard."""
-    paths = {shard.number: shard.path for shard in documents}
-    return [Task(s.number, EmbedInput(s.path, paths[s.number]), weight=s.rows) for s in chunks]
+    sources = {shard.number: shard for shard in documents}
+    return [Task(s.number, EmbedInput(s, sources[s.number]), weight=s.rows) for s in chunks]
 
 
 def embed_pipeline(

@@ -18,6 +18,8 @@ from retrodb.storage import Storage
 
 _ATTEMPTS: Final = 3
 _PROGRESS_SECONDS: Final = 0.5
+_REMOTE_PROGRESS_SECONDS: Final = 20.0
+"""Each look at an object store is a listing."""
 
 Waves = Callable[[Sequence[Task]], Sequence[Sequence[Task]]]
 
@@ -93,13 +95,14 @@ class Executor:
 
 
 class _Ticker:
-    """Turns the receipts seen so far into progress, twice a second."""
+    """Turns the receipts seen so far into progress, every now and then."""
 
     def __init__(self, book: ReceiptBook, weights: Mapping[int, float], progress: Progress) -> None:
         self._book = book
         self._weights = weights
         self._progress = progress
-        self._next = time.monotonic() + _PROGRESS_SECONDS
+        self._seconds = _PROGRESS_SECONDS if book.storage.is_local else _REMOTE_PROGRESS_SECONDS
+        self._next = time.monotonic() + self._seconds
 
     def done(self, numbers: Mapping[int, Receipt]) -> int:
         return round(sum(self._weights.get(number, 0) for number in numbers))
@@ -107,7 +110,7 @@ class _Ticker:
     def __call__(self) -> None:
         if time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + _PROGRESS_SECONDS
+        self._next = time.monotonic() + self._seconds
         self._progress.advance(round(sum(self._weights.get(number, 0) for number in self._book.seen())))
 
 

@@ -171,11 +171,15 @@ def refuse_foreign(storage: Storage) -> None:
 
     Raises:
         InputError: it holds other things, or is a file.
+        UnreachableError: its bucket does not exist, or the store does not answer.
         DamagedError: it is a database, but neither its manifest nor the copy is whole.
     """
+    if Manifest.recover(storage) is not None:
+        return
+    storage.check_bucket()
     if storage.is_a_file():
         raise InputError(f"--out {storage.url} is a file; name a folder for the database.")
-    if Manifest.recover(storage) is not None or storage.is_empty():
+    if storage.is_empty():
         return
     foreign = [name for name in storage.list_files("") if name != LOCK_NAME and not name.startswith(TEMPORARY_PREFIX)]
     foreign += [name for name in storage.list_folders("") if name != WORK_FOLDER]

@@ -22,6 +22,8 @@ CHECK_ALL_BYTES: Final = 2 << 30
 """A database up to this size is checked byte by byte at every build (seconds); a larger one by sizes alone."""
 
 _THREADS: Final = 4
+_REMOTE_THREADS: Final = 16
+"""Object stores answer slowly, and many at a time."""
 
 
 def mend_manifest(storage: Storage, progress: Progress) -> bool:
@@ -65,7 +67,7 @@ def damaged_shards(storage: Storage, manifest: Manifest, tables: Collection[str]
         shard = entry[1]
         return shard.path not in suspects and is_intact(storage, shard, read=everything)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS if storage.is_local else _REMOTE_THREADS) as pool:
         results = list(pool.map(check, entries))
     damaged: dict[str, set[int]] = {}
     for (table, shard), intact in zip(entries, results, strict=True):
@@ -76,10 +78,8 @@ def damaged_shards(storage: Storage, manifest: Manifest, tables: Collection[str]
 
 def is_intact(storage: Storage, shard: Shard, read: bool) -> bool:
     """Whether a shard's file is there with the recorded size and, with ``read``, the recorded bytes."""
-    if storage.size(shard.path) != shard.bytes:
-        return False
     try:
-        return not read or storage.sha256(shard.path) == shard.sha256
+        return storage.fault(shard, read=read) is None
     except OSError:
         return False
 
@@ -91,11 +91,7 @@ def damaged_reports(storage: Storage, manifest: Manifest) -> set[str]:
         for stage in STAGE_REPORTS
         if stage in manifest.stages and REPORT_SHA256 in manifest.stages[stage].details
     }
-    return {
-        stage
-        for stage, sha256 in recorded.items()
-        if storage.size(STAGE_REPORTS[stage]) is None or storage.sha256(STAGE_REPORTS[stage]) != sha256
-    }
+    return {stage for stage, sha256 in recorded.items() if storage.sha256_if_there(STAGE_REPORTS[stage]) != sha256}
 
 
 def _suspected(storage: Storage) -> set[str]:

@@ -29,7 +29,7 @@ from retrodb.neighbours import (
     to_table,
 )
 from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 TRUTH_NUMBER: Final = -1
 TUNING_NUMBER: Final = -1000
@@ -42,9 +42,9 @@ class SearchSettings:
     """How chunks are searched, and where everything is."""
 
     index: tuple[IndexFile, ...]
-    documents: Mapping[int, str]
-    chunks: Mapping[int, str]
-    embeddings: Mapping[int, str]
+    documents: Mapping[int, File]
+    chunks: Mapping[int, File]
+    embeddings: Mapping[int, File]
     dimension: int
     metric: Metric
     k: int

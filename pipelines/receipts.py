@@ -1,14 +1,18 @@
 """Receipts: how a worker tells the driver, through the database folder alone, that a task is done."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from retrodb.manifest import WORK_FOLDER, Shard
 from retrodb.storage import Storage
 
-_READERS: Final = 16
+_THREADS: Final = 16
+
+WAITING: Final[Mapping[str, tuple[str, ...]]] = {"chunk": ("documents",)}
+"""By stage: tables whose shards wait until it is recorded, for another version of them is what readers still see."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,20 @@ class ReceiptBook:
         return f"{folder}/{self.step}" if self.step else folder
 
     def staged(self, path: str) -> str:
-        """Where a shard waits until its stage is recorded, if another version of it is what readers still see."""
+        """Where a shard of a table that is `WAITING` waits until its stage is recorded."""
         return f"{self.folder}/{path}"
 
     def put_in_place(self, receipts: Iterable[Receipt]) -> None:
         """Move the staged shards of finished tasks to where they belong."""
-        for receipt in receipts:
-            for shard in receipt.shards.values():
-                if self.storage.size(self.staged(shard.path)) is not None:
-                    self.storage.move(self.staged(shard.path), shard.path)
+        waiting = [r.shards[table].path for r in receipts for table in WAITING.get(self.stage, ()) if table in r.shards]
+
+        def put(path: str) -> None:
+            # A run that was killed here has moved some: those are in place, and have nothing staged any more.
+            with contextlib.suppress(FileNotFoundError):
+                self.storage.put_in_place(self.staged(path), path)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(put, waiting))
 
     def path(self, number: int) -> str:
         return f"{self.folder}/{number:05d}.json"
@@ -79,22 +88,29 @@ class ReceiptBook:
         if data is None:
             return None
         receipt = Receipt.from_json(data)
-        intact = all(self._is_intact(shard, whole) for shard in receipt.shards.values())
+        intact = all(self._is_intact(table, shard, whole) for table, shard in receipt.shards.items())
         return receipt if intact else None
 
-    def _is_intact(self, shard: Shard, whole: bool) -> bool:
-        return any(
-            self.storage.size(path) == shard.bytes and (not whole or self.storage.sha256(path) == shard.sha256)
-            for path in (self.staged(shard.path), shard.path)
-        )
+    def _is_intact(self, table: str, shard: Shard, whole: bool) -> bool:
+        places = [shard]
+        if table in WAITING.get(self.stage, ()):
+            places.insert(0, replace(shard, path=self.staged(shard.path)))
+        return any(self.storage.fault(place, read=whole) is None for place in places)
 
     def read_all(self, numbers: Iterable[int], whole: bool = False) -> dict[int, Receipt]:
-        """The receipts there are for the given tasks; ``whole`` as in `read`."""
-        with ThreadPoolExecutor(_READERS) as pool:
+        """The receipts there are for the given tasks; ``whole`` as in `read`.
+
+        What an earlier run left is looked for by a listing: a receipt that it does not show is a task done twice, where
+        asking for each would cost an object store a request for every task that was never begun.
+        """
+        if whole:
+            numbers = set(numbers).intersection(self.seen())
+        with ThreadPoolExecutor(_THREADS) as pool:
             receipts = pool.map(lambda number: self.read(number, whole), numbers)
             return {receipt.number: receipt for receipt in receipts if receipt is not None}
 
     def seen(self) -> list[int]:
         """Numbers of the receipts there seem to be: for the progress display, not for truth."""
         names = self.storage.list_files(self.folder)
-        return [int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."]
+        stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return [int(stem) for stem in stems if stem.isdigit()]

@@ -46,7 +46,7 @@ def indexed_rows(builder: Builder) -> dict[int, int]:
     rows = {shard.number: shard.rows for shard in builder.manifest.shards("chunks")}
     if builder.manifest.stages["corpus"].counts.get("validation", 0):
         for shard in builder.manifest.shards("documents"):
-            table = builder.storage.read_table(shard.path, ["split", "n_chunks"])
+            table = builder.storage.read_table(shard, ["split", "n_chunks"])
             validation = np.array(table["split"].to_pylist(), dtype=object) == "validation"
             rows[shard.number] -= int(table["n_chunks"].to_numpy()[validation].sum())
     return rows
@@ -199,10 +199,10 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
     """Where everything is that a search needs."""
     manifest = builder.manifest
     return SearchSettings(
-        index=tuple(IndexFile(s.path, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
-        documents={shard.number: shard.path for shard in manifest.shards("documents")},
-        chunks={shard.number: shard.path for shard in manifest.shards("chunks")},
-        embeddings={shard.number: shard.path for shard in manifest.shards("embeddings")},
+        index=tuple(IndexFile(s, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
+        documents={shard.number: shard for shard in manifest.shards("documents")},
+        chunks={shard.number: shard for shard in manifest.shards("chunks")},
+        embeddings={shard.number: shard for shard in manifest.shards("embeddings")},
         dimension=manifest.fingerprints["encoder"]["dimension"],
         metric=builder.config.metric,
         k=builder.config.neighbours,
@@ -266,7 +266,7 @@ def measured_recall(
     shards = np.array([shard_of(int(chunk_id)) for chunk_id in sample.chunk_ids])
     found = np.full((len(shards), builder.config.neighbours), np.nan, dtype=np.float32)
     for number in np.unique(shards):
-        stored = from_table(builder.storage.read_table(receipts[int(number)].shards["neighbours"].path))
+        stored = from_table(builder.storage.read_table(receipts[int(number)].shards["neighbours"]))
         own = shards == number
         found[own] = stored.distances[np.searchsorted(stored.chunk_ids, sample.chunk_ids[own])]
     at = min(10, builder.config.neighbours)

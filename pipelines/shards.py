@@ -5,36 +5,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrodb.errors import DamagedError
-from retrodb.manifest import Manifest
+from retrodb.manifest import WORK_FOLDER, Manifest, Shard
 from retrodb.neighbours import clusters_of
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 
 @dataclass(frozen=True)
 class ShardFiles:
     """The files of one shard number, as far as the stages before have made them."""
 
-    documents: str
-    chunks: str
-    embeddings: str = ""
-    neighbours: str = ""
+    documents: File
+    chunks: File
+    embeddings: File = ""
+    neighbours: File = ""
 
 
 def shard_files(manifest: Manifest) -> dict[int, ShardFiles]:
     """The files of every chunk shard."""
-    paths = {
-        table: {shard.number: shard.path for shard in manifest.shards(table)}
+    found: dict[str, dict[int, File]] = {
+        table: {shard.number: shard for shard in manifest.shards(table)}
         for table in ("documents", "embeddings", "neighbours")
     }
     return {
         shard.number: ShardFiles(
-            documents=paths["documents"][shard.number],
-            chunks=shard.path,
-            embeddings=paths["embeddings"].get(shard.number, ""),
-            neighbours=paths["neighbours"].get(shard.number, ""),
+            documents=found["documents"][shard.number],
+            chunks=shard,
+            embeddings=found["embeddings"].get(shard.number, ""),
+            neighbours=found["neighbours"].get(shard.number, ""),
         )
         for shard in manifest.shards("chunks")
     }
+
+
+def as_read(shard: Shard) -> File:
+    """A document shard as a stage reads it: one that was read again from its source is not the one recorded."""
+    return shard.path if shard.path.startswith(f"{WORK_FOLDER}/") else shard
 
 
 def chunk_columns(storage: Storage, files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from retrodb.pipelines.shards import ShardFiles
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
 
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 from retrodb.training.join import (
     CHUNK_COLUMNS,
     NEIGHBOUR_COLUMNS,
@@ -76,7 +76,7 @@ class FromAnswers(_NeighboursDoFn):
         raise NotImplementedError
 
 
-def read_chunks(storage: Storage, path: str) -> ChunkArrays:
+def read_chunks(storage: Storage, path: File) -> ChunkArrays:
     """A chunk shard's columns that the join needs."""
     return ChunkArrays.from_table(storage.read_table(path, list(CHUNK_COLUMNS)))
 

@@ -228,8 +228,7 @@ def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapp
 
 
 def _remove(builder: Builder, shards: list[Shard]) -> None:
-    for shard in shards:
-        builder.storage.delete(shard.path)
+    builder.storage.delete(*(shard.path for shard in shards))
     builder.storage.delete_folder(WORK_FOLDER)
     for table in ("documents", "quarantine"):
         if not builder.storage.list_files(table):

@@ -51,8 +51,7 @@ def is_stored(builder: Builder, chunk: ReceiptBook) -> bool:
     return (
         state is not None
         and state.fingerprint == chunk.fingerprint
-        and storage.size(TRAINED_TOKENIZER) is not None
-        and storage.sha256(TRAINED_TOKENIZER) == recorded
+        and storage.sha256_if_there(TRAINED_TOKENIZER) == recorded
     )
 
 

@@ -98,6 +98,7 @@ class Database:
                 raise DamagedError(
                     f"{storage.url} has lost its {MANIFEST_NAME}. Run the build again: it is put back from its copy."
                 )
+            storage.check_bucket()
             raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
         return Database(Snapshot(url, manifest), manifest)
 
@@ -122,7 +123,7 @@ class Database:
     def tables(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The shards of a Parquet table, one Arrow table a shard."""
         for shard in self.manifest.shards(name):
-            yield self.storage.read_table(shard.path, list(columns) if columns else None)
+            yield self.storage.read_table(shard, list(columns) if columns else None)
 
     def documents(self) -> Iterator[Document]:
         """All documents, in order."""
@@ -135,8 +136,8 @@ class Database:
         return self.tables("chunks")
 
     def embeddings(self, shard: int) -> np.ndarray:
-        """float16 [rows, d]: the vectors of chunk shard number ``shard``, memory-mapped where the database is local."""
-        return self.storage.read_array(self._shard("embeddings", shard).path)
+        """float16 [rows, d]: the vectors of chunk shard number ``shard``, memory-mapped."""
+        return self.storage.read_array(self._shard("embeddings", shard))
 
     def document(self, document_id: int) -> Document:
         """One document. Raises InputError when it does not exist."""
@@ -302,11 +303,11 @@ class Database:
                 raise
             raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.") from None
         column = "document_id" if table == "documents" else "chunk_id"
-        starts = self._group_starts(shard.path)
+        starts = self._group_starts(shard)
         place = min(identifier & _ROW_MASK, max(int(starts[-1]) - 1, 0))
         group = int(np.searchsorted(starts, place, side="right")) - 1
         for candidate in range(min(group, len(starts) - 2), -1, -1):
-            rows = self._read_group(shard.path, candidate)
+            rows = self._read_group(shard, candidate)
             ids = rows[column].to_numpy()
             at = int(np.searchsorted(ids, identifier))
             if at < len(ids) and ids[at] == identifier:
@@ -317,17 +318,17 @@ class Database:
         raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.")
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one Database a process, and small tuples
-    def _group_starts(self, path: str) -> tuple[int, ...]:
-        with self.storage.open_parquet(path) as file:
+    def _group_starts(self, shard: Shard) -> tuple[int, ...]:
+        with self.storage.open_parquet(shard) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return tuple(int(start) for start in np.concatenate([[0], np.cumsum(sizes)]))
 
-    def _read_group_uncached(self, path: str, group: int) -> pa.Table:
-        with self.storage.open_parquet(path) as file:
+    def _read_group_uncached(self, shard: Shard, group: int) -> pa.Table:
+        with self.storage.open_parquet(shard) as file:
             try:
                 return file.read_row_group(group, use_threads=False)
             except (pa.ArrowInvalid, OSError) as error:
-                raise DamagedError(f"cannot read {self.storage.describe(path)}: {error}. Run verify.") from error
+                raise DamagedError(f"cannot read {self.storage.describe(shard)}: {error}. Run verify.") from error
 
 
 def _document(row: Mapping[str, Any]) -> Document:

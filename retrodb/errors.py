@@ -29,6 +29,12 @@ class MismatchError(InputError):
     """Two things that must have been made alike were not: encoder, metric, schema (exit 3)."""
 
 
+class UnreachableError(RetrodbError):
+    """The storage does not answer or refuses: no such bucket, no credentials, no permission, no network (exit 3)."""
+
+    exit_code = 3
+
+
 class DamagedError(RetrodbError):
     """A recorded shard is missing or its bytes are not the recorded ones (exit 4)."""
 

@@ -1,9 +1,16 @@
 """One writer at a time: the lock of a database, whose dead holder is never waited for.
 
-On a local disk the lock is an ``flock`` on a file, which the kernel drops with the process, however it ends. On an
-object store it is a small object with a heartbeat; one that has not beaten for `STALE_SECONDS` is taken over.
+On a local disk the lock is an ``flock`` on a file, which the kernel drops with the process, however it ends.
+
+On an object store it is a small object that is made on the condition that there is none (S3: ``If-None-Match: *``; GCS:
+``ifGenerationMatch=0``), so that of two builders one alone gets it; a store that ignores the condition is asked again a
+moment later who has it. The holder renews it every `BEAT_SECONDS`. A killed holder leaves it behind: one that ran in
+the same system and process namespace is known to be dead, and its lock is taken over at once; one elsewhere is dead if
+its last beat is older than `STALE_SECONDS`, and does not change while two more beats would, by our own clock, so that
+clocks that differ take nobody's lock. A holder that finds another's lock in place of its own stops.
 """
 
+import _thread
 import contextlib
 import fcntl
 import json
@@ -16,12 +23,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
-from retrodb.errors import InputError, LockedError
-from retrodb.storage import Storage
+import psutil
+
+from retrodb.errors import InputError, LockedError, UnreachableError
+from retrodb.storage import Storage, json_bytes
 
 LOCK_NAME: Final = ".lock"
 STALE_SECONDS: Final = 120.0
-_BEAT_SECONDS: Final = 30.0
+BEAT_SECONDS: Final = 30.0
+WATCH_SECONDS: Final = 2 * BEAT_SECONDS + 5
+_SETTLE_SECONDS: Final = 0.2
 
 
 @contextlib.contextmanager
@@ -87,35 +98,134 @@ def _acquire(storage: Storage, path: Path) -> IO[str]:
     return file
 
 
+# -- object stores -----------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def _remote_lock(storage: Storage) -> Iterator[None]:
     token = uuid.uuid4().hex
-    _refuse_if_alive(storage, token)
-    _beat(storage, token)
-    # Object stores without a conditional write: whoever wrote last has it; the other sees that and gives way.
-    time.sleep(0.2)
-    _refuse_if_alive(storage, token)
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(_BEAT_SECONDS):
-            _beat(storage, token)
-
-    thread = threading.Thread(target=beat, name="retrodb-lock", daemon=True)
-    thread.start()
+    _acquire_object(storage, token)
+    heart = _Heart(storage, token)
+    heart.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if heart.lost_to is not None:
+            raise heart.refusal() from None
+        raise
     finally:
-        stop.set()
-        thread.join()
-        storage.delete(LOCK_NAME)
+        heart.stop()
+    if heart.lost_to is not None:
+        raise heart.refusal()
 
 
-def _beat(storage: Storage, token: str) -> None:
-    storage.commit_json(LOCK_NAME, {**_holder(), "token": token, "beat": time.time()})
+def _acquire_object(storage: Storage, token: str) -> None:
+    """Make the lock's object, or take over one whose holder is dead.
+
+    Raises:
+        LockedError: someone holds it, or was quicker.
+    """
+    if not storage.create(LOCK_NAME, _beat(token)):
+        held = storage.read_if_there(LOCK_NAME)
+        if held is not None and not _is_dead(storage, held):
+            raise _refusal(storage, held.decode(errors="replace"))
+        # Of several that see it dead, one alone makes the new one: it is deleted, and then made by the same condition.
+        # Who deletes late may delete the lock that another has just made; that one sees it when it looks again.
+        if held is None or storage.read_if_there(LOCK_NAME) == held:
+            storage.delete(LOCK_NAME)
+        if not storage.create(LOCK_NAME, _beat(token)):
+            raise _refusal(storage, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
+    time.sleep(_SETTLE_SECONDS)  # a store that knows no conditions has let everybody write: the last one has it
+    held = storage.read_if_there(LOCK_NAME)
+    if held is None or _parsed(held).get("token") != token:
+        raise _refusal(storage, (held or b"").decode(errors="replace"))
 
 
-def _refuse_if_alive(storage: Storage, token: str) -> None:
-    holder = storage.read_json(LOCK_NAME)
-    if holder is not None and holder.get("token") != token and time.time() - holder.get("beat", 0) < STALE_SECONDS:
-        raise _refusal(storage, json.dumps(holder))
+def _is_dead(storage: Storage, held: bytes) -> bool:
+    """Whether the holder of a lock is gone: certainly, if it was a process of this machine; else by its silence."""
+    holder = _parsed(held)
+    if holder.get("machine") == _machine():
+        return not _is_running(holder)
+    beat = holder.get("beat")
+    if not isinstance(beat, int | float) or time.time() - beat < STALE_SECONDS:
+        return not holder  # nobody's: what lies there is no lock
+    # Clocks differ. By its own clock it has been silent for long; wait for two more beats by ours.
+    time.sleep(WATCH_SECONDS)
+    return storage.read_if_there(LOCK_NAME) == held
+
+
+def _parsed(held: bytes) -> dict[str, Any]:
+    try:
+        holder = json.loads(held)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _machine() -> str:
+    """What tells one running system, and one container in it, from another: process ids mean nothing elsewhere."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def _is_running(holder: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(int(holder["pid"]))
+        return process.create_time() == holder.get("started") and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+        return False
+
+
+def _beat(token: str) -> bytes:
+    holder = {
+        **_holder(),
+        "machine": _machine(),
+        "started": psutil.Process().create_time(),
+        "token": token,
+        "beat": time.time(),
+    }
+    return json_bytes(holder)
+
+
+class _Heart(threading.Thread):
+    """Says every `BEAT_SECONDS` that the holder lives, and stops it when another one has taken its lock.
+
+    That happens to a process that was suspended for longer than `STALE_SECONDS`: it must not write any more.
+    """
+
+    def __init__(self, storage: Storage, token: str) -> None:
+        super().__init__(name="retrodb-lock", daemon=True)
+        self._storage = storage
+        self._token = token
+        self._done = threading.Event()
+        self.lost_to: bytes | None = None
+
+    def run(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            # A store that does not answer now may do so at the next beat; the build meets it by itself.
+            with contextlib.suppress(UnreachableError):
+                held = self._storage.read_if_there(LOCK_NAME)
+                if held is None or _parsed(held).get("token") != self._token:
+                    self.lost_to = held or b""
+                    _thread.interrupt_main()
+                    return
+                self._storage.commit_bytes(LOCK_NAME, _beat(self._token))
+
+    def stop(self) -> None:
+        """End, and remove the lock if it is still this one's."""
+        self._done.set()
+        self.join()
+        if self.lost_to is None:
+            self._storage.delete(LOCK_NAME)
+
+    def refusal(self) -> LockedError:
+        who = _parsed(self.lost_to or b"").get("host", "another process")
+        return LockedError(
+            f"{self._storage.url} was taken over by {who}: this build had given no sign of life for more than "
+            f"{STALE_SECONDS:.0f} s. It has stopped; what was finished before is kept."
+        )

@@ -5,13 +5,17 @@ the manifest still named it is the shard that was meant, and looking at the mani
 readers take no lock and stop no build.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from retrodb.errors import MismatchError
+from retrodb.errors import DamagedError, MismatchError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage, path_of
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Snapshot(Storage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._seen: object = None
+        self._seen: tuple[int, int, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, (self.url, self.manifest)
@@ -31,19 +35,45 @@ class Snapshot(Storage):
     def _recorded(self) -> dict[str, Shard]:
         return _by_path(self.manifest)
 
-    def _opened(self, relative: str) -> None:
-        if relative not in self._recorded:
+    @contextlib.contextmanager
+    def local_copy(self, file: File) -> Iterator[Path]:
+        """As `Storage.local_copy`, whose caller opens or maps the file before it leaves.
+
+        Raises:
+            MismatchError: the database was rebuilt meanwhile.
+        """
+        try:
+            with super().local_copy(file) as path:
+                yield path
+        except (DamagedError, OSError):
+            self._look_back(path_of(file))
+            raise
+        if self.is_local:  # what comes from elsewhere was compared with its checksum
+            self._look_back(path_of(file))
+
+    def _look_back(self, path: str) -> None:
+        if path not in self._recorded:
             return
-        stamp = self.stamp(MANIFEST_NAME)
+        stamp = self._stamp()
         if stamp is not None and stamp == self._seen:
             return
         now = Manifest.load(Storage(self.url))
-        if now is None or _by_path(now).get(relative) != self._recorded[relative]:
+        if now is None or _by_path(now).get(path) != self._recorded[path]:
             raise MismatchError(
-                f"{self.describe(relative)} is no longer what it was when {self.url} was opened: a build is making it "
+                f"{self.describe(path)} is no longer what it was when {self.url} was opened: a build is making it "
                 "anew, or has done so. Open the database again."
             )
         self._seen = stamp
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """What differs when the manifest was replaced, where that can be told without reading it."""
+        if not self.is_local:
+            return None
+        try:
+            found = os.lstat(self.path(MANIFEST_NAME))
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _by_path(manifest: Manifest) -> dict[str, Shard]:

@@ -4,9 +4,13 @@ A shard is written to a temporary local file, hashed on the way, and then put in
 ``fsync`` and ``rename`` from a temporary name beside it, elsewhere by one whole-object upload. Nobody ever sees half a
 file under its final name. Paths inside a database are relative, and are checked: a manifest that names ``../x`` or an
 absolute path is refused (invariant 10).
+
+An object store is asked for whole objects alone: what is read lies on the local disk first, in `retrodb.cache` where
+its checksum is recorded, else for as long as it is open.
 """
 
 import contextlib
+import errno
 import filecmp
 import hashlib
 import json
@@ -18,15 +22,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Protocol
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
+from retrodb.cache import shard_cache
 from retrodb.errors import DamagedError, InputError
+from retrodb.remote import ObjectStore, filesystem_of, is_local
 
 TEMPORARY_PREFIX: Final = ".tmp-"
 """Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
@@ -41,6 +46,27 @@ _GROUP_RATIO: Final = 1 << 8
 def json_bytes(value: Any) -> bytes:
     """``value`` as indented JSON, keys in the order given. Raises ValueError for what JSON or UTF-8 lacks."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+class Recorded(Protocol):
+    """A file whose size and checksum are known: `retrodb.manifest.Shard`, `Committed`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+File = str | Recorded
+"""What is read: by its relative path, or by what is recorded of it. Where it is not local, a recorded file is compared
+with its checksum when it is fetched, and then comes from the cache."""
+
+
+def path_of(file: File) -> str:
+    """The relative path of a file."""
+    return file if isinstance(file, str) else file.path
 
 
 @dataclass(frozen=True)
@@ -104,19 +130,6 @@ def absolute_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of ``url`` and the path inside it.
-
-    Raises:
-        InputError: no filesystem is installed for the protocol, or its credentials are missing.
-    """
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {url!r}: {error}. Install the fsspec filesystem for it.") from error
-    return filesystem, path
-
-
 def checked_relative(path: str) -> str:
     """``path`` if it stays inside the database folder.
 
@@ -140,12 +153,14 @@ class Storage:
     url: str
     _filesystem: fsspec.AbstractFileSystem = field(init=False, repr=False, compare=False)
     _root: str = field(init=False, repr=False, compare=False)
+    _objects: ObjectStore = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.url.strip():
             raise InputError("the database's name is blank; name a folder or a URL.")
         self.url = absolute_url(self.url)
         self._filesystem, self._root = filesystem_of(self.url)
+        self._objects = ObjectStore(self._filesystem, self.url)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.url,)
@@ -153,7 +168,7 @@ class Storage:
     @property
     def is_local(self) -> bool:
         """Whether files can be memory-mapped and renamed."""
-        return isinstance(self._filesystem, LocalFileSystem)
+        return is_local(self._filesystem)
 
     def path(self, relative: str) -> str:
         """The full path of ``relative`` inside its filesystem.
@@ -181,44 +196,55 @@ class Storage:
             raise DamagedError(f"{self.describe(relative)} is a link, a folder or a device, not a file: refused.")
         return path
 
-    def _opened(self, relative: str) -> None:
-        """Called once a file was opened for reading, or could not be: `retrodb.snapshot` may object."""
-
-    def describe(self, relative: str) -> str:
-        """``relative`` as a person would name it, for messages."""
-        return posixpath.join(self.url, relative)
+    def describe(self, file: File) -> str:
+        """A file as a person would name it, for messages."""
+        return posixpath.join(self.url, path_of(file))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def size(self, relative: str) -> int | None:
-        """Bytes of a file, or None where there is none (a link is none). Never answers from a listing cache."""
-        if self.is_local:
-            try:
-                found = os.lstat(self.path(relative))
-            except (FileNotFoundError, NotADirectoryError):
+        """Bytes of a file, or None where there is none (a link is none). Never answers from a listing."""
+        if not self.is_local:
+            return self._objects.size(self.path(relative))
+        try:
+            found = os.lstat(self.path(relative))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def fault(self, file: Recorded, *, read: bool = True) -> str | None:
+        """What is wrong with a recorded file as it lies there, or None: ``has 5 bytes, recorded are 6``.
+
+        Args:
+            file: what is recorded.
+            read: compare its bytes with the checksum; else its size alone. What is read from an object store is in
+                the cache then.
+        """
+        if read and not self.is_local:
+            return self._fault_of_original(file)
+        size = self.size(file.path)
+        if size is None:
+            return "is missing"
+        if size != file.bytes:
+            return f"has {size:,} bytes, recorded are {file.bytes:,}"
+        if not read or (found := self.sha256(file.path)) == file.sha256:
+            return None
+        return f"has sha256 {found[:16]}.., recorded is {file.sha256[:16]}.."
+
+    def _fault_of_original(self, file: Recorded) -> str | None:
+        """As `fault`, by one fetch that leaves a sound file in the cache."""
+        try:
+            with self._cached(file, renew=True):
                 return None
-            return found.st_size if stat.S_ISREG(found.st_mode) else None
-        self._filesystem.invalidate_cache()
-        try:
-            return int(self._filesystem.info(self.path(relative))["size"])
         except FileNotFoundError:
-            return None
+            return "is missing"
+        except DamagedError as error:
+            return str(error).removeprefix(self.describe(file)).strip()
 
-    def stamp(self, relative: str) -> object:
-        """What differs when a file was replaced; None where there is none. Looks at no byte of it."""
-        path = self.path(relative)
-        try:
-            if self.is_local:
-                found = os.lstat(path)
-                return found.st_ino, found.st_size, found.st_mtime_ns
-            self._filesystem.invalidate_cache()
-            return self._filesystem.checksum(path)
-        except FileNotFoundError:
-            return None
-
-    def read_bytes(self, relative: str) -> bytes:
+    def read_bytes(self, file: File) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        return bytes(self._filesystem.cat_file(self._readable(relative)))
+        with self.local_copy(file) as path:
+            return path.read_bytes()
 
     def read_if_there(self, relative: str) -> bytes | None:
         """The whole file, or None where there is none."""
@@ -240,42 +266,38 @@ class Storage:
             raise DamagedError(f"{self.describe(relative)} is not valid JSON ({error}).") from error
 
     @contextlib.contextmanager
-    def open(self, relative: str) -> Iterator[IO[bytes]]:
-        """A readable binary file."""
-        with self._filesystem.open(self._readable(relative), "rb") as file:
-            self._opened(relative)
-            yield file
+    def open(self, file: File) -> Iterator[IO[bytes]]:
+        """A readable binary file on the local disk, which can be memory-mapped. Raises FileNotFoundError."""
+        with self.local_copy(file) as path:
+            opened = path.open("rb")
+        with opened:
+            yield opened
 
-    def open_parquet(self, relative: str) -> pq.ParquetFile:
-        """A Parquet file by path where it is local (memory-mapped), else through fsspec.
+    def open_parquet(self, file: File) -> pq.ParquetFile:
+        """A Parquet file, memory-mapped.
 
         Raises:
-            DamagedError: it is missing or is not Parquet.
+            DamagedError: it is missing, is not what is recorded, or is not Parquet.
         """
-        path = self._readable(relative)
         try:
-            if self.is_local:
-                file = pq.ParquetFile(path, memory_map=True)
-            else:
-                file = pq.ParquetFile(self._filesystem.open(path, "rb"), pre_buffer=False)
+            with self.local_copy(file) as path:  # what is mapped may be removed
+                parquet = pq.ParquetFile(str(path), memory_map=True)
+                try:
+                    self._refuse_bomb(file, parquet.metadata, path.stat().st_size)
+                except BaseException:
+                    parquet.close()
+                    raise
+                return parquet
         except (pa.ArrowException, OSError, ValueError) as error:
-            self._opened(relative)
-            raise self._unreadable(relative, error) from error
-        try:
-            self._opened(relative)
-            self._refuse_bomb(relative, file.metadata)
-        except BaseException:
-            file.close()
-            raise
-        return file
+            raise self._unreadable(file, error) from error
 
-    def _refuse_bomb(self, relative: str, found: pq.FileMetaData) -> None:
+    def _refuse_bomb(self, file: File, found: pq.FileMetaData, size: int) -> None:
         """Refuse what reading a few bytes would swell to any size: no shard of retrodb is so.
 
         Raises:
             DamagedError: a row group says it has more rows or bytes than any of ours, or values by reference.
         """
-        most = max(_GROUP_BYTES, _GROUP_RATIO * (self.size(relative) or 0))
+        most = max(_GROUP_BYTES, _GROUP_RATIO * size)
         for number in range(found.num_row_groups):
             group = found.row_group(number)
             columns = [group.column(at) for at in range(group.num_columns)]
@@ -286,59 +308,75 @@ class Storage:
             held = max(group.total_byte_size, referred)
             if held > most or not 0 <= group.num_rows <= _GROUP_ROWS:
                 raise DamagedError(
-                    f"{self.describe(relative)} was not written by retrodb: its row group {number} may hold "
+                    f"{self.describe(file)} was not written by retrodb: its row group {number} may hold "
                     f"{held:,} bytes in {group.num_rows:,} rows. Run the build again to repair it."
                 )
 
-    def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
+    def read_table(self, file: File, columns: list[str] | None = None) -> pa.Table:
         """A whole Parquet shard, or some of its columns, read on the calling thread.
 
         Raises:
-            DamagedError: it is missing or cannot be decoded.
+            DamagedError: it is missing, is not what is recorded, or cannot be decoded.
         """
-        with self.open_parquet(relative) as file:
+        with self.open_parquet(file) as parquet:
             try:
-                return file.read(columns=columns, use_threads=False)
+                return parquet.read(columns=columns, use_threads=False)
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise self._unreadable(relative, error) from error
+                raise self._unreadable(file, error) from error
 
-    def read_array(self, relative: str) -> np.ndarray:
-        """A ``.npy`` array: memory-mapped read-only where it is local, else read. Never a pickle.
+    def read_array(self, file: File) -> np.ndarray:
+        """A ``.npy`` array, memory-mapped read-only. Never a pickle.
 
         Raises:
-            DamagedError: it is missing or not an array file.
+            DamagedError: it is missing, is not what is recorded, or is not an array file.
         """
-        path = self._readable(relative)
         try:
-            if self.is_local:
+            with self.local_copy(file) as path:
                 if os.path.getsize(path) == 0:
                     raise ValueError("the file is empty")
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            else:
-                with self._filesystem.open(path, "rb") as file:
-                    array = np.asarray(np.load(file, allow_pickle=False))
+                return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            self._opened(relative)
-            raise self._unreadable(relative, error) from error
-        self._opened(relative)
-        return array
+            raise self._unreadable(file, error) from error
 
-    def _unreadable(self, relative: str, error: Exception) -> DamagedError:
-        return DamagedError(f"cannot read {self.describe(relative)}: {error}. Run the build again to repair it.")
+    def _unreadable(self, file: File, error: Exception) -> Exception:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return error  # there is no room for what is to be read: it is not damaged
+        return DamagedError(f"cannot read {self.describe(file)}: {error}. Run the build again to repair it.")
 
     @contextlib.contextmanager
-    def local_copy(self, relative: str) -> Iterator[Path]:
-        """A local path with the file's bytes: the file itself, or a copy that is removed afterwards."""
+    def local_copy(self, file: File) -> Iterator[Path]:
+        """A local path with the file's bytes: the file itself, the cache's, or a copy that is removed afterwards.
+
+        What is opened or mapped meanwhile stays valid.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedError: it is not what is recorded (where it is not local).
+        """
         if self.is_local:
-            path = Path(self._readable(relative))
-            self._opened(relative)
+            yield Path(self._readable(path_of(file)))
+        elif isinstance(file, str):
+            with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
+                target = Path(folder) / posixpath.basename(file)
+                self._objects.fetch(self.path(file), target)
+                yield target
+        else:
+            with self._cached(file) as path:
+                yield path
+
+    @contextlib.contextmanager
+    def _cached(self, file: Recorded, *, renew: bool = False) -> Iterator[Path]:
+        full = self.path(file.path)
+        with shard_cache().hold(
+            self.describe(file), file.sha256, file.bytes, lambda path: self._objects.fetch(full, path), renew=renew
+        ) as path:
             yield path
-            return
-        with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
-            target = Path(folder) / posixpath.basename(relative)
-            self._filesystem.get_file(self.path(relative), str(target))
-            self._opened(relative)
-            yield target
+
+    def bring(self, file: Recorded) -> None:
+        """Have a recorded file in the cache when it is wanted. A failure waits until then, too."""
+        if not self.is_local:
+            with contextlib.suppress(Exception), self._cached(file):
+                pass
 
     def sha256(self, relative: str) -> str:
         """sha256 of a file's bytes in hex, streamed. Raises FileNotFoundError."""
@@ -348,6 +386,13 @@ class Storage:
                 digest.update(block)
         return digest.hexdigest()
 
+    def sha256_if_there(self, relative: str) -> str | None:
+        """As `sha256`, or None where there is no such file."""
+        try:
+            return self.sha256(relative)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def list_files(self, relative: str) -> list[str]:
         """Names of the files directly in a folder, sorted; empty where there is none.
 
@@ -355,53 +400,69 @@ class Storage:
         """
         return self._list(relative, "file")
 
-    def list_below(self, relative: str) -> Iterator[str]:
-        """Paths of the files in a folder, at any depth."""
-        for name in self.list_files(relative):
-            yield f"{relative}/{name}"
-        for name in self.list_folders(relative):
-            yield from self.list_below(f"{relative}/{name}")
-
     def list_folders(self, relative: str) -> list[str]:
         """Names of the folders directly in a folder, sorted."""
         return self._list(relative, "directory")
 
     def _list(self, relative: str, kind: str) -> list[str]:
         folder = posixpath.dirname(self.path(f"{relative}/_")) if relative else self._root
-        try:
-            if self.is_local:  # by lstat: a link is listed as a file, and never followed
-                with os.scandir(folder) as found:
-                    return sorted(e.name for e in found if e.is_dir(follow_symlinks=False) == (kind == "directory"))
-            self._filesystem.invalidate_cache()
-            entries = self._filesystem.ls(folder, detail=True)
+        if not self.is_local:
+            return self._objects.names(folder, kind)
+        try:  # by lstat: a link is listed as a file, and never followed
+            with os.scandir(folder) as found:
+                return sorted(e.name for e in found if e.is_dir(follow_symlinks=False) == (kind == "directory"))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == kind)
+
+    def list_below(self, folder: str) -> list[str]:
+        """Relative paths of all files below a folder, at any depth, sorted; for the same ends as `list_files`."""
+        if not self.is_local:
+            return [path.removeprefix(f"{self._root}/") for path in self._objects.below(self.path(folder))]
+        found = [f"{folder}/{name}" for name in self.list_files(folder)]
+        for name in self.list_folders(folder):
+            found += self.list_below(f"{folder}/{name}")
+        return sorted(found)
 
     def is_empty(self) -> bool:
         """Whether the folder is missing or has nothing in it."""
-        self._filesystem.invalidate_cache()
-        try:
-            return not self._filesystem.ls(self._root, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
+        return not self.list_files("") and not self.list_folders("")
 
     def is_a_file(self) -> bool:
         """Whether the URL names a file, where a folder was meant."""
-        return bool(self._filesystem.isfile(self._root))
+        return os.path.isfile(self._root) if self.is_local else self._objects.size(self._root) is not None
+
+    def check_bucket(self) -> None:
+        """Tell a bucket that does not exist from one in which there is nothing.
+
+        Raises:
+            UnreachableError: there is no such bucket, or the store does not answer.
+        """
+        if not self.is_local:
+            self._objects.check_bucket(self._root)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def commit(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
-        """Write a file whole: ``write`` gets a sequential writer, and the name appears only when it has returned."""
+        """Write a file whole: ``write`` gets a sequential writer, and the name appears only when it has returned.
+
+        Raises:
+            OSError: there is no space left; names where.
+            UnreachableError: the store does not take it.
+        """
         if self.is_local:
             return self._commit_local(relative, write)
-        with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
-            staged = Path(folder) / "shard"
-            with staged.open("wb") as raw:
-                writer = HashingWriter(raw)
-                write(writer)
-            self._filesystem.put_file(str(staged), self.path(relative))
+        try:
+            with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
+                staged = Path(folder) / "shard"
+                with staged.open("wb") as raw:
+                    writer = HashingWriter(raw)
+                    write(writer)
+                self._objects.put(self.path(relative), staged)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f"{tempfile.gettempdir()}, where a file waits to be uploaded (TMPDIR)"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
         return Committed(relative, writer.bytes_written, writer.hexdigest())
 
     def _commit_local(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
@@ -427,10 +488,13 @@ class Storage:
             raise
         return Committed(relative, writer.bytes_written, writer.hexdigest())
 
-    def move(self, source: str, target: str) -> None:
-        """Put a file that was committed under another name in place; one that is the same already stays as it is."""
+    def put_in_place(self, source: str, target: str) -> None:
+        """Put a file that was committed under another name in place, whole; one that is the same already stays.
+
+        On an object store it is copied, and the source goes with its folder: moving it would be two requests more.
+        """
         if not self.is_local:
-            self._filesystem.mv(self.path(source), self.path(target))
+            self._objects.copy(self.path(source), self.path(target))
             return
         made, final = Path(self._readable(source)), Path(self.path(target))
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -438,6 +502,10 @@ class Storage:
             made.unlink()
         else:
             os.replace(made, final)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write an object only where there is none, as far as the store can tell; whether it was written."""
+        return self._objects.create(self.path(relative), data)
 
     def commit_bytes(self, relative: str, data: bytes) -> Committed:
         """Write ``data`` as one whole file."""
@@ -513,14 +581,21 @@ class Storage:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
-    def delete(self, relative: str) -> None:
-        """Remove a file if it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            self._filesystem.rm_file(self.path(relative))
+    def delete(self, *relatives: str) -> None:
+        """Remove files, those that are there."""
+        if not self.is_local:
+            self._objects.delete([self.path(relative) for relative in relatives])
+            return
+        for relative in relatives:
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.rm_file(self.path(relative))
 
     def delete_folder(self, relative: str) -> None:
         """Remove a folder of our own and all in it, if it is there. Of a link in its place, the link."""
-        if self.is_local and os.path.islink(self.path(relative)):
+        if not self.is_local:
+            self._objects.delete(self._objects.below(self.path(relative)))
+            return
+        if os.path.islink(self.path(relative)):
             os.unlink(self.path(relative))
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm(self.path(relative), recursive=True)

@@ -11,7 +11,7 @@ import numpy as np
 from retrodb.errors import DamagedError
 from retrodb.index.engine import Metric, ascending, faiss_threads, ivf_of, untyped, worst
 from retrodb.index.shards import load_index_shard
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage, path_of
 
 MISSING: Final = -1
 """Fills the places of an id array where nothing was found. Never an id: mask it before any look-up."""
@@ -117,9 +117,9 @@ def merge(
 
 @dataclass(frozen=True)
 class IndexFile:
-    """One recorded index shard: its relative path and the vectors it must hold."""
+    """One recorded index shard: the file as `Storage` reads it and the vectors it must hold."""
 
-    path: str
+    path: File
     vectors: int
 
 
@@ -166,9 +166,10 @@ class GroupedIndex:
         return found
 
     def _index(self, file: IndexFile) -> faiss.Index:
-        if file.path in self._open:
-            self._open.move_to_end(file.path)
-            return self._open[file.path]
+        name = path_of(file.path)
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
         self._evict(file.vectors)
         try:
             with self.storage.local_copy(file.path) as path:
@@ -176,7 +177,7 @@ class GroupedIndex:
         except FileNotFoundError as error:
             where = self.storage.describe(file.path)
             raise DamagedError(f"{where} is missing. Run the build again to repair it.") from error
-        self._open[file.path] = index
+        self._open[name] = index
         return index
 
     def _evict(self, vectors: int) -> None:

@@ -27,13 +27,13 @@ class Searcher:
         self.metric = state.details["metric"]
         self.dimension = int(manifest.fingerprints["encoder"]["dimension"])
         tuned = manifest.stages.get("neighbours")
-        chunks = {shard.number: shard.path for shard in manifest.shards("chunks")}
+        chunks = {shard.number: shard for shard in manifest.shards("chunks")}
         self._documents = StoredDocuments(storage, chunks)
-        embeddings = {shard.number: shard.path for shard in manifest.shards("embeddings")}
+        embeddings = {shard.number: shard for shard in manifest.shards("embeddings")}
         self._vectors = StoredVectors(storage, embeddings, self._documents.locate)
         self._index = GroupedIndex(
             storage,
-            tuple(IndexFile(shard.path, shard.rows) for shard in manifest.shards("index") if shard.number >= 0),
+            tuple(IndexFile(shard, shard.rows) for shard in manifest.shards("index") if shard.number >= 0),
             self.dimension,
             self.metric,
             nprobe=tuned.details["nprobe"] if tuned else state.details["n_lists"],

@@ -12,7 +12,7 @@ from retrodb.errors import DamagedError
 from retrodb.neighbours.exclusion import NO_CLUSTER
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
-from retrodb.storage import Storage
+from retrodb.storage import File, Storage
 
 _ROW_MASK = (1 << ID_SHIFT) - 1
 
@@ -83,12 +83,12 @@ class StoredDocuments:
 
     Attributes:
         storage: the database.
-        paths: relative path of each chunk shard by its number.
+        paths: each chunk shard by its number, as `Storage` reads it.
         cache_bytes: bound on the columns kept; at least one shard is.
     """
 
     storage: Storage
-    paths: Mapping[int, str]
+    paths: Mapping[int, File]
     cache_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
@@ -138,12 +138,12 @@ class StoredClusters:
 
     Attributes:
         documents: the document of each chunk.
-        paths: relative path of each document shard by its number.
+        paths: each document shard by its number, likewise.
         cache_bytes: bound on the columns kept; at least one shard is.
     """
 
     documents: StoredDocuments
-    paths: Mapping[int, str]
+    paths: Mapping[int, File]
     cache_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ def clusters_of(documents: pa.Table) -> np.ndarray:
     return pc.fill_null(documents["cluster_id"], pa.scalar(NO_CLUSTER, pa.int64())).to_numpy()
 
 
-def _recorded(paths: Mapping[int, str], shard: int, kind: str) -> str:
+def _recorded(paths: Mapping[int, File], shard: int, kind: str) -> File:
     path = paths.get(shard)
     if path is None:
         raise DamagedError(f"no {kind} shard {shard} is recorded, but a chunk of it was named. Verify the database.")
@@ -193,18 +193,18 @@ def _nbytes(columns: tuple[np.ndarray | None, ...]) -> int:
 
 @dataclass
 class StoredVectors:
-    """`VectorSource` over ``embeddings`` shards: memory-mapped where they are local, else read and kept for a while.
+    """`VectorSource` over ``embeddings`` shards: memory-mapped.
 
     Attributes:
         storage: the database.
-        paths: relative path of each embedding shard by its number.
+        paths: each embedding shard by its number, likewise.
         locate: rows of chunk ids in a shard, `StoredDocuments.locate`; None takes every shard as dense, which holds
             until a compaction.
         cache_bytes: bound on the shards kept open; at least one is.
     """
 
     storage: Storage
-    paths: Mapping[int, str]
+    paths: Mapping[int, File]
     locate: Callable[[int, np.ndarray], np.ndarray] | None = None
     cache_bytes: int = 64 << 20
 

@@ -25,7 +25,7 @@ def check_schemas(scene: Scene) -> None:
     """Every Parquet shard has the columns of `retrodb.schemas`, more may be there, and the recorded rows."""
     for table, expected in _expected_schemas(scene).items():
         for shard in scene.shards(table):
-            with scene.examining(shard), scene.storage.open_parquet(shard.path) as file:
+            with scene.examining(shard), scene.storage.open_parquet(shard) as file:
                 for fault in _schema_faults(file.schema_arrow, expected):
                     scene.findings.add(shard.path, fault)
                 if file.metadata.num_rows != shard.rows:
@@ -260,7 +260,7 @@ def check_embeddings(scene: Scene) -> None:
     """Vectors are float16 [rows, d] and finite."""
     for shard in scene.shards("embeddings"):
         with scene.examining(shard):
-            vectors = scene.storage.read_array(shard.path)
+            vectors = scene.storage.read_array(shard)
             expected = (shard.rows, scene.facts.dimension)
             if vectors.dtype != np.float16 or vectors.shape != expected:
                 raise DamagedError(f"holds {vectors.dtype} {list(vectors.shape)}, not float16 {list(expected)}")

@@ -25,7 +25,7 @@ def check_duplicates(scene: Scene) -> None:
         shard = duplicates.get(documents.number)
         if shard is not None:
             with scene.examining(shard):
-                _check_rows(scene, shard, scene.storage.read_table(shard.path))
+                _check_rows(scene, shard, scene.storage.read_table(shard))
         if scene.done("chunk") and whole:
             with scene.examining(shard or documents):
                 table = scene.table(documents, "document_id", "key", "source", "content_hash", "cluster_id", "split")
@@ -61,7 +61,7 @@ def _join(scene: Scene, shard: Shard | None, documents: Shard, table: pa.Table) 
     if shard is None:
         scene.findings.refuse(documents.path, found != NO_CLUSTER, "a cluster_id that the duplicates table lacks")
         return
-    kept = scene.storage.read_table(shard.path)
+    kept = scene.storage.read_table(shard)
     kept = kept.filter(kept["document_id"].is_valid())
     ids = kept["document_id"].to_numpy()
     known = scalars(table, "document_id")

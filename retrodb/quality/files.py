@@ -29,6 +29,7 @@ from retrodb.quality.scene import STAGE_OF, Scene
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 _THREADS: Final = 4
+_REMOTE_THREADS: Final = 16
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MOST_ROWS: Final = 1 << 32
 _UPSTREAM: Final = {
@@ -156,7 +157,7 @@ def check_files(scene: Scene) -> None:
     """Every recorded file: there, of the recorded size and sha256; and nothing else in the table folders."""
     storage, findings = scene.storage, scene.findings
     shards = [shard for table in TABLES for shard in scene.manifest.shards(table) if not findings.has(shard.path)]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS if storage.is_local else _REMOTE_THREADS) as pool:
         for shard, fault in zip(shards, pool.map(lambda shard: _fault(storage, shard), shards), strict=True):
             if fault:
                 findings.add(shard.path, fault)
@@ -170,15 +171,9 @@ def check_files(scene: Scene) -> None:
 def _fault(storage: Storage, shard: Shard) -> str | None:
     """What is wrong with a file, if anything is; reads all its bytes."""
     try:
-        size = storage.size(shard.path)
-        if size is None:
-            return "is missing"
-        if size != shard.bytes:
-            return f"has {size:,} bytes, recorded are {shard.bytes:,}"
-        found = storage.sha256(shard.path)
+        return storage.fault(shard)
     except (OSError, RetrodbError) as error:
         return f"cannot be read: {error}"
-    return None if found == shard.sha256 else f"has sha256 {found[:16]}.., recorded is {shard.sha256[:16]}.."
 
 
 def _check_tokenizer(scene: Scene) -> None:
@@ -188,9 +183,10 @@ def _check_tokenizer(scene: Scene) -> None:
     if path is None or not scene.done("chunk"):
         return
     with scene.findings.blaming(str(path)):
-        if scene.storage.size(path) is None:
+        found = scene.storage.sha256_if_there(path)
+        if found is None:
             scene.findings.add(path, "is missing")
-        elif scene.storage.sha256(path) != recorded["fingerprint"]:
+        elif found != recorded["fingerprint"]:
             scene.findings.add(path, "is not the tokenizer that cut the chunks: its sha256 is another")
 
 
@@ -201,9 +197,10 @@ def _check_reports(scene: Scene) -> None:
         if recorded is None:
             continue
         with scene.findings.blaming(path):
-            if scene.storage.size(path) is None:
+            found = scene.storage.sha256_if_there(path)
+            if found is None:
                 scene.findings.add(path, "is missing")
-            elif scene.storage.sha256(path) != recorded:
+            elif found != recorded:
                 scene.findings.add(path, "is not the report of this build: its sha256 is another")
 
 

@@ -23,7 +23,7 @@ def check_index(scene: Scene) -> None:
     template = scene.shard("index", TEMPLATE_NUMBER)
     if template is not None:
         with scene.examining(template):
-            load_template(scene.storage.read_bytes(template.path), _dimension(scene), scene.facts.metric, template.path)
+            load_template(scene.storage.read_bytes(template), _dimension(scene), scene.facts.metric, template.path)
     home: dict[int, str] = {}
     for shard in scene.shards("index"):
         if shard.number != TEMPLATE_NUMBER:
@@ -52,7 +52,7 @@ def _nearest(scene: Scene, number: int) -> str:
 
 def _check_shard(scene: Scene, shard: Shard, home: dict[int, str]) -> None:
     findings, facts = scene.findings, scene.facts
-    with scene.storage.local_copy(shard.path) as path:
+    with scene.storage.local_copy(shard) as path:
         index = load_index_shard(path, _dimension(scene), facts.metric, shard.rows)
     ids = _index_ids(index)
     order = np.argsort(ids, kind="stable")
@@ -97,7 +97,7 @@ def _check_vectors(scene: Scene, shard: Shard, number: int, index: Any, ids: np.
     stored, own = scene.shard("embeddings", number), scene.ids(number)
     if stored is None or own is None or scene.findings.has(shard.path):
         return
-    vectors = scene.storage.read_array(stored.path)
+    vectors = scene.storage.read_array(stored)
     flat: Any = faiss.downcast_index(index.index)
     held = faiss.rev_swig_ptr(flat.get_xb(), int(index.ntotal) * int(index.d)).reshape(-1, int(index.d))
     for rows in np.array_split(np.arange(len(ids)), max(1, len(ids) // 8192)):

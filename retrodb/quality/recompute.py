@@ -101,7 +101,7 @@ def _compare_tokens(scene: Scene, chunks: Shard, documents: Shard, tokenizer: Ch
     if not scene.facts.keeps_text:
         _compare_hashes(scene, chunks, documents, tokenizer)
         return
-    stored = scene.storage.read_table(chunks.path)
+    stored = scene.storage.read_table(chunks)
     source = scene.table(documents, "document_id", "text")
     made, _ = chunk_documents(
         scalars(source, "document_id"),
@@ -162,7 +162,7 @@ def _compare_vectors(scene: Scene, embeddings: Shard, chunks: Shard, documents: 
             made = encoder.embed_own_tokens([row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)])
         else:
             made = encoder.embed(_texts(scene, table, documents, tools))
-    stored = np.asarray(scene.storage.read_array(embeddings.path))
+    stored = np.asarray(scene.storage.read_array(embeddings))
     a, b = made.astype(np.float64), stored.astype(np.float64)
     norms = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     cosines = np.where(
@@ -235,7 +235,7 @@ def _compare_neighbours(scene: Scene, shard: Shard) -> None:
 
 def _vectors(scene: Scene, number: int) -> np.ndarray | None:
     stored = scene.shard("embeddings", number)
-    return None if stored is None else scene.storage.read_array(stored.path)
+    return None if stored is None else scene.storage.read_array(stored)
 
 
 def _compare_distances(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:

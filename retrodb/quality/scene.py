@@ -205,7 +205,7 @@ class Scene:
 
     def table(self, shard: Shard, *columns: str) -> pa.Table:
         """Some columns of a shard."""
-        return self.storage.read_table(shard.path, list(columns))
+        return self.storage.read_table(shard, list(columns))
 
     def ids(self, number: int) -> ChunkIds | None:
         """The ids of a chunk shard; None where it or its documents are not trusted."""

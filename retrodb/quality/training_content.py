@@ -66,7 +66,7 @@ def _own_shard(scene: Scene, number: int) -> OwnShard | None:
 
 def _blocks(scene: Scene, shard: Shard) -> Iterator[tuple[int, pa.Table]]:
     """(first row, rows) of a shard, whole row groups of about `_BLOCK_ROWS`."""
-    with scene.storage.open_parquet(shard.path) as file:
+    with scene.storage.open_parquet(shard) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         group = row = 0
         while group < len(sizes):

@@ -1,7 +1,9 @@
 """The PyTorch stream: training sequences in order, one dict of tensors each, with no random access."""
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -54,7 +56,8 @@ class TrainingDataset(IterableDataset[Sample]):
 
     Ranks and workers get contiguous parts of the stream whose sizes differ by at most one; some get none where there
     are fewer rows than consumers. `shortest` is what every rank has at least, for those who need equal steps.
-    Memory: one row group; with ``shuffle``, ``shuffle_row_groups`` of them.
+    Memory: one row group; with ``shuffle``, ``shuffle_row_groups`` of them. From an object store each shard comes
+    whole, once an epoch and consumer, through the cache (`retrodb.cache`), and the next one while one is read.
 
     Resuming. `state_dict` after any sample is the exact position and goes into `load_state_dict` of a dataset made
     alike. That holds where the dataset is iterated directly, with ``DataLoader(num_workers=0)``, and with torchdata's
@@ -278,7 +281,8 @@ class TrainingDataset(IterableDataset[Sample]):
         if self._shuffle:
             shuffle = (self._seed, self.epoch)
             blocks = order.shuffled(blocks, len(self._shards), *shuffle)
-        with _OpenShards(self._storage, self._shards, self._neighbours) as opened:
+        wanted = order.shards_of(blocks, start, stop)
+        with _OpenShards(self._storage, self._shards, self._neighbours, wanted) as opened:
             for pool in order.pools(blocks, start, stop, self._pool, shuffle):
                 parts = [
                     opened.get(int(blocks.shard[block])).read(int(blocks.first[block]), int(blocks.rows[block]))
@@ -309,16 +313,26 @@ def as_samples(columns: Columns) -> Iterator[Sample]:
 
 
 class _OpenShards:
-    """Training shards held open: the `order.SHUFFLE_SHARDS` used last."""
+    """Training shards held open: the `order.SHUFFLE_SHARDS` used last.
 
-    def __init__(self, storage: Storage, shards: tuple[Shard, ...], neighbours: int | None) -> None:
+    Of an object store, the next one of ``wanted`` (places in the manifest, in the order of their first use) is fetched
+    by a thread while one is read.
+    """
+
+    def __init__(
+        self, storage: Storage, shards: tuple[Shard, ...], neighbours: int | None, wanted: Sequence[int]
+    ) -> None:
         self._storage, self._shards, self._neighbours = storage, shards, neighbours
         self._open: OrderedDict[int, TrainingShard] = OrderedDict()
+        self._following = dict(itertools.pairwise(wanted))
+        self._ahead = None if storage.is_local else ThreadPoolExecutor(1, thread_name_prefix="retrodb-prefetch")
 
     def __enter__(self) -> "_OpenShards":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=False, cancel_futures=True)
         while self._open:
             self._open.popitem()[1].close()
 
@@ -328,5 +342,7 @@ class _OpenShards:
             if len(self._open) >= order.SHUFFLE_SHARDS:
                 self._open.popitem(last=False)[1].close()
             self._open[number] = TrainingShard(self._storage, self._shards[number], self._neighbours)
+            if self._ahead is not None and (following := self._following.get(number)) is not None:
+                self._ahead.submit(self._storage.bring, self._shards[following])
         self._open.move_to_end(number)
         return self._open[number]

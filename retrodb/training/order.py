@@ -93,6 +93,14 @@ def pools(blocks: Blocks, start: int, stop: int, pool_blocks: int, shuffle: tupl
             yield Pool(low, high, permutation(end - begin, *shuffle, 2 + low)[window])
 
 
+def shards_of(blocks: Blocks, start: int, stop: int) -> list[int]:
+    """The shards that the positions ``start .. stop`` of the stream lie in, in the order of their first block."""
+    ends = np.cumsum(blocks.rows)
+    some = blocks.shard[(ends > start) & (ends - blocks.rows < stop)]
+    places = np.unique(some, return_index=True)[1]
+    return [int(shard) for shard in some[np.sort(places)]]
+
+
 def share(total: int, consumers: int, consumer: int) -> tuple[int, int]:
     """The range of ``total`` positions that is a consumer's: sizes differ by at most one, the larger ones first."""
     base, more = divmod(total, consumers)

@@ -99,15 +99,15 @@ class TrainingShard:
         self._files = ExitStack()
         try:
             with self._blaming_the_file():
-                self._parquet = self._files.enter_context(storage.open_parquet(shard.path))
-                self._raw = self._files.enter_context(storage.open(shard.path))
-            self._setup(shard, neighbours, storage.is_local)
+                self._parquet = self._files.enter_context(storage.open_parquet(shard))
+                self._raw = self._files.enter_context(storage.open(shard))
+            self._setup(shard, neighbours)
         except BaseException:
             self.close()
             raise
 
-    def _setup(self, shard: Shard, neighbours: int | None, mapped: bool) -> None:
-        self._map = memoryview(mmap.mmap(self._raw.fileno(), 0, access=mmap.ACCESS_READ)) if mapped else None
+    def _setup(self, shard: Shard, neighbours: int | None) -> None:
+        self._map: memoryview | None = memoryview(mmap.mmap(self._raw.fileno(), 0, access=mmap.ACCESS_READ))
         metadata = self._parquet.metadata
         with self._blaming_the_file():
             self._schema = self._parquet.schema_arrow
@@ -129,10 +129,8 @@ class TrainingShard:
 
     def _bytes(self, start: int, size: int) -> memoryview:
         """A piece of the file."""
-        if self._map is not None:
-            return self._map[start : start + size]
-        self._raw.seek(start)
-        return memoryview(self._raw.read(size))
+        assert self._map is not None, "read after close"
+        return self._map[start : start + size]
 
     @contextmanager
     def _blaming_the_file(self) -> Iterator[None]:
@@ -229,7 +227,7 @@ def split_range(storage: Storage, shard: Shard, split: str | None, validation_ro
     if split is None:
         return 0, shard.rows
     if validation_rows is None:
-        table = storage.read_table(shard.path, columns=["split"])
+        table = storage.read_table(shard, columns=["split"])
         if "split" not in table.column_names:
             raise DamagedError(f"{storage.describe(shard.path)} is no training shard: it has no column 'split'.")
         column = table["split"].to_numpy()

@@ -175,7 +175,7 @@ def _unpacker(storage: Storage, manifest: Manifest, column: _Column) -> Callable
 
     def pieces() -> Iterator[npt.NDArray]:
         for shard in manifest.shards(column.table):
-            table = storage.read_table(shard.path, columns=[column.column])
+            table = storage.read_table(shard, columns=[column.column])
             if table.num_rows != shard.rows or column.column not in table.column_names:
                 raise DamagedError(
                     f"{storage.describe(shard.path)} has {table.num_rows} rows of {table.column_names}; recorded are"

@@ -1,0 +1,227 @@
+"""Object stores through fsspec: whole objects in, whole objects out, one request each, and every failure named.
+
+`retrodb.storage` is the only one to use this. An object is read with one GET and written with one PUT (or one upload
+in parts, which shows nothing until it is complete); what is asked besides is listed in docs/object-storage.md. Retries
+with back-off are the client library's: botocore's *standard* mode below s3fs, gcsfs' own six attempts.
+"""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from retrodb.errors import InputError, RetrodbError, UnreachableError
+
+_S3_ATTEMPTS: Final = 8
+_ONE_STREAM: Final[dict[str, dict[str, int]]] = {"s3": {"max_concurrency": 1}, "gs": {"concurrency": 1}}
+"""What makes ``get_file`` one GET: else s3fs and gcsfs ask for the size first and fetch ranges. Shards are fetched side
+by side, not their parts."""
+
+_EXTRAS: Final = {"s3": "pip install 'retrodb[s3]'", "s3a": "pip install 'retrodb[s3]'"}
+
+_NO_CREDENTIALS: Final = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "DefaultCredentialsError",
+    "RefreshError",
+    "Anonymous caller",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "Invalid Credentials",
+    "ExpiredToken",
+    ", 401",
+)
+_NO_NETWORK: Final = (
+    "EndpointConnectionError",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "ConnectionClosedError",
+    "ClientConnectorError",
+    "ServerDisconnectedError",
+    "TransportError",
+    "TimeoutError",
+    "ConnectionError",
+)
+
+
+def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of ``url`` and the path inside it. It keeps no listings: they would be out of date.
+
+    Raises:
+        InputError: no filesystem is installed for the protocol, or its settings are wrong.
+    """
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    options: dict[str, Any] = {} if "::" in url or protocol == "file" else {"use_listings_cache": False}
+    if protocol in ("s3", "s3a") and not _retries_are_set():
+        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": _S3_ATTEMPTS}}
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        remedy = _EXTRAS.get(protocol, "Install the fsspec filesystem for it.")
+        raise InputError(f"cannot open {url!r}: {error}. It needs: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"cannot open {url!r}: {error}. Install the fsspec filesystem for it.") from error
+    except Exception as error:  # credentials that are looked for at once, as gcsfs does
+        raise UnreachableError(_explained(error, "open", url, 0.0)) from error
+    return filesystem, path
+
+
+def _retries_are_set() -> bool:
+    """Whether the user says how S3 is retried: then retrodb does not."""
+    configured = fsspec.config.conf.get("s3", {})
+    return "config_kwargs" in configured or "AWS_RETRY_MODE" in os.environ or "AWS_MAX_ATTEMPTS" in os.environ
+
+
+class ObjectStore:
+    """The objects below one folder's URL. Paths are those of the filesystem, with the bucket.
+
+    Every method raises `UnreachableError` where the store does not answer or refuses.
+    """
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, url: str) -> None:
+        protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+        self._filesystem = filesystem
+        self._url = url
+        self._one_stream = next((_ONE_STREAM[name] for name in protocols if name in _ONE_STREAM), {})
+
+    def fetch(self, path: str, target: Path) -> None:
+        """Write an object to a local file: one request. Raises FileNotFoundError."""
+        with self._naming("read", path):
+            self._filesystem.get_file(path, str(target), **self._one_stream)
+
+    def put(self, path: str, source: Path) -> None:
+        """Write a local file as one object, which is seen when it is complete, and not before."""
+        with self._naming("write", path), self._bucket_needed():
+            self._filesystem.put_file(str(source), path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object only where there is none, and say whether it was written.
+
+        By a condition that the store itself checks (S3: ``If-None-Match: *``; GCS: ``ifGenerationMatch=0``). A store
+        that ignores it overwrites: read back who has it.
+        """
+        with self._naming("write", path), self._bucket_needed():
+            try:
+                self._filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the store; the target appears whole. Raises FileNotFoundError."""
+        with self._naming("write", target):
+            self._filesystem.cp_file(source, target)
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, None where there is none."""
+        with self._naming("look for", path):
+            try:
+                found = self._filesystem.info(path)
+            except FileNotFoundError:
+                return None
+        return None if found["type"] == "directory" else int(found["size"])
+
+    def names(self, folder: str, kind: str) -> list[str]:
+        """Names directly in a folder, sorted: of its files (``file``) or folders (``directory``)."""
+        with self._naming("list", folder):
+            try:
+                entries = self._filesystem.ls(folder, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        own = [entry["name"].rstrip("/") for entry in entries if entry["type"] == kind]
+        return sorted(name.rpartition("/")[2] for name in own if name != folder.rstrip("/"))
+
+    def below(self, folder: str) -> list[str]:
+        """Full paths of all objects below a folder, sorted."""
+        with self._naming("list", folder):
+            try:
+                return sorted(self._filesystem.find(folder))
+            except FileNotFoundError:
+                return []
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Remove objects, those that are there, together where the store can."""
+        if not paths:
+            return
+        with self._naming("delete", paths[0]), contextlib.suppress(FileNotFoundError):
+            if len(paths) == 1:
+                self._filesystem.rm_file(paths[0])
+            else:
+                self._filesystem.rm(list(paths))
+
+    def check_bucket(self, path: str) -> None:
+        """Refuse a bucket that does not exist. One that cannot be looked at is let pass: its objects may well be.
+
+        Raises:
+            UnreachableError: there is no such bucket.
+        """
+        bucket = path.partition("/")[0]
+        with contextlib.suppress(Exception):
+            self._filesystem.info(bucket)
+            return
+        with self._naming("look for", bucket), self._bucket_needed():
+            try:
+                self._filesystem.info(bucket)
+            except PermissionError:
+                return
+
+    @contextlib.contextmanager
+    def _bucket_needed(self) -> Iterator[None]:
+        """Where something is written, what is not found is the bucket."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UnreachableError(f"{self._url}: there is no such bucket. Make it, or correct the name.") from error
+
+    @contextlib.contextmanager
+    def _naming(self, action: str, path: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except (RetrodbError, FileNotFoundError, NotADirectoryError, MemoryError):
+            raise
+        except Exception as error:  # s3fs, gcsfs and what lies below them raise their own
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise  # of the local disk
+            where = self._filesystem.unstrip_protocol(path)
+            raise UnreachableError(_explained(error, action, where, time.monotonic() - started)) from error
+
+
+def _explained(error: BaseException, action: str, where: str, seconds: float) -> str:
+    """What failed, why as far as it can be told, what the library has tried, and what to do."""
+    chain = _chain(error)
+    words = " ".join(f"{' '.join(kind.__name__ for kind in type(one).__mro__)} {one}" for one in chain)
+    if any(mark in words for mark in _NO_CREDENTIALS):
+        why = "there are no valid credentials"
+        remedy = "Give them as the store's own tools take them (docs/object-storage.md)."
+    elif isinstance(error, PermissionError) or "Forbidden" in words or "AccessDenied" in words:
+        why = "permission is denied"
+        remedy = "Reading needs get and list, building also put and delete on the bucket."
+    elif any(mark in words for mark in _NO_NETWORK):
+        tried = f" after {seconds:.0f} s of retries" if seconds >= 1 else ""
+        why = f"the store does not answer{tried}"
+        remedy = "Look at the network and the endpoint, and run the same command again: what is finished is kept."
+    else:
+        why = "the store refuses"
+        remedy = "What is finished is kept: run the same command again once it is mended."
+    text = " ".join(str(error).split())[:300]
+    return f"cannot {action} {where}: {why} ({type(error).__name__}: {text}). {remedy}"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Whether files can be memory-mapped and renamed."""
+    return isinstance(filesystem, LocalFileSystem)

@@ -1,0 +1,84 @@
+"""An object store on a loopback port, as a process of its own: ``python object_store_server.py s3|gs LOG BUCKET``.
+
+moto's S3 or gcp-storage-emulator, with every request written to LOG (``METHOD path?query``) once it is answered. Prints
+its port, and ends when its standard input does: with the tests, however those end.
+"""
+
+import logging
+import socketserver
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from http.server import HTTPServer
+from typing import IO, Any
+
+LOOPBACK = "127.0.0.1"
+
+
+def serve_s3(log: IO[str], bucket: str) -> int:
+    import boto3
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    app = DomainDispatcherApplication(create_backend_app)
+
+    def counting(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if not environ["PATH_INFO"].startswith("/moto-api"):
+            query = environ.get("QUERY_STRING", "")
+            log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' if query else ''}{query}\n")
+        return app(environ, start_response)
+
+    class Quiet(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log(self, type: str, message: str, *args: Any) -> None:
+            pass
+
+    server = make_server(LOOPBACK, 0, counting, threaded=True, request_handler=Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    boto3.client("s3", endpoint_url=f"http://{LOOPBACK}:{server.port}", region_name="us-east-1").create_bucket(
+        Bucket=bucket
+    )
+    return server.port
+
+
+def serve_gs(log: IO[str], bucket: str) -> int:
+    from gcp_storage_emulator.handlers import buckets
+    from gcp_storage_emulator.server import RequestHandler
+    from gcp_storage_emulator.storage import Storage
+
+    logging.disable(logging.CRITICAL)
+    storage = Storage(use_memory_fs=True)
+    buckets.create_bucket(bucket, storage)
+    one_at_a_time = threading.Lock()  # the emulator's own storage is made for one thread
+
+    class Counting(RequestHandler):
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            log.write(f"{self.command} {self.path}\n")
+
+        def handle_one_request(self) -> None:
+            with one_at_a_time:
+                super().handle_one_request()
+
+    class Threaded(socketserver.ThreadingMixIn, HTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that hangs up, as gcsfs does when one of two questions is answered, is no news."""
+
+    server = Threaded((LOOPBACK, 0), partial(Counting, storage))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return int(server.server_address[1])
+
+
+def main(protocol: str, log_path: str, bucket: str) -> None:
+    with open(log_path, "a", buffering=1, encoding="utf-8") as log:
+        port = {"s3": serve_s3, "gs": serve_gs}[protocol](log, bucket)
+        print(port, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
