@@ -1,7 +1,7 @@
 """Run a stage's tasks to the last receipt: resume, watch, retry what a dead worker left, and account for it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,7 +19,7 @@ from retrodb.storage import Storage
 _ATTEMPTS: Final = 3
 _PROGRESS_SECONDS: Final = 0.5
 
-Waves = Callable[[Sequence[Task]], Sequence[Sequence[Task]]]
+Waves = Callable[[Sequence[Task]], Iterable[Sequence[Task]]]
 
 
 def one_wave(tasks: Sequence[Task]) -> Sequence[Sequence[Task]]:
