@@ -25,7 +25,7 @@ from retrodb.config import RunSettings
 from retrodb.index import IndexFile, build_index_shard, commit_index_shard, train_template
 from retrodb.storage import Storage
 
-D, SHARD, DOCUMENT, K = 256, 2_000, 10, 20
+D, SHARD, DOCUMENT, K = 512, 10_000, 10, 20
 
 
 def data_bytes() -> int:

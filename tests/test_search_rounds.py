@@ -200,7 +200,7 @@ def test_a_build_in_small_waves_or_from_an_object_store_finds_the_same(
 
     monkeypatch.setattr(search, "open_index_file", counted)
     runs = []
-    for name, wave_bytes in (("one", 32 << 20), ("many", 80_000)):
+    for name, wave_bytes in (("one", 32 << 20), ("many", 120_000)):
         monkeypatch.setattr(search, "WAVE_BYTES", wave_bytes)
         build_here([topics], tmp_path / name, **settings)
         runs.append(dict(opened))
@@ -238,7 +238,6 @@ def test_a_build_that_ends_between_two_rounds_goes_on_from_there(topics, tiny_en
     from retrodb.pipelines import execute, search
 
     settings = {"encoder": str(tiny_encoder), "shard_bytes": "12KB", "until": "neighbours"}
-    monkeypatch.setattr(search, "WAVE_BYTES", 80_000)
     build_here([topics], tmp_path / "whole", **settings)
 
     run_wave, waves = execute.Executor._run_wave, []
@@ -252,6 +251,7 @@ def test_a_build_that_ends_between_two_rounds_goes_on_from_there(topics, tiny_en
 
     with monkeypatch.context() as patch:
         patch.setattr(execute.Executor, "_run_wave", interrupted)
+        patch.setattr(search, "WAVE_BYTES", 20_000)  # less than a query shard: each takes several rounds
         with pytest.raises(KeyboardInterrupt):
             build_here([topics], tmp_path / "cut", **settings)
     states = list((tmp_path / "cut").glob(".build/neighbours-*/rounds/*.arrays"))

@@ -40,7 +40,7 @@ class _Arrays:
         arrays = [np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)]
         little = [array.astype(array.dtype.newbyteorder("<"), copy=False) for array in arrays]
         header = json.dumps([type(self).__name__, [(array.dtype.str, array.shape) for array in little]])
-        return b"".join([header.encode(), b"\n", *(memoryview(array.reshape(-1).view(np.uint8)) for array in little)])
+        return b"".join([header.encode(), b"\n", *(array.reshape(-1).view(np.uint8).data for array in little)])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

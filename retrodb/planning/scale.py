@@ -20,7 +20,8 @@ _BLOCK_QUERIES: Final = 8_192
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is to be built. Sizes in tokens and bytes; ``document_tokens`` and ``bytes_per_token`` are averages."""
+    """What is to be built. Sizes in tokens and bytes; ``document_tokens`` and ``bytes_per_token`` are averages,
+    ``record_overhead`` what a record's other fields add to its text."""
 
     tokens: int
     encoder: EncoderSize
@@ -34,6 +35,7 @@ class Assumed:
     shard_bytes: int | None = None
     document_tokens: float = f.DOCUMENT_TOKENS
     bytes_per_token: float = f.BYTES_PER_TOKEN
+    record_overhead: float = f.RECORD_OVERHEAD
     token_bytes: int = 2
     exclude: Exclude = "document"
 
@@ -53,7 +55,7 @@ class Assumed:
     @property
     def shards(self) -> int:
         """Of each table."""
-        size = self.text_bytes * f.RECORD_OVERHEAD
+        size = self.text_bytes * self.record_overhead
         return max(1, math.ceil(size / (self.shard_bytes or default_shard_bytes(round(size)))))
 
 
