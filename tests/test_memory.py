@@ -55,8 +55,8 @@ def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
-def test_the_same_search_in_one_wave_does_not_fit(tmp_path):
+def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     """What shows that the limit bites, and that waves are what keeps a search below it."""
-    done = search_under_limit(tmp_path / "wave", 40_000, wave_mb=1_000)
+    done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
     assert done.returncode != 0
-    assert "MemoryError" in done.stderr or "Cannot allocate" in done.stderr
+    assert "MemoryError" in done.stderr
