@@ -1,7 +1,7 @@
 """Run a stage's tasks to the last receipt: resume, watch, retry what a dead worker left, and account for it."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +21,7 @@ _PROGRESS_SECONDS: Final = 0.5
 _REMOTE_PROGRESS_SECONDS: Final = 20.0
 """Each look at an object store is a listing."""
 
-Waves = Callable[[Sequence[Task]], Sequence[Sequence[Task]]]
+Waves = Callable[[Sequence[Task]], Iterable[Sequence[Task]]]
 
 
 def one_wave(tasks: Sequence[Task]) -> Sequence[Sequence[Task]]:

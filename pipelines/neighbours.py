@@ -1,57 +1,38 @@
-"""neighbours: exact truth for a sample, the cheapest nprobe that reaches the gate, then every chunk's neighbours."""
+"""neighbours: exact truth for a sample, and the cheapest nprobe that reaches the gate. The rest is `search`."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
+from retrodb.pipelines.search import SearchSettings, query_clusters
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task
 
-from retrodb.index import GroupedIndex, IndexFile
+from retrodb.index import GroupedIndex
 from retrodb.index.engine import Metric
-from retrodb.manifest import Shard, shard_path
+from retrodb.manifest import Shard
 from retrodb.neighbours import (
     NO_CLUSTER,
     ClusterSource,
     Exclude,
     Exclusion,
-    Neighbours,
     SameCluster,
     StoredClusters,
     StoredDocuments,
     StoredVectors,
     find_neighbours,
-    to_table,
 )
 from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 TRUTH_NUMBER: Final = -1
 TUNING_NUMBER: Final = -1000
 """The receipt of nprobe p has number ``TUNING_NUMBER - p``."""
-NEIGHBOUR_ROW_GROUP: Final = 1 << 14
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How chunks are searched, and where everything is."""
-
-    index: tuple[IndexFile, ...]
-    documents: Mapping[int, File]
-    chunks: Mapping[int, File]
-    embeddings: Mapping[int, File]
-    dimension: int
-    metric: Metric
-    k: int
-    exclude: Exclude
-    raw_is_exact: bool
-    n_lists: int
-    nprobe: int
 
 
 @dataclass(frozen=True)
@@ -94,13 +75,6 @@ def draw_sample(
         vectors = np.asarray(vectors_of(storage, files[number], len(chunk_ids))[own])
         parts.append((chunk_ids[own], exclusion.first, exclusion.last, clusters, vectors))
     return Sample(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray, exclude: Exclude) -> np.ndarray:
-    """int64 [n]: the cluster that each chunk of a shard may have no neighbour of; `NO_CLUSTER` for none."""
-    if exclude != "cluster":
-        return np.full(len(document_ids), NO_CLUSTER)
-    return chunk_clusters(storage, files, document_ids)
 
 
 def sample_path(book: ReceiptBook) -> str:
@@ -192,8 +166,8 @@ def truth_distances(receipt: Receipt) -> np.ndarray:
     return np.array([[np.nan if cell is None else cell for cell in row] for row in rows], dtype=np.float32)
 
 
-class _Searching(StageDoFn):
-    """Holds the index, the vectors and the document ids, opened once a worker."""
+class TryNprobe(StageDoFn):
+    """Task (an nprobe) -> the recall it gives on the sample. Index shards are opened one after the other."""
 
     def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
         super().__init__(book)
@@ -206,7 +180,6 @@ class _Searching(StageDoFn):
             settings.index,
             settings.dimension,
             settings.metric,
-            nprobe=settings.nprobe,
             n_lists=settings.n_lists,
             raw_is_exact=settings.raw_is_exact,
         )
@@ -214,58 +187,25 @@ class _Searching(StageDoFn):
         self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
         self._clusters = StoredClusters(self._documents, settings.documents)
 
-    def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
-        return find_neighbours(
-            chunk_ids,
-            vectors,
-            exclusion,
-            self._index,
-            vectors=self._vectors,
-            documents=self._documents,
-            k=self._settings.k,
-            metric=self._settings.metric,
-        )
-
-
-class TryNprobe(_Searching):
-    """Task (an nprobe) -> the recall it gives on the sample."""
-
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
             sample = Sample.from_bytes(self._storage.read_bytes(sample_path(self._book)))
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
-            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters))
+            found = find_neighbours(
+                sample.chunk_ids,
+                sample.vectors,
+                sample.exclusion(self._clusters),
+                self._index,
+                vectors=self._vectors,
+                documents=self._documents,
+                k=self._settings.k,
+                metric=self._settings.metric,
+            )
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number
-
-
-class SearchShard(_Searching):
-    """Task (a query shard) -> its neighbours, written."""
-
-    def process(self, task: Task) -> Iterator[int]:
-        with self._naming(task.number):
-            receipt = self._search(task.number, task.payload)
-            finish(self._book, receipt)
-            yield task.number
-
-    def _search(self, number: int, files: ShardFiles) -> Receipt:
-        storage = self._storage
-        chunk_ids, document_ids = chunk_columns(storage, files)
-        exclusion = Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude)
-        clusters = query_clusters(storage, files, document_ids, self._settings.exclude)
-        if (clusters != NO_CLUSTER).any():
-            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
-        found = self._find(chunk_ids, vectors_of(storage, files, len(chunk_ids)), exclusion)
-        committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
-        counts = {
-            "queries": len(chunk_ids),
-            "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
-        }
-        return Receipt(number, {"neighbours": Shard.of(committed, number, len(chunk_ids))}, counts)
 
 
 def nprobe_tasks(nprobes: Sequence[int], queries: int) -> list[Task]:
@@ -278,15 +218,3 @@ def tuning_pipeline(
 ) -> beam.PCollection:
     """Measure the recall of some nprobes on the sample."""
     return pipeline | DealOut(tasks) | "try" >> beam.ParDo(TryNprobe(book, settings))
-
-
-def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
-    """One task a query shard."""
-    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
-
-
-def search_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: SearchSettings
-) -> beam.PCollection:
-    """Search every query shard."""
-    return pipeline | DealOut(tasks) | "search" >> beam.ParDo(SearchShard(book, settings))

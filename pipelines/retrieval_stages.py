@@ -10,8 +10,9 @@ from retrodb.pipelines import neighbours as neighbours_stage
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.index import IndexSettings
-from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, SearchSettings, truth_distances
+from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.search import SearchSettings, search_pipeline, search_tasks, search_waves
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.shuffle import join_tasks, join_waves
 from retrodb.pipelines.training import JoinSettings, training_pipeline
@@ -28,10 +29,13 @@ from retrodb.index import (
 )
 from retrodb.manifest import RECALL_REPORT, REPORT_SHA256, TEMPLATE_NUMBER, TEMPLATE_PATH, StageState, shard_of
 from retrodb.neighbours import from_table
+from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS
 
 RECALL_QUERIES: Final = 512
+FETCH_ABOVE: Final = VECTOR_CACHE_BYTES
+"""Vectors on an object store that a worker cannot keep, in bytes: to look one up, it would read a whole shard."""
 _SMALL_VECTORS: Final = 30_000
 _SMALL_QUERIES: Final = 6_000
 _SMALL_TUNING_VECTORS: Final = 1 << 22
@@ -159,11 +163,12 @@ def build_neighbours(builder: Builder) -> None:
         StageWork(
             stage="neighbours",
             parts=parts,
-            tasks=neighbours_stage.search_tasks(files, chunks),
+            tasks=search_tasks(files, chunks),
             damaged=damaged,
-            pipeline=lambda pipeline, book, tasks: neighbours_stage.search_pipeline(pipeline, book, tasks, settings),
+            pipeline=lambda pipeline, book, tasks: search_pipeline(pipeline, book, tasks, settings),
             unit="chunks",
             small=_SMALL_QUERIES,
+            waves=search_waves(book, settings),
         )
     )
     if receipts is None:
@@ -210,6 +215,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         raw_is_exact=has_exact_codes(choice.key),
         n_lists=choice.n_lists,
         nprobe=1,
+        fetched=not builder.storage.is_local and sum(s.bytes for s in manifest.shards("embeddings")) > FETCH_ABOVE,
     )
 
 

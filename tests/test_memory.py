@@ -1,6 +1,9 @@
 """A worker's peak memory does not grow with the corpus (invariant 7), nor does the driver's, which shuffles."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,3 +25,38 @@ def test_four_times_the_corpus_takes_no_more_memory(tiny_encoder, tmp_path):
     small, large = benchmark.measure_memory(corpus("wiki_large"), tmp_path, (5_000, 20_000), *settings)
     assert large.driver < 1.2 * small.driver
     assert large.worker < 1.2 * small.worker
+
+
+SEARCH = Path(__file__).parent / "search_under_limit.py"
+LIMIT_MB = 96
+
+
+def search_under_limit(folder, chunks, wave_mb):
+    """A search of so many chunks that is allowed `LIMIT_MB` of memory beyond what the libraries take."""
+    return subprocess.run(
+        [sys.executable, str(SEARCH), str(folder), str(chunks), str(LIMIT_MB), str(wave_mb)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
+    done = search_under_limit(tmp_path / "waves", 40_000, wave_mb=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["found"] == 20 * found["queries"]
+    assert found["data_mb"] > 1.2 * LIMIT_MB, "the limit is no limit"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
+    """What shows that the limit bites, and that waves are what keeps a search below it."""
+    done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
+    assert done.returncode != 0
+    assert "MemoryError" in done.stderr

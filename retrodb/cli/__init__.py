@@ -1,4 +1,4 @@
-"""The command line: ``retrodb build | info | verify | query | show``. One small module a command.
+"""The command line: ``retrodb build | plan | info | verify | query | show | index merge``. One small module a command.
 
 Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
 """
@@ -18,7 +18,9 @@ from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
+from retrodb.cli.plan import plan
 from retrodb.cli.verify import verify
 from retrodb.errors import RetrodbError
 
@@ -31,8 +33,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, info, verify, query, show):
+for command in (build, plan, info, verify, query, show):
     app.command()(command)
+app.add_typer(index_commands, name="index")
 
 
 def _version(wanted: bool) -> None:

@@ -16,7 +16,7 @@ from the stored vectors, and orders them.
 
 from retrodb.index.engine import Metric, has_exact_codes
 from retrodb.index.keys import EXACT_BELOW, KeyChoice, choose_key
-from retrodb.index.search import MISSING, GroupedIndex, IndexFile, merge, search_group
+from retrodb.index.search import MISSING, GroupedIndex, IndexFile, merge, open_index_file, search_group
 from retrodb.index.shards import (
     build_index_shard,
     bytes_per_vector,
@@ -42,6 +42,7 @@ __all__ = [
     "load_index_shard",
     "load_template",
     "merge",
+    "open_index_file",
     "search_group",
     "seeded_sample",
     "train_template",

@@ -123,6 +123,20 @@ class IndexFile:
     vectors: int
 
 
+def open_index_file(storage: Storage, file: IndexFile, dimension: int, metric: Metric) -> faiss.Index:
+    """A recorded index shard, ready to be searched, as `load_index_shard` opens it.
+
+    Raises:
+        DamagedError: it is missing or is not the one recorded.
+    """
+    try:
+        with storage.local_copy(file.path) as path:
+            return load_index_shard(path, dimension, metric, file.vectors)
+    except FileNotFoundError as error:
+        where = storage.describe(file.path)
+        raise DamagedError(f"{where} is missing. Run the build again to repair it.") from error
+
+
 @dataclass
 class GroupedIndex:
     """All index shards of a database as one `CandidateSource`, held in memory no more than ``cache_bytes`` at a time.
@@ -171,12 +185,7 @@ class GroupedIndex:
             self._open.move_to_end(name)
             return self._open[name]
         self._evict(file.vectors)
-        try:
-            with self.storage.local_copy(file.path) as path:
-                index = load_index_shard(path, self.dimension, self.metric, file.vectors)
-        except FileNotFoundError as error:
-            where = self.storage.describe(file.path)
-            raise DamagedError(f"{where} is missing. Run the build again to repair it.") from error
+        index = open_index_file(self.storage, file, self.dimension, self.metric)
         self._open[name] = index
         return index
 

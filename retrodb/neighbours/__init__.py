@@ -10,6 +10,7 @@ the k-th can have been left out, or the index is exhausted; then the row says ho
 merges. `Neighbours` holds the result as arrays; `to_table` and `from_table` convert it to and from rows.
 """
 
+from retrodb.neighbours.asking import Ask, SearchedIndex, initial_candidates
 from retrodb.neighbours.exclusion import (
     NO_CLUSTER,
     ClusterSource,
@@ -19,7 +20,7 @@ from retrodb.neighbours.exclusion import (
     SameCluster,
     document_ranges,
 )
-from retrodb.neighbours.select import Selection, find_neighbours, initial_candidates, pair_scores, rescore, select
+from retrodb.neighbours.select import Selection, find_neighbours, pair_scores, rescore, select
 from retrodb.neighbours.sources import (
     CandidateSource,
     DocumentSource,
@@ -34,6 +35,7 @@ from retrodb.neighbours.table import Neighbours, from_table, to_table
 
 __all__ = [
     "NO_CLUSTER",
+    "Ask",
     "CandidateSource",
     "ClusterSource",
     "DocumentSource",
@@ -42,6 +44,7 @@ __all__ = [
     "Exclusion",
     "Neighbours",
     "SameCluster",
+    "SearchedIndex",
     "Selection",
     "StoredClusters",
     "StoredDocuments",

@@ -1,8 +1,8 @@
 """From candidates to neighbours: exclude by id, re-score from the stored vectors, order, keep k or count honestly.
 
-Two forms share `select`. `find_neighbours` has an index that can be asked again. A shuffle over groups of index shards
-searches each group apart (`retrodb.index.search_group`), merges (`retrodb.index.merge`), calls `select`, and repeats
-with twice the candidates for the queries that are not ``satisfied``.
+Two forms share `select` and what is asked again (`retrodb.neighbours.asking`). `find_neighbours` has an index at hand.
+A shuffle over groups of index shards (`retrodb.neighbours.rounds`) searches each group apart, merges, selects, and
+repeats for the queries that are not ``satisfied``.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 from retrodb.index import MISSING, Metric
 from retrodb.index.engine import ascending
+from retrodb.neighbours.asking import asked_again, exhausted, first_asks, rows_at_once
 from retrodb.neighbours.exclusion import Exclusion
 from retrodb.neighbours.sources import CandidateSource, DocumentSource, VectorSource
 from retrodb.neighbours.table import Neighbours
@@ -19,16 +20,7 @@ from retrodb.neighbours.table import Neighbours
 BUDGET_BYTES: Final = 64 << 20
 """Working memory of a call, besides its result and what the sources keep."""
 
-EXTRA_CANDIDATES: Final = 32
-"""Fetched beyond k: to keep 10 after exclusion, 37 are enough for 99% of chunks (measured on 40k)."""
-
-CODED_CANDIDATES: Final = 128
-"""Fetched at least, where raw distances are those of a code and the order must come from re-scoring."""
-
-_LARGEST_FIRST_DOUBLINGS: Final = 2
-_BYTES_PER_CANDIDATE: Final = 96
 _PAIRS_AT_ONCE: Final = 2_048
-_NPROBE_GROWTH: Final = 4
 _ROUNDING: Final = float(np.finfo(np.float32).eps)
 
 
@@ -47,11 +39,6 @@ class Selection:
     distances: np.ndarray
     n_valid: np.ndarray
     satisfied: np.ndarray
-
-
-def initial_candidates(k: int, raw_is_exact: bool) -> int:
-    """How many candidates to ask for first, to keep ``k``."""
-    return k + EXTRA_CANDIDATES if raw_is_exact else max(CODED_CANDIDATES, 8 * k)
 
 
 def pair_scores(queries: np.ndarray, vectors: np.ndarray, metric: Metric) -> np.ndarray:
@@ -246,60 +233,30 @@ def find_neighbours(
     Raises:
         DamagedError: a query holds NaN, or an index names chunks that do not exist.
     """
-    result = Neighbours(
-        np.asarray(query_ids, dtype=np.int64),
-        np.full((len(queries), k), MISSING, dtype=np.int64),
-        np.full((len(queries), k), MISSING, dtype=np.int64),
-        np.full((len(queries), k), np.nan, dtype=np.float32),
-        np.zeros(len(queries), dtype=np.int16),
-    )
-    first = candidates or initial_candidates(k, source.raw_is_exact)
-    work = [(rows, min(asked, source.ntotal), source.nprobe) for rows, asked in _first_requests(exclusion, k, first)]
-    while work:
-        pending, asked, nprobe = work.pop()
-        if asked == 0:
-            continue
-        block = max(1, budget_bytes // (asked * _BYTES_PER_CANDIDATE + 8 * queries.shape[1]))
-        for start in range(0, len(pending), block):
-            rows = pending[start : start + block]
-            own = np.ascontiguousarray(queries[rows], dtype=np.float32)
-            raw, ids = source.search(own, asked, nprobe)
-            exhausted = (ids < 0).any(axis=1) | (asked >= source.ntotal)
+    result = Neighbours.none(query_ids, k)
+    asks = first_asks(exclusion, k, source, candidates)
+    while asks:
+        ask = asks.pop()
+        for part in ask.cut(rows_at_once(ask.candidates, queries.shape[1], budget_bytes)):
+            own = np.ascontiguousarray(queries[part.rows], dtype=np.float32)
+            raw, ids = source.search(own, part.candidates, part.nprobe)
             found = select(
                 own,
-                exclusion.take(rows),
+                exclusion.take(part.rows),
                 raw,
                 ids,
-                exhausted,
+                exhausted(ids, part, source),
                 vectors=vectors,
                 k=k,
                 metric=metric,
                 raw_is_exact=source.raw_is_exact,
                 budget_bytes=budget_bytes,
             )
-            wider = found.satisfied & (found.n_valid < k) & (nprobe < source.n_lists)
-            _keep(result, rows, found, found.satisfied & ~wider)
-            _again(work, rows[~found.satisfied], min(2 * asked, source.ntotal), nprobe)
-            _again(work, rows[wider], asked, min(_NPROBE_GROWTH * nprobe, source.n_lists))
+            done, again = asked_again(part, found.satisfied, found.n_valid, k, source)
+            _keep(result, part.rows, found, done)
+            asks += again
     _add_documents(result, documents, max(1, budget_bytes // (k * 48)))
     return result
-
-
-def _first_requests(exclusion: Exclusion, k: int, first: int) -> list[tuple[np.ndarray, int]]:
-    """How many candidates each query is asked for first, as (rows int64, candidates).
-
-    More where its own document could take the nearest places: asking again costs a whole search, asking for more at
-    once little. Few different numbers, so that a search has many queries.
-    """
-    asked = np.full(len(exclusion), first, dtype=np.int64)
-    for _ in range(_LARGEST_FIRST_DOUBLINGS):
-        asked[asked < k + (exclusion.last - exclusion.first)] *= 2
-    return [(np.flatnonzero(asked == number), int(number)) for number in np.unique(asked)]
-
-
-def _again(work: list[tuple[np.ndarray, int, int]], rows: np.ndarray, asked: int, nprobe: int) -> None:
-    if len(rows):
-        work.append((rows, asked, nprobe))
 
 
 def _keep(result: Neighbours, rows: np.ndarray, found: Selection, done: np.ndarray) -> None:

@@ -2,31 +2,27 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
+from retrodb.neighbours.asking import Searched
 from retrodb.neighbours.exclusion import NO_CLUSTER
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
 from retrodb.storage import File, Storage
 
-_ROW_MASK = (1 << ID_SHIFT) - 1
+VECTOR_CACHE_BYTES: Final = 64 << 20
+"""Embedding shards that a process keeps open, in bytes."""
+
+_ROW_MASK: Final = (1 << ID_SHIFT) - 1
 
 
-class CandidateSource(Protocol):
+class CandidateSource(Searched, Protocol):
     """An index, or several behind one face: `retrodb.index.GroupedIndex`."""
-
-    nprobe: int
-    n_lists: int
-    raw_is_exact: bool
-
-    @property
-    def ntotal(self) -> int:
-        """Vectors that can be found."""
 
     def search(self, queries: np.ndarray, candidates: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
         """Raw distances float32 and chunk ids int64, both [q, c], nearest first; id -1 where there are fewer."""
@@ -206,7 +202,7 @@ class StoredVectors:
     storage: Storage
     paths: Mapping[int, File]
     locate: Callable[[int, np.ndarray], np.ndarray] | None = None
-    cache_bytes: int = 64 << 20
+    cache_bytes: int = VECTOR_CACHE_BYTES
 
     def __post_init__(self) -> None:
         self._recent = Recent(self._read, lambda array: array.nbytes, self.cache_bytes)

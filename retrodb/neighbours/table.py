@@ -28,6 +28,18 @@ class Neighbours:
     distances: np.ndarray
     n_valid: np.ndarray
 
+    @staticmethod
+    def none(chunk_ids: np.ndarray, k: int) -> "Neighbours":
+        """No neighbour of any query yet."""
+        n = len(chunk_ids)
+        return Neighbours(
+            np.asarray(chunk_ids, dtype=np.int64),
+            np.full((n, k), MISSING, dtype=np.int64),
+            np.full((n, k), MISSING, dtype=np.int64),
+            np.full((n, k), np.nan, dtype=np.float32),
+            np.zeros(n, dtype=np.int16),
+        )
+
     @property
     def k(self) -> int:
         """Neighbours kept for each query."""

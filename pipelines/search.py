@@ -1,0 +1,387 @@
+"""Every chunk's neighbours, as rounds of a shuffle in which an index shard is read once for many queries.
+
+blocks of query shards x index shards -> search:  candidates of the block in one index shard    (key: piece of queries)
+                                      -> merge:   the nearest of all index shards, by distance
+                                      -> (fetch:  their vectors, by the candidates' shards; where they are far away)
+                                      -> settle:  who is certain, who is asked again               (key: query shard)
+                                      -> write:   the query shard's neighbours, or what is left of it for another round
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import apache_beam as beam
+import numpy as np
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
+from retrodb.schemas import ID_SHIFT
+
+from retrodb.index import IndexFile, open_index_file, search_group
+from retrodb.index.engine import Metric
+from retrodb.manifest import Shard, shard_path
+from retrodb.neighbours import (
+    NO_CLUSTER,
+    Exclude,
+    Exclusion,
+    SearchedIndex,
+    StoredClusters,
+    StoredDocuments,
+    StoredVectors,
+    to_table,
+)
+from retrodb.neighbours.asking import first_asks, rows_at_once
+from retrodb.neighbours.rounds import (
+    Candidates,
+    Chunks,
+    Queries,
+    Unfinished,
+    ask_bytes,
+    candidates_of,
+    merged,
+    piece_rows,
+    settled,
+    wanted_chunks,
+)
+from retrodb.neighbours.select import BUDGET_BYTES
+from retrodb.storage import File, Storage
+
+WAVE_BYTES: Final = 32 << 20
+"""Candidates that one local shuffle may carry: the in-process runner keeps them in memory, once for each worker."""
+
+BLOCK_QUERIES: Final = 8_192
+"""Queries that are searched for each time an index shard is opened, at least: opening it then costs nothing beside."""
+
+NEIGHBOUR_ROW_GROUP: Final = 1 << 14
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How chunks are searched, and where everything is.
+
+    ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
+    """
+
+    index: tuple[IndexFile, ...]
+    documents: Mapping[int, File]
+    chunks: Mapping[int, File]
+    embeddings: Mapping[int, File]
+    dimension: int
+    metric: Metric
+    k: int
+    exclude: Exclude
+    raw_is_exact: bool
+    n_lists: int
+    nprobe: int
+    fetched: bool = False
+
+    @property
+    def searched(self) -> SearchedIndex:
+        """The index as far as asking needs to know it."""
+        vectors = sum(file.vectors for file in self.index)
+        return SearchedIndex(vectors, self.nprobe, self.n_lists, self.raw_is_exact)
+
+
+def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray, exclude: Exclude) -> np.ndarray:
+    """int64 [n]: the cluster that each chunk of a shard may have no neighbour of; `NO_CLUSTER` for none."""
+    if exclude != "cluster":
+        return np.full(len(document_ids), NO_CLUSTER)
+    return chunk_clusters(storage, files, document_ids)
+
+
+# -- between rounds: a file a query shard ------------------------------------------------------------------------------
+
+
+def _rounds(book: ReceiptBook) -> ReceiptBook:
+    """What is known of unfinished query shards: how many bytes their queries weigh in the next shuffle."""
+    return replace(book, step="rounds")
+
+
+def _state_path(book: ReceiptBook, number: int) -> str:
+    return f"{_rounds(book).folder}/{number:05d}.arrays"
+
+
+def unfinished(book: ReceiptBook, number: int, exclusion: Exclusion, settings: SearchSettings) -> Unfinished:
+    """Where a query shard stands: as the last round left it, or at the start."""
+    data = book.storage.read_if_there(_state_path(book, number))
+    if data is not None:
+        return Unfinished.from_bytes(data)
+    return Unfinished.start(len(exclusion), settings.k, first_asks(exclusion, settings.k, settings.searched))
+
+
+def _left(book: ReceiptBook, tasks: Sequence[Task]) -> dict[int, int]:
+    """Bytes that the queries of unfinished query shards weigh, where a round has been over them."""
+    receipts = _rounds(book).read_all([task.number for task in tasks])
+    return {number: receipt.counts["bytes"] for number, receipt in receipts.items()}
+
+
+def _filled(tasks: Sequence[Task], left: Mapping[int, int], a_query: int) -> Iterator[list[Task]]:
+    """Tasks in waves of `WAVE_BYTES`; each task's weight is what is left of it, in queries of ``a_query`` bytes."""
+    wave: list[Task] = []
+    room = WAVE_BYTES
+    for task in tasks:
+        size = min(left[task.number], WAVE_BYTES)
+        if wave and size > room:
+            yield wave
+            wave, room = [], WAVE_BYTES
+        wave.append(replace(task, weight=max(1, left[task.number] // a_query)))
+        room -= size
+    if wave:
+        yield wave
+
+
+def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Sequence[Task]], Iterator[list[Task]]]:
+    """Waves of query shards whose shuffle stays below `WAVE_BYTES`, round after round until all are finished.
+
+    A task's weight within a wave is what is left of it.
+    """
+    first = first_asks(Exclusion.of_nothing(1), settings.k, settings.searched)
+    a_query = sum(ask_bytes(ask, settings.dimension, settings.fetched) for ask in first) or 1
+
+    def waves(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+        left = {task.number: task.weight * a_query for task in tasks}
+        left |= _left(book, tasks)
+        while tasks:
+            yield from _filled(tasks, left, a_query)
+            done = book.read_all([task.number for task in tasks])
+            left = _left(book, tasks)  # of a query shard that came to nothing there is neither: the executor tells
+            tasks = [task for task in tasks if task.number not in done and task.number in left]
+
+    return waves
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+class _SearchDoFn(StageDoFn):
+    """A step of the search."""
+
+    def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
+
+    def _exclusion(self, files: ShardFiles) -> tuple[Exclusion, np.ndarray, np.ndarray]:
+        """Of a query shard, with its chunk ids and document ids."""
+        chunk_ids, document_ids = chunk_columns(self._storage, files)
+        return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
+
+
+class SearchIndexShard(_SearchDoFn):
+    """(place of an index shard, query shards) -> (piece, candidates). The index shard is opened once."""
+
+    def process(self, element: tuple[int, list[Task]]) -> Iterator[tuple[int, bytes]]:
+        place, tasks = element
+        settings = self._settings
+        file = settings.index[place]
+        with self._naming(place):
+            index = open_index_file(self._storage, file, settings.dimension, settings.metric)
+        for task in tasks:
+            with self._naming(task.number):
+                yield from self._pieces(index, task, first=place == 0)
+
+    def _pieces(self, index: Any, task: Task, first: bool) -> Iterator[tuple[int, bytes]]:
+        """What one query shard finds in one index shard. The ``first`` index shard's candidates bring the queries."""
+        settings = self._settings
+        exclusion, chunk_ids, document_ids = self._exclusion(task.payload)
+        share = unfinished(self._book, task.number, exclusion, settings).share(
+            WAVE_BYTES, settings.dimension, settings.fetched
+        )
+        vectors = vectors_of(self._storage, task.payload, len(chunk_ids))
+        clusters = query_clusters(self._storage, task.payload, document_ids, settings.exclude)
+        queries = Queries(vectors, exclusion.first, exclusion.last, clusters)
+        key = task.number << ID_SHIFT
+        for ask in share:
+            size = piece_rows(ask.candidates, settings.dimension)
+            at_once = rows_at_once(ask.candidates, settings.dimension, BUDGET_BYTES)
+            for block in ask.cut(max(size, at_once // size * size)):
+                own = np.asarray(vectors[block.rows]).astype(np.float32)
+                raw, ids = search_group(index, own, ask.candidates, ask.nprobe)
+                for start in range(0, len(block), size):
+                    rows = slice(start, start + size)
+                    piece = block.of(block.rows[rows])
+                    known = queries.take(piece.rows) if first else None
+                    yield key, candidates_of(piece, (raw[rows], ids[rows]), known).to_bytes()
+                    key += 1
+
+
+class MergeCandidates(beam.CombineFn):
+    """Merges what index shards gave for one piece; the accumulator is one such list."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def create_accumulator(self) -> bytes:
+        return b""
+
+    def add_input(self, accumulator: bytes, found: bytes) -> bytes:
+        return self.merge_accumulators([accumulator, found])
+
+    def merge_accumulators(self, accumulators: Iterable[bytes]) -> bytes:
+        whole = b""
+        for data in accumulators:  # two at a time, however many there are
+            if whole and data:
+                whole = merged([Candidates.from_bytes(whole), Candidates.from_bytes(data)], self._metric).to_bytes()
+            else:
+                whole = whole or data
+        return whole
+
+    def extract_output(self, accumulator: bytes) -> bytes:
+        return accumulator
+
+
+class SettleByLooking(_SearchDoFn):
+    """(piece, candidates) -> (query shard, what became of it), with vectors looked up in their shards."""
+
+    def setup(self) -> None:
+        settings, storage = self._settings, self._storage
+        self._documents = StoredDocuments(storage, settings.chunks)
+        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
+        self._clusters = StoredClusters(self._documents, settings.documents)
+
+    def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        number = element[0] >> ID_SHIFT
+        settings = self._settings
+        with self._naming(number):
+            yield (
+                number,
+                settled(
+                    Candidates.from_bytes(element[1]),
+                    settings.searched,
+                    self._vectors,
+                    self._documents,
+                    self._clusters,
+                    settings.k,
+                    settings.metric,
+                ).to_bytes(),
+            )
+
+
+class AskForChunks(_SearchDoFn):
+    """(piece, candidates) -> (candidates' shard, (piece, ids))."""
+
+    def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, tuple[int, bytes]]]:
+        piece, data = element
+        with self._naming(piece >> ID_SHIFT):
+            for shard, ids in wanted_chunks(Candidates.from_bytes(data)).items():
+                yield shard, (piece, ids.astype("<i8").tobytes())
+
+
+class AnswerWithChunks(_SearchDoFn):
+    """(candidates' shard, asks) -> (piece, chunks). The shard is read once."""
+
+    def process(self, element: tuple[int, Iterable[tuple[int, bytes]]]) -> Iterator[tuple[int, bytes]]:
+        shard, asks = element
+        settings, storage = self._settings, self._storage
+        with self._naming(shard):
+            files = ShardFiles(settings.documents[shard], settings.chunks[shard], settings.embeddings[shard])
+            chunk_ids, document_ids = chunk_columns(storage, files)
+            clusters = query_clusters(storage, files, document_ids, settings.exclude)
+            whole = Chunks(chunk_ids, vectors_of(storage, files, len(chunk_ids)), document_ids, clusters)
+            for piece, data in asks:
+                yield piece, whole.take(np.frombuffer(data, "<i8")).to_bytes()
+
+
+class SettleFromAnswers(_SearchDoFn):
+    """(piece, its candidates and their chunks) -> (query shard, what became of it)."""
+
+    def process(self, element: tuple[int, dict[str, Any]]) -> Iterator[tuple[int, bytes]]:
+        piece, parts = element
+        settings = self._settings
+        with self._naming(piece >> ID_SHIFT):
+            chunks = Chunks.joined([Chunks.from_bytes(data) for data in parts["chunks"]], settings.dimension)
+            for data in parts["candidates"]:
+                found = Candidates.from_bytes(data)
+                result = settled(found, settings.searched, chunks, chunks, chunks, settings.k, settings.metric)
+                yield piece >> ID_SHIFT, result.to_bytes()
+
+
+class WriteFound(_SearchDoFn):
+    """(query shard, its task and what became of its queries) -> its neighbours, or what is left for another round."""
+
+    def process(self, element: tuple[int, dict[str, Any]]) -> Iterator[int]:
+        number, parts = element
+        for task in parts["tasks"]:
+            with self._naming(number):
+                self._write(number, task.payload, parts["settled"])
+                yield number
+
+    def _write(self, number: int, files: ShardFiles, parts: Iterable[bytes]) -> None:
+        settings, storage = self._settings, self._storage
+        exclusion, chunk_ids, _ = self._exclusion(files)
+        state = unfinished(self._book, number, exclusion, settings).updated(map(Unfinished.from_bytes, parts))
+        if not state.is_done:
+            left = sum(ask_bytes(ask, settings.dimension, settings.fetched) for ask in state.asks())
+            storage.commit_bytes(_state_path(self._book, number), state.to_bytes())
+            _rounds(self._book).write(Receipt(number, counts={"bytes": left}))
+            return
+        found = state.neighbours(chunk_ids)
+        committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
+        counts = {
+            "queries": len(chunk_ids),
+            "found": int(found.n_valid.sum()),
+            "short": int((found.n_valid < settings.k).sum()),
+        }
+        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, len(chunk_ids))}, counts))
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
+    """One task a query shard."""
+    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
+
+
+def query_blocks(tasks: Sequence[Task], index: Sequence[IndexFile]) -> list[list[Task]]:
+    """Query shards that are searched together: as many queries as the largest index shard has vectors.
+
+    All pairs of two tables are read cheapest in blocks of equal size.
+    """
+    full = max([BLOCK_QUERIES, *(file.vectors for file in index)])
+    blocks: list[list[Task]] = []
+    held = full
+    for task in tasks:
+        if held >= full:
+            blocks.append([])
+            held = 0
+        blocks[-1].append(task)
+        held += task.weight
+    return blocks
+
+
+def search_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: SearchSettings
+) -> beam.PCollection:
+    """One round for some query shards."""
+    found = (
+        pipeline
+        | "blocks" >> beam.Create(query_blocks(tasks, settings.index))
+        | "by index shard" >> beam.FlatMap(functools.partial(_by_index_shard, len(settings.index)))
+        | "spread" >> beam.Reshuffle()
+        | "search" >> beam.ParDo(SearchIndexShard(book, settings))
+        | "merge" >> beam.CombinePerKey(MergeCandidates(settings.metric))
+    )
+    if settings.fetched:
+        chunks = (
+            found
+            | "ask" >> beam.ParDo(AskForChunks(book, settings))
+            | "by candidates' shard" >> beam.GroupByKey()
+            | "answer" >> beam.ParDo(AnswerWithChunks(book, settings))
+        )
+        joined = {"candidates": found, "chunks": chunks} | "by piece" >> beam.CoGroupByKey()
+        results = joined | "settle" >> beam.ParDo(SettleFromAnswers(book, settings))
+    else:
+        results = found | "settle" >> beam.ParDo(SettleByLooking(book, settings))
+    keyed = pipeline | DealOut(tasks) | "by number" >> beam.Map(_by_number)
+    together = {"tasks": keyed, "settled": results} | "by query shard" >> beam.CoGroupByKey()
+    return together | "write" >> beam.ParDo(WriteFound(book, settings))
+
+
+def _by_index_shard(shards: int, block: list[Task]) -> list[tuple[int, list[Task]]]:
+    return [(place, block) for place in range(shards)]
+
+
+def _by_number(task: Task) -> tuple[int, Task]:
+    return task.number, task

@@ -1,0 +1,50 @@
+"""``retrodb index merge``: the index in a form for other programs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.look import Database, Json
+
+index_commands = typer.Typer(help="The index in other forms.", no_args_is_help=True)
+
+
+@index_commands.callback()
+def _index() -> None:
+    """The index in other forms."""
+
+
+@index_commands.command()
+def merge(
+    database: Database,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new local folder, outside the database.")],
+    as_json: Json = False,
+) -> None:
+    """Merge all index shards into one faiss index whose inverted lists stay on disk, for programs that know faiss."""
+    from retrodb import open as open_database  # noqa: PLC0415
+    from retrodb.errors import InputError  # noqa: PLC0415
+    from retrodb.index import IndexFile  # noqa: PLC0415
+    from retrodb.index.merged import merge_index  # noqa: PLC0415
+    from retrodb.manifest import TEMPLATE_PATH  # noqa: PLC0415
+
+    db = open_database(database)
+    state = db.manifest.stages.get("index")
+    if state is None:
+        raise InputError(f"{database} has no index yet; run the build to its end.")
+    if f"{out.absolute()}/".startswith(f"{db.storage.url}/"):
+        raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+    merged = merge_index(
+        db.storage,
+        db.storage.read_bytes(TEMPLATE_PATH),
+        [IndexFile(shard.path, shard.rows) for shard in db.manifest.shards("index") if shard.number >= 0],
+        int(db.manifest.fingerprints["encoder"]["dimension"]),
+        state.details["metric"],
+        out,
+    )
+    if as_json:
+        echo_json({"path": str(merged.path), "vectors": merged.vectors, "bytes": merged.bytes})
+        return
+    echo(f"{merged.path}: {merged.vectors:,} vectors, {merged.bytes:,} bytes with its lists")
+    echo("open it with faiss.read_index(path, faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)")
