@@ -200,6 +200,7 @@ class _Searching(StageDoFn):
         self._settings = settings
 
     def setup(self) -> None:
+        super().setup()
         settings, storage = self._settings, self._storage
         self._index = GroupedIndex(
             storage,
@@ -247,8 +248,8 @@ class SearchShard(_Searching):
 
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
-            receipt = self._search(task.number, task.payload)
-            finish(self._book, receipt)
+            if self._left(task) is not None:
+                finish(self._book, self._search(task.number, task.payload))
             yield task.number
 
     def _search(self, number: int, files: ShardFiles) -> Receipt:

@@ -1,0 +1,131 @@
+"""Jobs on a Flink cluster, through Beam's Flink job server: one that runs already, or one started from its jar."""
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability import job_server
+from apache_beam.runners.portability.flink_runner import FlinkJarJobServer, FlinkRunner
+from apache_beam.runners.portability.portable_runner import PortableRunner
+from retrodb.pipelines.runners.base import Job
+from retrodb.pipelines.runners.options import RunnerOptions, arguments
+from retrodb.pipelines.runners.portable import WORKER_POOL, JobServerRunner
+
+from retrodb.errors import InputError
+
+_ANSWER_SECONDS: Final = 10.0
+
+
+class FlinkClusterRunner(JobServerRunner):
+    """``job_endpoint`` names a running job server; ``flink_job_server_jar`` with ``flink_master`` starts one."""
+
+    name = "flink"
+
+    def __init__(self, options: RunnerOptions, parallelism: int | None = None) -> None:
+        super().__init__(options)
+        self._parallelism = parallelism
+
+    # -- before a build ------------------------------------------------------------------------------------------------
+
+    def check(self, locations: Sequence[str]) -> None:
+        if (master := self.options.one("flink_master")) is not None:
+            _ask(master, "overview")
+        if not self._starts_a_server():
+            super().check(locations)
+            return
+        self._check_jar(master)
+        arguments(self.options.of(None))
+
+    def _starts_a_server(self) -> bool:
+        return self.options.one("job_endpoint") is None and self.options.one("flink_job_server_jar") is not None
+
+    def _check_jar(self, master: str | None) -> None:
+        jar = Path(self.options.one("flink_job_server_jar") or "")
+        if not jar.is_file():
+            raise InputError(f"flink_job_server_jar: there is no file {jar}. deploy/flink makes one: make flink-jars.")
+        if shutil.which("java") is None:
+            raise InputError("flink_job_server_jar: no java is on the PATH. Install a JRE of version 11 or 17.")
+        if master is None:
+            raise InputError("flink_job_server_jar needs the cluster: give --runner-option flink_master=HOST:PORT.")
+
+    def endpoint(self, stage: str | None) -> str:
+        if self.options.one("job_endpoint", stage) is None:
+            raise InputError(
+                "--runner flink needs a job server: give --runner-option job_endpoint=HOST:PORT of a running one "
+                "(make flink-up starts one), or flink_job_server_jar=FILE and flink_master=HOST:PORT to start one."
+            )
+        return super().endpoint(stage)
+
+    def describe(self, stage: str) -> dict[str, str]:
+        given = self.options.of(stage)
+        where = {
+            key: given[key][-1] for key in ("job_endpoint", "flink_master", "flink_job_server_jar") if key in given
+        }
+        pool = self.options.one("environment_config", stage) or WORKER_POOL
+        parallelism = self.options_of(stage).get("parallelism", ["the cluster's default"])[-1]
+        return {**where, "workers": pool, "parallelism": parallelism}
+
+    # -- a job ---------------------------------------------------------------------------------------------------------
+
+    def beam_runner(self) -> PortableRunner:
+        if not self._starts_a_server():
+            return super().beam_runner()
+        if self._beam is None:
+            self._beam = _KeepsItsServer()
+        return self._beam
+
+    def options_of(self, stage: str) -> dict[str, list[str]]:
+        options = super().options_of(stage)
+        if self._parallelism is not None:
+            options.setdefault("parallelism", [str(self._parallelism)])
+        if not self._starts_a_server():
+            options.pop("flink_master", None)  # the job server knows its cluster
+        return options
+
+    def runners_id(self, job: Job, submitted: str) -> str:
+        """Flink's own id, where its REST interface is known."""
+        master = self.options.one("flink_master", job.stage)
+        if master is None:
+            return submitted
+        jobs = _ask(master, "jobs/overview")["jobs"]
+        return next((str(one["jid"]) for one in jobs if one["name"] == job.name), submitted)
+
+    def close(self) -> None:
+        if isinstance(self._beam, _KeepsItsServer):
+            self._beam.stop()
+
+
+class _KeepsItsServer(FlinkRunner):
+    """Beam's Flink runner, with one job server for all jobs of a build instead of one a job."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server: job_server.JobServer | None = None
+
+    def default_job_server(self, options: PipelineOptions) -> job_server.JobServer:
+        if self._server is None:
+            self._server = job_server.StopOnExitJobServer(FlinkJarJobServer(options))
+        return self._server
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+
+
+def _ask(master: str, what: str) -> Any:
+    """What the REST interface of a Flink cluster says.
+
+    Raises:
+        InputError: it does not answer.
+    """
+    url = master if master.startswith(("http://", "https://")) else f"http://{master}"
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/{what}", timeout=_ANSWER_SECONDS) as answer:
+            return json.load(answer)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"no Flink cluster answers at {master} (flink_master): {reason}.") from error
