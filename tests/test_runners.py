@@ -90,6 +90,7 @@ def test_a_build_on_a_portable_runner_has_the_bytes_of_a_local_one(job_server, s
     assert digests(out) == digests(local)
     assert strays(out) == []
     jobs = ran.json["jobs"]
+    print([(j["stage"], j["seconds"]) for j in jobs])
     computed = {job["stage"] for job in jobs if job["runner"] == "portable"}
     assert computed == {"corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report"}
     assert [job["stage"] for job in jobs if job["runner"] == "local"] == ["scan"]
