@@ -17,6 +17,7 @@ from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
 from retrodb.pipelines.runners import JobRecord, make_runner
+from retrodb.pipelines.runners.leftover import end_leftover_job
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
 from retrodb.config import BuildConfig, RunSettings
@@ -67,6 +68,7 @@ def build(
     made = out.make_root()
     try:
         with build_lock(out):
+            end_leftover_job(out, progress)
             new = not mend_manifest(out, progress)
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens

@@ -10,6 +10,7 @@ import apache_beam as beam
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.runners import Job, JobRecord, LocalRunner, Runner, WorkerDiedError
+from retrodb.pipelines.runners.leftover import forget_job, record_job
 from retrodb.pipelines.tasks import Task
 
 from retrodb.errors import WorkerError
@@ -105,8 +106,16 @@ class Executor:
     ) -> None:
         light = sum(task.weight for task in tasks) < small
         width = sum(task.width for task in tasks)
-        job = Job(book.stage, _job_name(book), lambda pipeline: builder(pipeline, tasks), width, light)
         runner = LocalRunner(1) if driver_may and light else self.runner
+        job = Job(
+            book.stage,
+            _job_name(book),
+            lambda pipeline: builder(pipeline, tasks),
+            width,
+            light,
+            lambda endpoint, job_id: record_job(book.storage, runner.name, endpoint, job_id),
+            lambda: forget_job(book.storage),
+        )
         self.jobs.append(runner.run(job, tick))
 
 

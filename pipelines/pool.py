@@ -24,7 +24,6 @@ _LOADED: Final = [
     "retrodb.pipelines.report_stage",
     "retrodb.encoding.encoder",
 ]
-_STOP_SECONDS: Final = 5.0
 
 
 def serve(port: int, address: str = "localhost") -> None:
@@ -34,22 +33,18 @@ def serve(port: int, address: str = "localhost") -> None:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
-    workers: dict[str, Any] = {}
 
     class Pool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         """Beam's external worker pool, service of the Fn API."""
 
         def StartWorker(self, request: Any, _: Any) -> Any:  # noqa: N802 - the service's name
-            arguments = (request.control_endpoint.url, request.worker_id)
-            workers[request.worker_id] = worker = context.Process(target=_work, args=arguments, daemon=True)
-            worker.start()
+            context.Process(target=_work, args=(request.control_endpoint.url, request.worker_id), daemon=True).start()
             return beam_fn_api_pb2.StartWorkerResponse()
 
         def StopWorker(self, request: Any, _: Any) -> Any:  # noqa: N802 - the service's name
-            if (worker := workers.pop(request.worker_id, None)) is not None:
-                worker.terminate()
-                worker.join(_STOP_SECONDS)
-                worker.kill()
+            """A worker ends when its control channel does. To end it by its id would be wrong: ids are those of one
+            TaskManager, and two of them may share a pool (Beam's own pool then ends the other one's worker)."""
+            multiprocessing.active_children()  # reaps those that have ended
             return beam_fn_api_pb2.StopWorkerResponse()
 
     context.Process(target=_nothing).start()  # the process that workers start from loads everything now

@@ -10,11 +10,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
-from support import DATA_TABLES, Running, build_here, digests, retrodb, strays, write_jsonl
+from failing_work import fail
+from retrodb.pipelines.receipts import ReceiptBook
+from retrodb.pipelines.runners import Job, make_runner
+from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+from support import Running, build_here, digests, retrodb, strays, write_jsonl
 
-from retrodb.config import RunSettings, make_config
+from retrodb.config import RunSettings, make_config, read_config_file
 from retrodb.errors import InputError, UsageError
+from retrodb.storage import Storage
 
 SETTINGS = {"chunk_tokens": 32, "sequence_tokens": 256, "neighbours": 4, "shard_bytes": "16KiB"}
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -58,7 +64,8 @@ def job_server() -> Iterator[list[str]]:
     """Beam's portable job service and a pool of workers, as Flink or Spark have them; the flags that lead there."""
     job_port, pool_port = free_port(), free_port()
     service = started("apache_beam.runners.portability.local_job_service_main", "-p", job_port)
-    with service, started("retrodb.pipelines.pool", "--port", pool_port):
+    here = str(Path(__file__).parent)
+    with service, started("retrodb.pipelines.pool", "--port", pool_port, PYTHONPATH=here):
         wait_for_port(job_port)
         wait_for_port(pool_port)
         options = [f"job_endpoint=localhost:{job_port}", f"environment_config=localhost:{pool_port}"]
@@ -90,7 +97,6 @@ def test_a_build_on_a_portable_runner_has_the_bytes_of_a_local_one(job_server, s
     assert digests(out) == digests(local)
     assert strays(out) == []
     jobs = ran.json["jobs"]
-    print([(j["stage"], j["seconds"]) for j in jobs])
     computed = {job["stage"] for job in jobs if job["runner"] == "portable"}
     assert computed == {"corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report"}
     assert [job["stage"] for job in jobs if job["runner"] == "local"] == ["scan"]
@@ -100,3 +106,151 @@ def test_a_build_on_a_portable_runner_has_the_bytes_of_a_local_one(job_server, s
 
     again = retrodb("build", source, "--out", out, "--encoder", tiny_encoder, *FLAGS, "--json", "--runner", "local")
     assert again.json["done"] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_cancels_the_job_and_the_next_build_finishes(job_server, source, local, tiny_encoder, tmp_path):
+    out = tmp_path / "db"
+    flags = ["build", source, "--out", out, "--encoder", tiny_encoder, *FLAGS]
+    running = Running.start(*flags, *job_server)
+    record = out / ".build" / "job.json"
+    assert running.wait_for(record.exists)
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 130, running.err
+    assert not record.exists(), "the job is over before the driver is"
+    assert retrodb(*flags, "--runner", "local").code == 0
+    assert digests(out) == digests(local)
+
+
+@pytest.mark.slow
+def test_a_job_whose_driver_was_killed_is_ended_before_another_one_writes(job_server, source, tiny_encoder, tmp_path):
+    out = tmp_path / "db"
+    flags = ["build", source, "--out", out, "--encoder", tiny_encoder, *FLAGS, "--until", "corpus"]
+    running = Running.start(*flags, *job_server)
+    assert running.wait_for((out / ".build" / "job.json").exists)
+    running.kill()
+    again = retrodb(*flags, "--runner", "local")
+    assert again.code == 0, again.err
+    assert "of an earlier build was ended" in again.err
+
+
+def test_a_job_that_cannot_be_ended_stops_the_next_build(source, tmp_path):
+    out = Storage(str(tmp_path / "db"))
+    build_here([source], tmp_path / "db", until="corpus")
+    record = {"runner": "flink", "endpoint": None, "id": "job-1"}
+    out.commit_json(".build/job.json", record)
+    with pytest.raises(InputError, match="flink job job-1, which may still be writing.*delete .*job.json"):
+        build_here([source], tmp_path / "db", until="chunk")
+
+
+@pytest.mark.slow
+def test_an_error_on_a_worker_reaches_the_driver_as_it_was_raised(job_server, tmp_path):
+    runner = make_runner(RunSettings(runner="portable", runner_option=tuple(job_server[3::2])))
+    book = ReceiptBook(Storage(str(tmp_path)), "stage", "f" * 64)
+    job = Job("chunk", "retrodb-test", lambda p: p | DealOut([Task(2, None)]) | beam.ParDo(DoTasks(book, fail)))
+    with pytest.raises(InputError) as caught:
+        runner.run(job, lambda: None)
+    assert str(caught.value).startswith("shard 2: what, where; the remedy.\nA second line with 'quotes' and \"more\" —")
+
+
+# -- what is missing is said, with what to do ---------------------------------------------------------------------------
+
+
+def checked(runner: str, *options: str, **settings: object) -> None:
+    run = RunSettings(runner=runner, runner_option=options, **settings)
+    make_runner(run).check(["/database", "/input"])
+
+
+@pytest.mark.slow
+def test_an_unknown_option_is_named_with_what_it_may_have_meant(job_server):
+    with pytest.raises(InputError, match="enviroment_config: .*'portable' has no option.*environment_config"):
+        checked("portable", *job_server[3::2], "enviroment_config=localhost:1")
+
+
+@pytest.mark.parametrize(
+    ("runner", "options", "said"),
+    [
+        ("local", ["parallelism=2"], "parallelism=2: the runner 'local' takes none"),
+        ("portable", [], "give --runner-option job_endpoint=HOST:PORT"),
+        ("portable", ["runner=DirectRunner"], "runner: not an option of yours to set; give --runner"),
+        ("flink", [], "needs a job server.*make flink-up"),
+        ("flink", ["flink_job_server_jar=/no/such.jar"], "there is no file /no/such.jar"),
+        ("flink", ["flink_master=127.0.0.1:1"], "no Flink cluster answers at 127.0.0.1:1"),
+        ("dataflow", ["project=p"], "needs --runner-option region=.*temp_location=.*sdk_container_image="),
+        ("dataflow", ["projct=p"], "projct: .*Did you mean project"),
+    ],
+)
+def test_what_a_runner_lacks_is_said(runner, options, said):
+    with pytest.raises(InputError, match=said):
+        checked(runner, *options)
+
+
+def test_a_job_server_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("retrodb.pipelines.runners.portable._ANSWER_SECONDS", 0.5)
+    with pytest.raises(InputError, match="no job server answers at localhost:1 .job_endpoint."):
+        checked("portable", "job_endpoint=localhost:1")
+
+
+def test_a_job_server_jar_needs_java(tmp_path, monkeypatch):
+    (tmp_path / "server.jar").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="no java is on the PATH. Install a JRE"):
+        checked("flink", f"flink_job_server_jar={tmp_path / 'server.jar'}")
+
+
+def test_a_refused_runner_leaves_nothing_behind(source, tmp_path):
+    ran = retrodb("build", source, "--out", tmp_path / "db", "--runner", "flink")
+    assert ran.code == 3
+    assert "job_endpoint" in ran.err
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "db").exists()
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["parallelism", "=2", "nowhere.parallelism=2"])
+def test_an_option_is_key_value_of_all_stages_or_of_one(text):
+    with pytest.raises(UsageError, match="runner-option"):
+        make_config({}, {"runner": "flink", "runner_option": [text]})
+
+
+def test_an_option_of_one_stage_replaces_that_of_all():
+    from retrodb.pipelines.runners.options import RunnerOptions
+
+    options = RunnerOptions.parse(["environment_config=cpu:1", "embed.environment-config=gpu:1", "experiments=a,b=c"])
+    assert options.of("chunk") == {"environment_config": ["cpu:1"], "experiments": ["a,b=c"]}
+    assert options.of("embed") == {"environment_config": ["gpu:1"], "experiments": ["a,b=c"]}
+
+
+def test_options_stand_in_the_config_file_and_flags_win_one_by_one(tmp_path):
+    (tmp_path / "flink.toml").write_text(
+        'runner = "flink"\n[runner-option]\njob_endpoint = "a:1"\nparallelism = 4\n"embed.parallelism" = 2\n'
+    )
+    _, run = make_config(read_config_file(tmp_path / "flink.toml"), {"runner_option": ["parallelism=8"]})
+    assert run.runner == "flink"
+    assert sorted(run.runner_option) == ["embed.parallelism=2", "job_endpoint=a:1", "parallelism=8"]
+
+
+def test_switches_and_numbers_are_checked_before_a_job_is_submitted():
+    from retrodb.pipelines.runners.options import arguments
+
+    assert arguments({"experiments": ["a", "b"], "no_auth": ["true"], "performance_runtime_type_check": ["false"]}) == [
+        "--experiments=a",
+        "--experiments=b",
+        "--no_auth",
+    ]
+    with pytest.raises(InputError, match="no_auth=maybe: it is a switch"):
+        arguments({"no_auth": ["maybe"]})
+    with pytest.raises(InputError, match="job_server_timeout.*invalid int value: 'soon'"):
+        arguments({"job_server_timeout": ["soon"]})
+
+
+def test_workers_are_flinks_parallelism_unless_an_option_says_otherwise():
+    def parallelism(**settings: object) -> object:
+        run = RunSettings(runner="flink", **settings)
+        return make_runner(run).options_of("embed").get("parallelism")
+
+    assert parallelism(runner_option=("job_endpoint=a:1",)) is None
+    assert parallelism(runner_option=("job_endpoint=a:1",), workers=6) == ["6"]
+    assert parallelism(runner_option=("job_endpoint=a:1", "parallelism=3"), workers=6) == ["3"]

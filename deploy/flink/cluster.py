@@ -5,8 +5,8 @@
     python deploy/flink/cluster.py status    what runs, and the flags that send a build there
     python deploy/flink/cluster.py down      end all of it
 
-Everything lies in one folder (``--folder``): jars, configuration, logs, pid files. A supervisor starts a process again
-when it ends, as Kubernetes would. All ports are of the loopback interface.
+What a cluster writes lies in one folder (``--folder``): configuration, logs, pid files. A supervisor starts a process
+again when it ends, as Kubernetes would. All ports are of the loopback interface.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+DEFAULT_FOLDER = HERE / ".cluster"
+LIB = DEFAULT_FOLDER / "lib"
 HOST = "127.0.0.1"
 START_SECONDS = 120
 STOP_SECONDS = 15
@@ -99,14 +101,13 @@ class Cluster:
             "flink_master": f"{HOST}:{self.rest}",
             "environment_config": f"localhost:{self.pool}",
             "parallelism": str(self.task_managers),
-            "files_to_stage": str(self.path("nothing.txt")),  # the cluster has all jars: nothing to ship with a job
         }
         pairs = (f"{key}={value}" for key, value in given.items())
         return ["--runner", "flink", *(word for pair in pairs for word in ("--runner-option", pair))]
 
     def commands(self) -> dict[str, list[str]]:
         """What runs, by name."""
-        classes = ["-cp", str(self.path("lib") / "*")]
+        classes = ["-cp", str(LIB / "*")]
         java = [shutil.which("java") or "java", *JAVA]
         config = ["--configDir", str(self.path("conf"))]
         manager = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
@@ -147,24 +148,23 @@ def is_ours(pid: int, folder: str) -> bool:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def fetch_jars(folder: Path) -> Path:
-    """The jars of the cluster and the job server, fetched once.
+def fetch_jars() -> None:
+    """The jars of the cluster and the job server, fetched once for all clusters.
 
     Raises:
         SystemExit: there is no Maven, or it fails.
     """
-    lib = folder / "lib"
-    if (folder / "lib.complete").exists():
-        return lib
+    complete = LIB.with_name("lib.complete")
+    if complete.exists():
+        return
     if shutil.which("mvn") is None:
         raise SystemExit("flink: no mvn on the PATH. Install Maven 3, which fetches the jars.")
-    print(f"fetching the jars of Flink and Beam's job server to {lib} (160 MB)", flush=True)
+    print(f"fetching the jars of Flink and Beam's job server to {LIB} (160 MB)", flush=True)
     command = ["mvn", "-B", "-q", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies"]
-    done = subprocess.run([*command, f"-DoutputDirectory={lib}"], check=False, capture_output=True, text=True)
+    done = subprocess.run([*command, f"-DoutputDirectory={LIB}"], check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"flink: Maven could not fetch the jars: {(done.stdout + done.stderr).strip()[-1500:]}")
-    (folder / "lib.complete").touch()
-    return lib
+    complete.touch()
 
 
 def up(cluster: Cluster) -> None:
@@ -187,8 +187,7 @@ def up(cluster: Cluster) -> None:
                 raise SystemExit(f"flink: port {port} is taken; give another --{name}-port.") from error
     for name in ("conf", "logs", "pids", "temporary", "artifacts"):
         cluster.path(name).mkdir(parents=True, exist_ok=True)
-    fetch_jars(Path(cluster.folder))
-    cluster.path("nothing.txt").touch()
+    fetch_jars()
     config = CONFIG.format(host=HOST, rest=cluster.rest, rpc=cluster.rpc, temporary=cluster.path("temporary"))
     cluster.path("conf/config.yaml").write_text(config, encoding="utf-8")
     cluster.save()
@@ -201,6 +200,11 @@ def up(cluster: Cluster) -> None:
 
 
 def wait_until_up(cluster: Cluster) -> None:
+    """Until everything answers.
+
+    Raises:
+        SystemExit: something does not.
+    """
     end = time.monotonic() + START_SECONDS
     while (missing := not_up(cluster)) is not None:
         if time.monotonic() > end or cluster.pid("supervisor") is None:
@@ -302,7 +306,7 @@ def ended_by_signal() -> Iterator[None]:
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="cluster.py", description="A Flink cluster on this machine.")
-    parser.add_argument("--folder", type=Path, default=HERE / ".cluster")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("jars", "status", "down", "supervise"):
         commands.add_parser(name)
@@ -315,7 +319,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     running = Cluster.load(folder)
     if arguments.command == "jars":
-        fetch_jars(folder)
+        fetch_jars()
     elif arguments.command == "up":
         names = ("task_managers", *Cluster("").ports())
         cluster = Cluster(str(folder), **{name: getattr(arguments, name) for name in names})

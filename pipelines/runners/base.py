@@ -21,7 +21,9 @@ class Job:
     """One pipeline to run: a step of a ``stage``.
 
     ``name`` is what the runner shows; ``build`` applies the transforms; ``width`` is how many workers can share it;
-    ``light`` says that on one machine worker processes would cost more than they bring.
+    ``light`` says that on one machine worker processes would cost more than they bring. ``submitted`` is called with
+    the job server's address (None: there is none) and the job's id as soon as the job may outlive its driver, and
+    ``ended`` when it cannot any more.
     """
 
     stage: str
@@ -29,6 +31,8 @@ class Job:
     build: Callable[[beam.Pipeline], object]
     width: int = 1
     light: bool = False
+    submitted: Callable[[str | None, str], None] = lambda endpoint, job_id: None
+    ended: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ class DataflowRunner:
             result: Any = pipeline.run()
         except Exception as error:  # Google's clients raise many kinds
             raise WorkerError(f"{job.stage}: Dataflow did not take the job: {last_line(str(error))}") from error
+        job.submitted(None, result.job_id())
         state = _follow(result, tick)
+        job.ended()
         if state != PipelineState.DONE:
             raise _error(result, job, state)
         counters = {one.key.metric.name: int(one.committed or 0) for one in result.metrics().query()["counters"]}

@@ -101,6 +101,7 @@ class JobServerRunner:
                     f"{job.stage}: the job server did not take the job: {last_line(str(error))}"
                 ) from error
             followed = FollowedJob(result, job)
+            job.submitted(self.options.one("job_endpoint", job.stage), followed.id)
             state = followed.to_its_end(tick)
             if state != PipelineState.DONE:
                 raise followed.error(state)
@@ -149,6 +150,7 @@ class FollowedJob:
             while True:
                 state = self._state()
                 if PipelineState.is_terminal(state):
+                    self._job.ended()
                     self._result._cleanup()  # stops the workers in this process, if there are any
                     return state
                 tick()
@@ -175,7 +177,10 @@ class FollowedJob:
         try:
             self._result.cancel()
             end = time.monotonic() + _CANCEL_SECONDS
-            while time.monotonic() < end and not PipelineState.is_terminal(self._result.state):
+            while time.monotonic() < end:
+                if PipelineState.is_terminal(self._result.state):
+                    self._job.ended()
+                    return
                 time.sleep(_POLL_SECONDS)
         except Exception as error:  # the interruption is what the user has to hear of
             logging.getLogger(__name__).debug("cancelling %s: %s", self.id, error)
