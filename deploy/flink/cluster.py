@@ -38,6 +38,9 @@ JAVA = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in OPENED]
 JAVA += ["--add-opens=java.base/sun.nio.ch=ALL-UNNAMED", "--add-exports=java.base/sun.net.util=ALL-UNNAMED"]
 JAVA += ["-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS"]
 
+SHIPPED = ("beam-runners-flink", "beam-runners-java-job-service", "flink-java", "flink-clients", "flink-optimizer")
+SHIPPED += ("flink-streaming-java",)
+
 CONFIG = """\
 jobmanager.rpc.address: {host}
 jobmanager.rpc.port: {rpc}
@@ -63,6 +66,7 @@ taskmanager.memory.jvm-overhead.max: 192m
 restart-strategy.type: fixed-delay
 restart-strategy.fixed-delay.attempts: 3
 restart-strategy.fixed-delay.delay: 1s
+classloader.resolve-order: parent-first
 heartbeat.interval: 2000
 heartbeat.timeout: 8000
 io.tmp.dirs: {temporary}
@@ -121,9 +125,20 @@ class Cluster:
                 f"taskmanager-{n}": [*java, "-Xmx384m", "-XX:MaxMetaspaceSize=256m", *classes, worker, *config]
                 for n in range(1, self.task_managers + 1)
             },
-            "jobserver": [*java, "-Xmx512m", *classes, server, f"--job-host={HOST}", *ports, *where],
+            "jobserver": [*java, "-Xmx512m", *self.server_classes(), server, f"--job-host={HOST}", *ports, *where],
             "pool": [sys.executable, "-W", "ignore", "-m", "retrodb.pipelines.pool", "--port", str(self.pool)],
         }
+
+    def server_classes(self) -> list[str]:
+        """The job server's jars, most of them where it does not look for what to ship with each job.
+
+        It ships its class path, 160 MB a job, which costs more than a small stage; the cluster has all of it. Classes
+        on Java's boot path are not shipped. What asks for its own class loader, and what depends on that, stays.
+        """
+        jars = sorted(LIB.glob("*.jar"))
+        shipped = [jar for jar in jars if jar.name.startswith(SHIPPED)]
+        boot = ":".join(str(jar) for jar in jars if jar not in shipped)
+        return [f"-Xbootclasspath/a:{boot}", "-cp", ":".join(map(str, shipped))]
 
     def ports(self) -> dict[str, int]:
         return {name: value for name, value in asdict(self).items() if name not in ("folder", "task_managers")}
