@@ -94,8 +94,16 @@ def arguments(options: Mapping[str, Iterable[str]]) -> list[str]:
             raise InputError(f"--runner-option {key}={given[-1]}: it is a switch; give true or false.")
         elif given[-1].lower() == "true":
             found.append(f"--{key}")
+        else:
+            found += _opposite(action, known)
     _parse(found)
     return found
+
+
+def _opposite(action: Any, known: Mapping[str, Any]) -> list[str]:
+    """The switch that says no, where Beam has one: ``--no_use_public_ips``."""
+    others = (name for name, other in known.items() if other.dest == action.dest and other.const is (not action.const))
+    return list(others)[:1]
 
 
 def _parse(texts: list[str]) -> None:
