@@ -24,6 +24,7 @@ _LOADED: Final = [
     "retrodb.pipelines.report_stage",
     "retrodb.encoding.encoder",
 ]
+_ATTEMPTS: Final = 3
 
 
 def serve(port: int, address: str = "localhost") -> None:
@@ -38,13 +39,13 @@ def serve(port: int, address: str = "localhost") -> None:
         """Beam's external worker pool, service of the Fn API."""
 
         def StartWorker(self, request: Any, _: Any) -> Any:  # noqa: N802 - the service's name
-            context.Process(target=_work, args=(request.control_endpoint.url, request.worker_id), daemon=True).start()
+            given = (context, request.control_endpoint.url, request.worker_id)
+            threading.Thread(target=_keep, args=given, name=f"worker {request.worker_id}", daemon=True).start()
             return beam_fn_api_pb2.StartWorkerResponse()
 
         def StopWorker(self, request: Any, _: Any) -> Any:  # noqa: N802 - the service's name
             """A worker ends when its control channel does. To end it by its id would be wrong: ids are those of one
             TaskManager, and two of them may share a pool (Beam's own pool then ends the other one's worker)."""
-            multiprocessing.active_children()  # reaps those that have ended
             return beam_fn_api_pb2.StopWorkerResponse()
 
     context.Process(target=_nothing).start()  # the process that workers start from loads everything now
@@ -59,6 +60,18 @@ def serve(port: int, address: str = "localhost") -> None:
 
 def _nothing() -> None:
     """The first worker, which has nothing to do."""
+
+
+def _keep(context: Any, control: str, worker_id: str) -> None:
+    """Start a worker, and another one where it is killed: the runner waits minutes for one that never connected. Where
+    it had connected, the runner starts the job over with other workers, and this one finds nobody to serve."""
+    for _ in range(_ATTEMPTS):
+        worker = context.Process(target=_work, args=(control, worker_id), daemon=True)
+        worker.start()
+        worker.join()
+        if worker.exitcode is None or worker.exitcode >= 0:
+            return
+        logging.getLogger(__name__).warning("worker %s was ended by signal %d", worker_id, -worker.exitcode)
 
 
 def _work(control: str, worker_id: str) -> None:

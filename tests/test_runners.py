@@ -152,7 +152,7 @@ def test_an_error_on_a_worker_reaches_the_driver_as_it_was_raised(job_server, tm
         runner.run(job, lambda: None)
 
 
-# -- what is missing is said, with what to do ---------------------------------------------------------------------------
+# -- what is missing is said, with what to do -------------------------------------------------------------------------
 
 
 def checked(runner: str, *options: str, **settings: object) -> None:
