@@ -181,3 +181,17 @@ def test_ctrl_c_cancels_the_job_on_the_cluster(cluster, source, tiny_encoder, tm
     assert running.end() == 130, running.err
     assert "RUNNING" not in cluster.state_of("retrodb-")
     assert "CANCELED" in cluster.state_of("retrodb-")
+
+
+def test_the_command_of_the_guide_builds_on_a_cluster(cluster, source, tmp_path, monkeypatch):
+    """docs/deploy.md names the default ports, and a pool at its default: here they are those of this cluster."""
+    guide = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    line = next(line for line in guide.splitlines() if line.startswith("retrodb build") and "--runner flink" in line)
+    given = dict(option.split("=") for option in cluster.flags[3::2])
+    line = line.replace("localhost:8099", given["job_endpoint"]).replace("127.0.0.1:8081", given["flink_master"])
+    words = [str(source) if word == "corpus.jsonl.gz" else word for word in line.split()[1:]]
+    monkeypatch.chdir(tmp_path)
+    pool = f"environment_config={given['environment_config']}"
+    ran = retrodb(*words, "--runner-option", pool, "--until", "corpus", "--json")
+    assert ran.code == 0, ran.err
+    assert [job["runner"] for job in ran.json["jobs"]] == ["local", "flink"]
