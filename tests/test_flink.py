@@ -195,3 +195,16 @@ def test_the_command_of_the_guide_builds_on_a_cluster(cluster, source, tmp_path,
     ran = retrodb(*words, "--runner-option", pool, "--until", "corpus", "--json")
     assert ran.code == 0, ran.err
     assert [job["runner"] for job in ran.json["jobs"]] == ["local", "flink"]
+
+
+def test_a_job_server_is_started_from_its_jar_and_ended_with_the_build(cluster, source, tmp_path):
+    jar = SCRIPT.parent / ".cluster" / "job-server.jar"
+    given = dict(option.split("=") for option in cluster.flags[3::2])
+    options = [f"flink_job_server_jar={jar}", f"flink_master={given['flink_master']}", "parallelism=1"]
+    options.append(f"environment_config={given['environment_config']}")
+    flags = [word for option in options for word in ("--runner-option", option)]
+    ran = retrodb("build", source, "--out", tmp_path / "db", "--runner", "flink", *flags, "--until", "corpus", "--json")
+    assert ran.code == 0, ran.err
+    assert [job["state"] for job in ran.json["jobs"]] == ["DONE", "DONE"]
+    assert ran.json["jobs"][1]["id"] in {job["jid"] for job in cluster.ask("jobs/overview")["jobs"]}
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(jar) in (p.info["cmdline"] or [])]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ JAVA = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in OPENED]
 JAVA += ["--add-opens=java.base/sun.nio.ch=ALL-UNNAMED", "--add-exports=java.base/sun.net.util=ALL-UNNAMED"]
 JAVA += ["-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS"]
 
+SERVER = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 SHIPPED = ("beam-runners-flink", "beam-runners-java-job-service", "flink-java", "flink-clients", "flink-optimizer")
 SHIPPED += ("flink-streaming-java",)
 
@@ -116,7 +118,6 @@ class Cluster:
         config = ["--configDir", str(self.path("conf"))]
         manager = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
         worker = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
-        server = "org.apache.beam.runners.flink.FlinkJobServerDriver"
         ports = [f"--job-port={self.job}", f"--artifact-port={self.artifact}", f"--expansion-port={self.expansion}"]
         where = [f"--flink-master={HOST}:{self.rest}", f"--artifacts-dir={self.path('artifacts')}"]
         return {
@@ -125,7 +126,7 @@ class Cluster:
                 f"taskmanager-{n}": [*java, "-Xmx384m", "-XX:MaxMetaspaceSize=256m", *classes, worker, *config]
                 for n in range(1, self.task_managers + 1)
             },
-            "jobserver": [*java, "-Xmx512m", *self.server_classes(), server, f"--job-host={HOST}", *ports, *where],
+            "jobserver": [*java, "-Xmx512m", *self.server_classes(), SERVER, f"--job-host={HOST}", *ports, *where],
             "pool": [sys.executable, "-W", "ignore", "-m", "retrodb.pipelines.pool", "--port", str(self.pool)],
         }
 
@@ -179,7 +180,17 @@ def fetch_jars() -> None:
     done = subprocess.run([*command, f"-DoutputDirectory={LIB}"], check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"flink: Maven could not fetch the jars: {(done.stdout + done.stderr).strip()[-1500:]}")
+    write_server_jar()
     complete.touch()
+
+
+def write_server_jar() -> None:
+    """``job-server.jar`` beside the jars: the job server as one file, for ``flink_job_server_jar``."""
+    names = " ".join(f"lib/{jar.name}" for jar in sorted(LIB.glob("*.jar")))
+    lines = ["Manifest-Version: 1.0", f"Main-Class: {SERVER}", f"Class-Path: {names}"]
+    folded = ("\n ".join([line[:70], *(line[at : at + 69] for at in range(70, len(line), 69))]) for line in lines)
+    with zipfile.ZipFile(LIB.with_name("job-server.jar"), "w") as jar:
+        jar.writestr("META-INF/MANIFEST.MF", "\n".join(folded) + "\n")
 
 
 def up(cluster: Cluster) -> None:

@@ -46,7 +46,9 @@ class FlinkClusterRunner(JobServerRunner):
     def _check_jar(self, master: str | None) -> None:
         jar = Path(self.options.one("flink_job_server_jar") or "")
         if not jar.is_file():
-            raise InputError(f"flink_job_server_jar: there is no file {jar}. deploy/flink makes one: make flink-jars.")
+            raise InputError(
+                f"flink_job_server_jar: there is no file {jar}. make flink-jars makes one, deploy/flink/.cluster/job-server.jar."
+            )
         if shutil.which("java") is None:
             raise InputError("flink_job_server_jar: no java is on the PATH. Install a JRE of version 11 or 17.")
         if master is None:
@@ -71,12 +73,8 @@ class FlinkClusterRunner(JobServerRunner):
 
     # -- a job ---------------------------------------------------------------------------------------------------------
 
-    def beam_runner(self) -> PortableRunner:
-        if not self._starts_a_server():
-            return super().beam_runner()
-        if self._beam is None:
-            self._beam = _KeepsItsServer()
-        return self._beam
+    def new_beam_runner(self) -> PortableRunner:
+        return _KeepsItsServer() if self._starts_a_server() else super().new_beam_runner()
 
     def options_of(self, stage: str) -> dict[str, list[str]]:
         options = super().options_of(stage)
@@ -91,7 +89,10 @@ class FlinkClusterRunner(JobServerRunner):
         master = self.options.one("flink_master", job.stage)
         if master is None:
             return submitted
-        jobs = _ask(master, "jobs/overview")["jobs"]
+        try:
+            jobs = _ask(master, "jobs/overview")["jobs"]
+        except InputError:  # the job is done: its name on the cluster's page is all that is lost
+            return submitted
         return next((str(one["jid"]) for one in jobs if one["name"] == job.name), submitted)
 
     def close(self) -> None:

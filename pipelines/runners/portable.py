@@ -34,10 +34,10 @@ class JobServerRunner:
 
     name = "portable"
     is_local = False
-    _beam: PortableRunner | None = None
 
     def __init__(self, options: RunnerOptions) -> None:
         self.options = options
+        self._beam: Any = None
 
     # -- before a build ------------------------------------------------------------------------------------------------
 
@@ -73,8 +73,12 @@ class JobServerRunner:
     def beam_runner(self) -> PortableRunner:
         """Beam's side of it; made once, since it may have started a job server."""
         if self._beam is None:
-            self._beam = PortableRunner()
+            self._beam = self.new_beam_runner()
         return self._beam
+
+    def new_beam_runner(self) -> PortableRunner:
+        """Submits to ``job_endpoint``."""
+        return PortableRunner()
 
     def options_of(self, stage: str) -> dict[str, list[str]]:
         """What a job of a stage is given; a worker pool beside each worker where no environment is named."""
