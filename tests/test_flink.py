@@ -172,15 +172,21 @@ def test_a_build_on_flink_whose_parts_are_killed_has_the_bytes_of_a_local_one(cl
     print(f"\n{len(digests(out))} files are the same; killed: {'; '.join(fault.name for fault in faults)}")
 
 
-def test_ctrl_c_cancels_the_job_on_the_cluster(cluster, source, tiny_encoder, tmp_path):
-    running = Running.start(
-        "build", source, "--out", tmp_path / "db", *FLAGS, "--encoder", tiny_encoder, *cluster.flags
-    )
-    assert running.wait_for(lambda: "RUNNING" in cluster.state_of("retrodb-"))
-    running.process.send_signal(signal.SIGINT)
-    assert running.end() == 130, running.err
-    assert "RUNNING" not in cluster.state_of("retrodb-")
-    assert "CANCELED" in cluster.state_of("retrodb-")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_job_whose_driver_is_interrupted_or_killed_does_not_run_on(cluster, source, tiny_encoder, tmp_path, number):
+    """Ctrl-C cancels it; of a killed driver, the next one does."""
+    out = tmp_path / "db"
+    before = len(cluster.state_of("retrodb-"))
+    running = Running.start("build", source, "--out", out, *FLAGS, "--encoder", tiny_encoder, *cluster.flags)
+    assert running.wait_for(lambda: len(cluster.state_of("retrodb-")) > before)
+    running.process.send_signal(number)
+    assert running.end() == (130 if number == signal.SIGINT else -signal.SIGKILL), running.err
+    if number == signal.SIGKILL:
+        again = retrodb("build", source, "--out", out, *FLAGS, "--until", "corpus")
+        assert again.code == 0, again.err
+        assert "of an earlier build was ended" in again.err
+    assert set(cluster.state_of("retrodb-")) <= {"FINISHED", "CANCELED", "FAILED"}
+    assert not (out / ".build" / "job.json").exists()
 
 
 def test_the_command_of_the_guide_builds_on_a_cluster(cluster, source, tmp_path, monkeypatch):

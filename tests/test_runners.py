@@ -172,8 +172,7 @@ def test_an_unknown_option_is_named_with_what_it_may_have_meant(job_server):
         ("local", ["parallelism=2"], "parallelism=2: the runner 'local' takes none"),
         ("portable", [], "give --runner-option job_endpoint=HOST:PORT"),
         ("portable", ["runner=DirectRunner"], "runner: not an option of yours to set; give --runner"),
-        ("flink", [], "needs a job server.*make flink-up"),
-        ("flink", ["flink_job_server_jar=/no/such.jar"], "there is no file /no/such.jar"),
+        ("flink", [], "needs the cluster's REST address.*make flink-up"),
         ("flink", ["flink_master=127.0.0.1:1"], "no Flink cluster answers at 127.0.0.1:1"),
         ("dataflow", ["project=p"], "needs --runner-option region=.*temp_location=.*sdk_container_image="),
         ("dataflow", ["projct=p"], "projct: .*Did you mean project"),
@@ -190,17 +189,35 @@ def test_a_job_server_that_is_not_there_is_named(monkeypatch):
         checked("portable", "job_endpoint=localhost:1")
 
 
-def test_a_job_server_jar_needs_java(tmp_path, monkeypatch):
+@pytest.fixture
+def answering_cluster(monkeypatch):
+    """A Flink cluster as far as the checks before a build see one."""
+    monkeypatch.setattr("retrodb.pipelines.runners.flink._ask", lambda master, what: {})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "needs a job server: .*make flink-up"),
+        (["flink_job_server_jar=/no/such.jar"], "there is no file /no/such.jar. make flink-jars makes one"),
+    ],
+)
+def test_flink_needs_a_job_server_as_well(answering_cluster, options, said):
+    with pytest.raises(InputError, match=said):
+        checked("flink", "flink_master=127.0.0.1:1", *options)
+
+
+def test_a_job_server_jar_needs_java(answering_cluster, tmp_path, monkeypatch):
     (tmp_path / "server.jar").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no java is on the PATH. Install a JRE"):
-        checked("flink", f"flink_job_server_jar={tmp_path / 'server.jar'}")
+        checked("flink", "flink_master=127.0.0.1:1", f"flink_job_server_jar={tmp_path / 'server.jar'}")
 
 
 def test_a_refused_runner_leaves_nothing_behind(source, tmp_path):
     ran = retrodb("build", source, "--out", tmp_path / "db", "--runner", "flink")
     assert ran.code == 3
-    assert "job_endpoint" in ran.err
+    assert "flink_master" in ran.err
     assert "Traceback" not in ran.err
     assert not (tmp_path / "db").exists()
 

@@ -1,27 +1,38 @@
 """Jobs on a Flink cluster, through Beam's Flink job server: one that runs already, or one started from its jar."""
 
 import json
+import logging
 import shutil
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability import job_server
 from apache_beam.runners.portability.flink_runner import FlinkJarJobServer, FlinkRunner
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from retrodb.pipelines.runners.base import Job
 from retrodb.pipelines.runners.options import RunnerOptions, arguments
-from retrodb.pipelines.runners.portable import WORKER_POOL, JobServerRunner
+from retrodb.pipelines.runners.portable import WORKER_POOL, FollowedJob, JobServerRunner
 
 from retrodb.errors import InputError
 
 _ANSWER_SECONDS: Final = 10.0
+_CANCEL_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.25
+_ENDED: Final = ("FINISHED", "FAILED", "CANCELED")
 
 
 class FlinkClusterRunner(JobServerRunner):
-    """``job_endpoint`` names a running job server; ``flink_job_server_jar`` with ``flink_master`` starts one."""
+    """``flink_master`` is the cluster's REST address; ``job_endpoint`` names a running job server, and
+    ``flink_job_server_jar`` starts one.
+
+    Jobs are known to the cluster by their names: a job server that is asked to cancel one forgets it, but leaves it
+    running on a cluster that it only submits to.
+    """
 
     name = "flink"
 
@@ -32,27 +43,35 @@ class FlinkClusterRunner(JobServerRunner):
     # -- before a build ------------------------------------------------------------------------------------------------
 
     def check(self, locations: Sequence[str]) -> None:
-        if (master := self.options.one("flink_master")) is not None:
-            _ask(master, "overview")
+        for stage in (None, *self.options.stages()):
+            _ask(self._master(stage), "overview")
         if not self._starts_a_server():
             super().check(locations)
             return
-        self._check_jar(master)
+        self._check_jar()
         arguments(self.options.of(None))
+
+    def _master(self, stage: str | None) -> str:
+        master = self.options.one("flink_master", stage)
+        if master is None:
+            raise InputError(
+                "--runner flink needs the cluster's REST address: give --runner-option flink_master=HOST:PORT "
+                "(make flink-up starts a cluster on this machine, and says what to give)."
+            )
+        return master
 
     def _starts_a_server(self) -> bool:
         return self.options.one("job_endpoint") is None and self.options.one("flink_job_server_jar") is not None
 
-    def _check_jar(self, master: str | None) -> None:
+    def _check_jar(self) -> None:
         jar = Path(self.options.one("flink_job_server_jar") or "")
         if not jar.is_file():
             raise InputError(
-                f"flink_job_server_jar: there is no file {jar}. make flink-jars makes one, deploy/flink/.cluster/job-server.jar."
+                f"flink_job_server_jar: there is no file {jar}. make flink-jars makes one: "
+                "deploy/flink/.cluster/job-server.jar."
             )
         if shutil.which("java") is None:
             raise InputError("flink_job_server_jar: no java is on the PATH. Install a JRE of version 11 or 17.")
-        if master is None:
-            raise InputError("flink_job_server_jar needs the cluster: give --runner-option flink_master=HOST:PORT.")
 
     def endpoint(self, stage: str | None) -> str:
         if self.options.one("job_endpoint", stage) is None:
@@ -84,16 +103,27 @@ class FlinkClusterRunner(JobServerRunner):
             options.pop("flink_master", None)  # the job server knows its cluster
         return options
 
-    def runners_id(self, job: Job, submitted: str) -> str:
-        """Flink's own id, where its REST interface is known."""
-        master = self.options.one("flink_master", job.stage)
-        if master is None:
-            return submitted
+    def submit(self, pipeline: beam.Pipeline, job: Job) -> FollowedJob:
+        job.submitted(self._master(job.stage), job.name)
+        return super().submit(pipeline, job)
+
+    def submitted(self, job: Job, job_id: str) -> None:
+        """It is known by its name since before it was submitted."""
+
+    def cancel(self, job: Job, followed: FollowedJob | None) -> bool:
+        super().cancel(job, followed)
         try:
-            jobs = _ask(master, "jobs/overview")["jobs"]
-        except InputError:  # the job is done: its name on the cluster's page is all that is lost
+            return cancel_on_cluster(self._master(job.stage), job.name) and followed is not None
+        except InputError as error:  # the interruption is what the user has to hear of
+            logging.getLogger(__name__).debug("cancelling %s: %s", job.name, error)
+            return False
+
+    def runners_id(self, job: Job, submitted: str) -> str:
+        """Flink's own id."""
+        try:
+            return next((str(one["jid"]) for one in _jobs(self._master(job.stage), job.name)), submitted)
+        except InputError:  # the job is done: its id on the cluster's page is all that is lost
             return submitted
-        return next((str(one["jid"]) for one in jobs if one["name"] == job.name), submitted)
 
     def close(self) -> None:
         if isinstance(self._beam, _KeepsItsServer):
@@ -117,7 +147,30 @@ class _KeepsItsServer(FlinkRunner):
             self._server.stop()
 
 
-def _ask(master: str, what: str) -> Any:
+def cancel_on_cluster(master: str, name: str) -> bool:
+    """Cancel the jobs of a name on a Flink cluster, and wait for their end; whether none runs any more.
+
+    Raises:
+        InputError: the cluster does not answer.
+    """
+    end = time.monotonic() + _CANCEL_SECONDS
+    asked: set[str] = set()
+    while running := [job for job in _jobs(master, name) if job["state"] not in _ENDED]:
+        if time.monotonic() > end:
+            return False
+        for job in running:
+            if job["jid"] not in asked:
+                asked.add(job["jid"])
+                _ask(master, f"jobs/{job['jid']}?mode=cancel", "PATCH")
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _jobs(master: str, name: str) -> list[dict[str, Any]]:
+    return [job for job in _ask(master, "jobs/overview")["jobs"] if job["name"] == name]
+
+
+def _ask(master: str, what: str, method: str = "GET") -> Any:
     """What the REST interface of a Flink cluster says.
 
     Raises:
@@ -125,7 +178,8 @@ def _ask(master: str, what: str) -> Any:
     """
     url = master if master.startswith(("http://", "https://")) else f"http://{master}"
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/{what}", timeout=_ANSWER_SECONDS) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}/{what}", method=method)
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
             return json.load(answer)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -8,8 +8,6 @@ import time
 from typing import Final
 
 import grpc
-from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
-from apache_beam.runners.portability.portable_runner import TERMINAL_STATES
 from retrodb.pipelines.progress import Progress
 
 from retrodb.errors import InputError
@@ -22,7 +20,7 @@ _END_SECONDS: Final = 60.0
 
 
 def record_job(storage: Storage, runner: str, endpoint: str | None, job_id: str) -> None:
-    """A job runs from now on; ``endpoint`` is the job server that can end it, if there is one."""
+    """A job runs from now on; ``endpoint`` is who can end it: the job server, the cluster (Flink), or None."""
     storage.commit_json(JOB_RECORD, {"runner": runner, "endpoint": endpoint, "id": job_id})
 
 
@@ -46,11 +44,11 @@ def end_leftover_job(storage: Storage, progress: Progress) -> None:
     if record["endpoint"] is None:
         raise InputError(f"an earlier build left {what}, which may still be writing to this database. {advice}")
     try:
-        ended = _end(record["endpoint"], record["id"])
-    except (grpc.RpcError, grpc.FutureTimeoutError) as error:
+        ended = _end(record["runner"], record["endpoint"], record["id"])
+    except (grpc.RpcError, grpc.FutureTimeoutError, InputError) as error:
         raise InputError(
-            f"an earlier build left {what}, which may still be writing to this database, and its job server "
-            f"{record['endpoint']} does not answer. {advice}"
+            f"an earlier build left {what}, which may still be writing to this database, and what "
+            f"could end it, at {record['endpoint']}, does not answer. {advice}"
         ) from error
     if not ended:
         raise InputError(f"an earlier build left {what}, which does not end. {advice}")
@@ -58,8 +56,15 @@ def end_leftover_job(storage: Storage, progress: Progress) -> None:
     forget_job(storage)
 
 
-def _end(endpoint: str, job_id: str) -> bool:
-    """Cancel a job and wait for its end; a job server that knows no such job has none that writes."""
+def _end(runner: str, endpoint: str, job_id: str) -> bool:
+    """Cancel a job and wait for its end; who knows no such job has none that writes."""
+    # Only who has such a job pays for the runners' modules.
+    from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc  # noqa: PLC0415
+    from apache_beam.runners.portability.portable_runner import TERMINAL_STATES  # noqa: PLC0415
+    from retrodb.pipelines.runners.flink import cancel_on_cluster  # noqa: PLC0415
+
+    if runner == "flink":
+        return cancel_on_cluster(endpoint, job_id)
     with grpc.insecure_channel(endpoint) as channel:
         grpc.channel_ready_future(channel).result(timeout=_ANSWER_SECONDS)
         stub = beam_job_api_pb2_grpc.JobServiceStub(channel)

@@ -95,22 +95,43 @@ class JobServerRunner:
     def run(self, job: Job, tick: Tick) -> JobRecord:
         quieten()
         started = time.monotonic()
-        with environment(ONE_THREAD):  # for workers in this process, where LOOPBACK asks for them
-            pipeline = beam.Pipeline(runner=self.beam_runner(), options=self.pipeline_options(job))
-            job.build(pipeline)
-            try:
-                result = pipeline.run()
-            except (grpc.RpcError, grpc.FutureTimeoutError, RuntimeError) as error:
-                raise WorkerError(
-                    f"{job.stage}: the job server did not take the job: {last_line(str(error))}"
-                ) from error
-            followed = FollowedJob(result, job)
-            job.submitted(self.options.one("job_endpoint", job.stage), followed.id)
-            state = followed.to_its_end(tick)
-            if state != PipelineState.DONE:
-                raise followed.error(state)
+        followed = None
+        try:
+            with environment(ONE_THREAD):  # for workers in this process, where LOOPBACK asks for them
+                pipeline = beam.Pipeline(runner=self.beam_runner(), options=self.pipeline_options(job))
+                job.build(pipeline)
+                followed = self.submit(pipeline, job)
+                state = followed.to_its_end(tick)
+        except BaseException:
+            if self.cancel(job, followed):
+                job.ended()
+            raise
+        job.ended()
+        if state != PipelineState.DONE:
+            raise followed.error(state)
         job_id = self.runners_id(job, followed.id)
         return JobRecord(job.stage, self.name, job_id, state, time.monotonic() - started, followed.counters())
+
+    def submit(self, pipeline: beam.Pipeline, job: Job) -> "FollowedJob":
+        """Hand a job to the job server.
+
+        Raises:
+            WorkerError: it does not take it.
+        """
+        try:
+            followed = FollowedJob(pipeline.run(), job)
+        except (grpc.RpcError, grpc.FutureTimeoutError, RuntimeError) as error:
+            raise WorkerError(f"{job.stage}: the job server did not take the job: {last_line(str(error))}") from error
+        self.submitted(job, followed.id)
+        return followed
+
+    def submitted(self, job: Job, job_id: str) -> None:
+        """From now on the job may outlive the driver."""
+        job.submitted(self.options.one("job_endpoint", job.stage), job_id)
+
+    def cancel(self, job: Job, followed: "FollowedJob | None") -> bool:
+        """End a job; whether it has ended."""
+        return followed is None or followed.cancel()
 
     def runners_id(self, job: Job, submitted: str) -> str:
         """The id that the runner itself shows."""
@@ -145,23 +166,16 @@ class FollowedJob:
             logging.getLogger(__name__).debug("no more messages of %s: %s", self.id, error)
 
     def to_its_end(self, tick: Tick) -> str:
-        """The state it ends in; cancels it when interrupted.
+        """The state it ends in.
 
         Raises:
             WorkerError: the job server does not answer any more.
         """
-        try:
-            while True:
-                state = self._state()
-                if PipelineState.is_terminal(state):
-                    self._job.ended()
-                    self._result._cleanup()  # stops the workers in this process, if there are any
-                    return state
-                tick()
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            self.cancel()
-            raise
+        while not PipelineState.is_terminal(state := self._state()):
+            tick()
+            time.sleep(_POLL_SECONDS)
+        self._result._cleanup()  # stops the workers in this process, if there are any
+        return state
 
     def _state(self) -> str:
         silent_since = time.monotonic()
@@ -176,18 +190,19 @@ class FollowedJob:
                     ) from error
                 time.sleep(1.0)
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         """Ask the runner to end the job, and wait for it a while: what it had not committed does not exist."""
+        end = time.monotonic() + _CANCEL_SECONDS
         try:
             self._result.cancel()
-            end = time.monotonic() + _CANCEL_SECONDS
-            while time.monotonic() < end:
-                if PipelineState.is_terminal(self._result.state):
-                    self._job.ended()
-                    return
+            while not PipelineState.is_terminal(self._result.state):
+                if time.monotonic() > end:
+                    return False
                 time.sleep(_POLL_SECONDS)
         except Exception as error:  # the interruption is what the user has to hear of
             logging.getLogger(__name__).debug("cancelling %s: %s", self.id, error)
+            return False
+        return True
 
     def error(self, state: str) -> RetrodbError:
         """Why it did not end well: what a worker raised, or what the runner says."""
