@@ -12,14 +12,14 @@ from pathlib import Path
 
 import apache_beam as beam
 import pytest
-from failing_work import fail
+from failing_work import fail, linger
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.runners import Job, make_runner
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from support import Running, build_here, digests, retrodb, strays, write_jsonl
 
 from retrodb.config import RunSettings, make_config, read_config_file
-from retrodb.errors import InputError, UsageError
+from retrodb.errors import InputError, UsageError, WorkerError
 from retrodb.storage import Storage
 
 pytestmark = pytest.mark.xdist_group("runners")
@@ -152,6 +152,30 @@ def test_an_error_on_a_worker_reaches_the_driver_as_it_was_raised(job_server, tm
     job = Job("chunk", "retrodb-test", lambda p: p | DealOut([Task(2, None)]) | beam.ParDo(DoTasks(book, fail)))
     with pytest.raises(InputError, match="^shard 2: what, where; the remedy.\nA second line with 'quotes' and \"more"):
         runner.run(job, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_job_server_that_dies_is_missed(job_server, tmp_path, monkeypatch):
+    monkeypatch.setattr("retrodb.pipelines.runners.portable._LOST_SECONDS", 1.0)
+    port = free_port()
+    with started("apache_beam.runners.portability.local_job_service_main", "-p", port) as service:
+        wait_for_port(port)
+        options = (f"job_endpoint=localhost:{port}", job_server[-1])
+        runner = make_runner(RunSettings(runner="portable", runner_option=options))
+        book = ReceiptBook(Storage(str(tmp_path)), "stage", "f" * 64)
+        killed: list[int] = []
+        job = Job(
+            "chunk",
+            "retrodb-test",
+            lambda p: p | DealOut([Task(0, None)]) | beam.ParDo(DoTasks(book, linger)),
+            submitted=lambda endpoint, job_id: (os.killpg(service.pid, signal.SIGKILL), killed.append(1)),
+            ended=lambda: killed.append(2),
+        )
+        with pytest.raises(
+            WorkerError, match="chunk: the job server has not answered for 1 s .*What was finished is kept"
+        ):
+            runner.run(job, lambda: None)
+    assert killed == [1], "nobody knows whether the job has ended: the next build must look"
 
 
 # -- what is missing is said, with what to do -------------------------------------------------------------------------
