@@ -311,6 +311,7 @@ def start(cluster: Cluster, name: str, command: list[str]) -> "subprocess.Popen[
 def supervise(cluster: Cluster) -> None:
     """Start every part, and start again what ends, until this process is told to end."""
     commands = cluster.commands()
+    running: dict[str, subprocess.Popen[bytes]] = {}
     with ended_by_signal():
         running = {name: start(cluster, name, command) for name, command in commands.items()}
         while True:
@@ -319,6 +320,9 @@ def supervise(cluster: Cluster) -> None:
                     print(f"{time.strftime('%H:%M:%S')} {name} ended ({process.returncode}): started again", flush=True)
                     running[name] = start(cluster, name, commands[name])
             time.sleep(0.5)
+    for process in running.values():  # `down` ends them as well
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
 
 
 @contextlib.contextmanager
