@@ -9,7 +9,7 @@ OUT ?= $(if $(INPUT),my-db,quickstart-db)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test test-fast lint format types check bench kill-test clean
+.PHONY: help install build test test-fast lint format types check bench flink-jars flink-up flink-down flink-test kill-test clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ else
 endif
 
 test: $(STAMP)  ## Run all tests.
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 test-fast: $(STAMP)  ## Run the tests that build no database.
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -52,6 +52,18 @@ check: lint types test  ## Everything CI checks but the build.
 
 bench: $(STAMP)  ## Measure the build against the bare encoder: INPUT=corpus.jsonl.gz.
 	@$(BIN)/python benchmarks/build.py $(INPUT)
+
+flink-jars: $(STAMP)  ## Fetch what a Flink cluster consists of (Java and Maven needed).
+	@$(BIN)/python deploy/flink/cluster.py jars
+
+flink-up: $(STAMP)  ## Start a Flink cluster on this machine: ARGS="--task-managers 1 --rest-port 8082".
+	@$(BIN)/python deploy/flink/cluster.py up $(ARGS)
+
+flink-down: $(STAMP)  ## End it.
+	@$(BIN)/python deploy/flink/cluster.py down
+
+flink-test: $(STAMP)  ## Build on a Flink cluster of its own, with faults, and compare with the local build.
+	@$(BIN)/python -m pytest -p no:xdist -s tests/test_flink.py $(ARGS)
 
 kill-test: $(STAMP)  ## Kill a build 100 times at random moments, and compare what comes of it: ARGS="--kills 10".
 	@$(BIN)/python benchmarks/kill_test.py $(ARGS)

@@ -14,6 +14,7 @@ from retrodb.pipelines.ingredients import Ingredients
 from retrodb.pipelines.integrity import damaged_reports, damaged_shards
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.runners import Runner
 from retrodb.pipelines.tasks import Task
 
 from retrodb import __version__
@@ -86,6 +87,7 @@ class Builder:
     run: RunSettings
     progress: Progress
     ingredients: Ingredients
+    runner: Runner
     manifest: Manifest = field(init=False)
     executor: Executor = field(init=False)
     damage: dict[str, set[int]] = field(init=False)
@@ -94,7 +96,7 @@ class Builder:
     def __post_init__(self) -> None:
         found = Manifest.load(self.storage)
         self.manifest = found or Manifest()
-        self.executor = Executor(self.run, self.progress)
+        self.executor = Executor(self.runner, self.progress)
         self.damage = damaged_shards(self.storage, self.manifest)
 
     # -- what every stage shares -----------------------------------------------------------------------------------

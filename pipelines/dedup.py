@@ -249,9 +249,9 @@ def compare_tasks(documents: Sequence[Shard], having: Mapping[int, object]) -> l
     ]
 
 
-def one_task_a_wave(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Each task is as much as one shuffle carries."""
-    return [[task] for task in tasks]
+def one_task_a_wave(tasks: Sequence[Task], bounded: bool) -> list[list[Task]]:
+    """Each task is as much as a shuffle in memory carries."""
+    return [[task] for task in tasks] if bounded else [list(tasks)]
 
 
 class AskForSets(StageDoFn):

@@ -16,6 +16,8 @@ from retrodb.pipelines.integrity import mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import build_index, build_neighbours, build_training
+from retrodb.pipelines.runners import JobRecord, make_runner
+from retrodb.pipelines.runners.leftover import end_leftover_job
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
 from retrodb.config import BuildConfig, RunSettings
@@ -28,11 +30,15 @@ from retrodb.storage import Storage
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """What a build came to. ``done`` are the stages that did something: empty when nothing was to do."""
+    """What a build came to.
+
+    ``done`` are the stages that did something: empty when nothing was to do. ``jobs`` is what the runner said of each.
+    """
 
     manifest: Manifest
     done: tuple[str, ...]
     seconds: dict[str, float]
+    jobs: tuple[JobRecord, ...] = ()
 
 
 def build(
@@ -57,17 +63,20 @@ def build(
     refuse_foreign(out)
     config = located(config)
     ingredients = resolve(config, run)
+    runner = make_runner(run)
+    runner.check([out.url, *(file.url for file in inputs)])
     made = out.make_root()
     try:
         with build_lock(out):
+            end_leftover_job(out, progress)
             new = not mend_manifest(out, progress)
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
             try:
                 try:
-                    return _run_all(Builder(inputs, out, config, run, progress, ingredients))
+                    return _run_all(Builder(inputs, out, config, run, progress, ingredients, runner))
                 except DamagedError as error:
-                    builder = Builder(inputs, out, config, run, progress, ingredients)
+                    builder = Builder(inputs, out, config, run, progress, ingredients, runner)
                     if not builder.damage:
                         raise
                     progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
@@ -78,6 +87,7 @@ def build(
                     _abandon(out)
                 raise
     finally:
+        runner.close()
         out.unmake(made)
 
 
@@ -112,4 +122,4 @@ def _run_all(builder: Builder) -> BuildOutcome:
         if stage == builder.run.until:
             break
     builder.clean_up()
-    return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds)
+    return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs))

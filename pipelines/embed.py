@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import apache_beam as beam
@@ -107,8 +107,12 @@ def embed_tasks(chunks: Sequence[Shard], documents: Sequence[Shard]) -> list[Tas
 
 
 def embed_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: EmbedSettings
+    pipeline: beam.Pipeline,
+    book: ReceiptBook,
+    tasks: Sequence[Task],
+    settings: EmbedSettings,
+    hints: Mapping[str, str],
 ) -> beam.PCollection:
-    """Embed chunk shards."""
+    """Embed chunk shards; ``hints`` say what the workers need (Beam's resource hints)."""
     work = functools.partial(_embed, book.storage, settings)
-    return pipeline | DealOut(tasks) | "embed" >> beam.ParDo(DoTasks(book, work))
+    return pipeline | DealOut(tasks) | "embed" >> beam.ParDo(DoTasks(book, work)).with_resource_hints(**hints)

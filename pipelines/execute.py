@@ -1,6 +1,7 @@
 """Run a stage's tasks to the last receipt: resume, watch, retry what a dead worker left, and account for it."""
 
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -8,10 +9,10 @@ from typing import Final
 import apache_beam as beam
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.runners import WorkerDiedError, run_local
+from retrodb.pipelines.runners import Job, JobRecord, LocalRunner, Runner, WorkerDiedError
+from retrodb.pipelines.runners.leftover import forget_job, record_job
 from retrodb.pipelines.tasks import Task
 
-from retrodb.config import RunSettings
 from retrodb.errors import WorkerError
 from retrodb.manifest import WORK_FOLDER
 from retrodb.storage import Storage
@@ -21,10 +22,12 @@ _PROGRESS_SECONDS: Final = 0.5
 _REMOTE_PROGRESS_SECONDS: Final = 20.0
 """Each look at an object store is a listing."""
 
-Waves = Callable[[Sequence[Task]], Iterable[Sequence[Task]]]
+Waves = Callable[[Sequence[Task], bool], Iterable[Sequence[Task]]]
+"""Cuts tasks into parts that are run one after the other; told whether a shuffle is kept in memory (locally), and has to
+be bounded. A part is asked for only when the one before it is done."""
 
 
-def one_wave(tasks: Sequence[Task]) -> Sequence[Sequence[Task]]:
+def one_wave(tasks: Sequence[Task], bounded: bool) -> Sequence[Sequence[Task]]:
     """All tasks in one pipeline."""
     return [tasks]
 
@@ -34,11 +37,15 @@ PipelineBuilder = Callable[[beam.Pipeline, Sequence[Task]], object]
 
 @dataclass
 class Executor:
-    """Runs pipelines for one build. ``seconds`` collects how long each stage ran."""
+    """Runs pipelines for one build.
 
-    run: RunSettings
+    ``seconds`` collects how long each stage ran, ``jobs`` what the runner said of each job that it finished.
+    """
+
+    runner: Runner
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    jobs: list[JobRecord] = field(default_factory=list)
 
     def complete(
         self,
@@ -48,6 +55,7 @@ class Executor:
         unit: str,
         small: int,
         waves: Waves = one_wave,
+        driver_may: bool = False,
     ) -> dict[int, Receipt]:
         """Do the tasks that have no receipt yet, and return the receipts of all.
 
@@ -57,7 +65,9 @@ class Executor:
             builder: applies the stage's transforms to a pipeline, for some of the tasks.
             unit: what ``Task.weight`` counts, for the display.
             small: below this total weight worker processes cost more than they bring.
-            waves: cuts the tasks into parts that are run one after the other, to bound a shuffle.
+            waves: cuts the tasks into parts that are run one after the other.
+            driver_may: whether so ``small`` a job may run in the driver even where the runner is another: it makes no
+                shard.
 
         Raises:
             RetrodbError: what a worker raised; or WorkerError when workers keep dying.
@@ -73,8 +83,8 @@ class Executor:
             if not pending:
                 break
             try:
-                for wave in waves(pending):
-                    self._run_wave(wave, builder, small, tick)
+                for wave in waves(pending, self.runner.is_local):
+                    self._run_wave(book, wave, builder, small, tick, driver_may)
             except WorkerDiedError as error:
                 if attempt == _ATTEMPTS:
                     raise
@@ -88,10 +98,34 @@ class Executor:
         self.seconds[book.stage] = self.seconds.get(book.stage, 0.0) + time.monotonic() - started
         return receipts
 
-    def _run_wave(self, tasks: Sequence[Task], builder: PipelineBuilder, small: int, tick: "_Ticker") -> None:
-        worth_it = sum(task.weight for task in tasks) >= small
-        processes = min(self.run.workers, sum(task.width for task in tasks)) if worth_it else 1
-        run_local(lambda pipeline: builder(pipeline, tasks), processes, tick)
+    def _run_wave(
+        self,
+        book: ReceiptBook,
+        tasks: Sequence[Task],
+        builder: PipelineBuilder,
+        small: int,
+        tick: "_Ticker",
+        driver_may: bool,
+    ) -> None:
+        light = sum(task.weight for task in tasks) < small
+        width = sum(task.width for task in tasks)
+        runner = LocalRunner(1) if driver_may and light else self.runner
+        job = Job(
+            book.stage,
+            _job_name(book),
+            lambda pipeline: builder(pipeline, tasks),
+            width,
+            light,
+            lambda endpoint, job_id: record_job(book.storage, runner.name, endpoint, job_id),
+            lambda: forget_job(book.storage),
+        )
+        self.jobs.append(runner.run(job, tick))
+
+
+def _job_name(book: ReceiptBook) -> str:
+    """What a runner shows: the stage, its step, and a tail by which the jobs of one build are told from another's."""
+    step = f"-{book.step}" if book.step else ""
+    return f"retrodb-{book.stage}{step}-{book.fingerprint[:6]}-{uuid.uuid4().hex[:8]}"
 
 
 class _Ticker:

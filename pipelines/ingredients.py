@@ -75,7 +75,8 @@ class Ingredients:
             return
         from retrodb.encoding.encoder import Encoder  # noqa: PLC0415 - imports torch
 
-        Encoder.load(self.encoder.files, self.encoder.identity.precision, run.device).embed(["text"])
+        device = run.device if run.runner == "local" else "cpu"  # the card is where the workers are
+        Encoder.load(self.encoder.files, self.encoder.identity.precision, device).embed(["text"])
 
 
 def located(config: BuildConfig) -> BuildConfig:
@@ -111,7 +112,7 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
 def _choose_encoder(config: BuildConfig, run: RunSettings) -> ChosenEncoder:
     files = resolve_encoder(config.encoder)
     check_weights(files)
-    if run.device == "cuda":
+    if run.device == "cuda" and run.runner == "local":
         _check_cuda(run.device)
     given = config.precision != "auto"
     return ChosenEncoder(files, identify(files, config.precision if given else _automatic_precision(run)), given)
@@ -157,6 +158,10 @@ def _check_cuda(device: str) -> None:
 
 
 def _automatic_precision(run: RunSettings) -> str:
+    """What suits the workers' processor: this machine's, or, of workers elsewhere with a GPU, such as have bfloat16."""
+    if run.runner != "local":
+        on_gpu = run.device == "cuda" or (run.runner == "dataflow" and run.device == "auto")
+        return "bf16" if on_gpu else cpu_precision()
     might_be_cuda = run.device == "cuda" or (run.device == "auto" and Path("/proc/driver/nvidia/version").exists())
     if might_be_cuda:
         from retrodb.encoding.encoder import choose_device, cuda_precision  # noqa: PLC0415 - imports torch

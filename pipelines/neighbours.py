@@ -174,6 +174,7 @@ class TryNprobe(StageDoFn):
         self._settings = settings
 
     def setup(self) -> None:
+        super().setup()
         settings, storage = self._settings, self._storage
         self._index = GroupedIndex(
             storage,

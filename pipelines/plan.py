@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 from retrodb.pipelines import stages
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
 from retrodb.pipelines.integrity import damaged_reports, damaged_shards
+from retrodb.pipelines.runners import make_runner
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
@@ -45,6 +46,7 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     """
     refuse_foreign(storage)
     manifest = Manifest.recover(storage) or Manifest()
+    runner = make_runner(run)
     ingredients = resolve(config, run)
     scans, exact = _scans(inputs, manifest)
     layout = plan(scans, config.shard_bytes)
@@ -55,7 +57,8 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     return {
         "database": storage.url,
         "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
-        "stages": actions,
+        "stages": [{**action, "runs": runner.describe(action["stage"])} for action in actions],
+        "runner": runner.name,
         "splits": len(layout.splits),
         "shards": layout.shards,
         "index": {"key": vectors.choice.key, "reason": vectors.choice.reason} if vectors else None,

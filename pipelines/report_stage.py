@@ -31,7 +31,7 @@ def build_report(builder: Builder) -> None:
             pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, neighbours),
             unit="chunks",
             small=_SMALL_COMPARE_CHUNKS,
-            waves=lambda tasks: join_waves(tasks, bytes_a_chunk),
+            waves=join_waves(bytes_a_chunk),
         )
     )
     if receipts is None:

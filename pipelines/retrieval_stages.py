@@ -313,7 +313,7 @@ def build_training(builder: Builder) -> None:
             pipeline=lambda pipeline, book, tasks: training_pipeline(pipeline, book, tasks, settings),
             unit="chunks",
             small=_SMALL_JOIN_CHUNKS,
-            waves=lambda tasks: join_waves(tasks, bytes_a_chunk),
+            waves=join_waves(bytes_a_chunk),
         )
     )
     if receipts is None:

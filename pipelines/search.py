@@ -99,55 +99,73 @@ def _rounds(book: ReceiptBook) -> ReceiptBook:
     return replace(book, step="rounds")
 
 
-def _state_path(book: ReceiptBook, number: int) -> str:
-    return f"{_rounds(book).folder}/{number:05d}.arrays"
+@dataclass(frozen=True)
+class QueryShard:
+    """The files of a query shard, and how many rounds have been over it.
+
+    A round reads what that many rounds left and writes beside it, so that a runner may repeat any part of it.
+    """
+
+    files: ShardFiles
+    rounds: int = 0
 
 
-def unfinished(book: ReceiptBook, number: int, exclusion: Exclusion, settings: SearchSettings) -> Unfinished:
-    """Where a query shard stands: as the last round left it, or at the start."""
-    data = book.storage.read_if_there(_state_path(book, number))
-    if data is not None:
-        return Unfinished.from_bytes(data)
+def _state_path(book: ReceiptBook, number: int, rounds: int) -> str:
+    return f"{_rounds(book).folder}/{number:05d}.{rounds}.arrays"
+
+
+def unfinished(book: ReceiptBook, task: Task, exclusion: Exclusion, settings: SearchSettings) -> Unfinished:
+    """Where a query shard (a task of `QueryShard`) stands: as so many rounds left it, or at the start."""
+    if task.payload.rounds:
+        return Unfinished.from_bytes(book.storage.read_bytes(_state_path(book, task.number, task.payload.rounds)))
     return Unfinished.start(len(exclusion), settings.k, first_asks(exclusion, settings.k, settings.searched))
 
 
-def _left(book: ReceiptBook, tasks: Sequence[Task]) -> dict[int, int]:
-    """Bytes that the queries of unfinished query shards weigh, where a round has been over them."""
-    receipts = _rounds(book).read_all([task.number for task in tasks])
-    return {number: receipt.counts["bytes"] for number, receipt in receipts.items()}
-
-
-def _filled(tasks: Sequence[Task], left: Mapping[int, int], a_query: int) -> Iterator[list[Task]]:
-    """Tasks in waves of `WAVE_BYTES`; each task's weight is what is left of it, in queries of ``a_query`` bytes."""
+def _filled(tasks: Sequence[Task], a_query: int) -> Iterator[list[Task]]:
+    """Tasks in waves of `WAVE_BYTES`; a task weighs so many queries of ``a_query`` bytes."""
     wave: list[Task] = []
     room = WAVE_BYTES
     for task in tasks:
-        size = min(left[task.number], WAVE_BYTES)
+        size = min(task.weight * a_query, WAVE_BYTES)
         if wave and size > room:
             yield wave
             wave, room = [], WAVE_BYTES
-        wave.append(replace(task, weight=max(1, left[task.number] // a_query)))
+        wave.append(task)
         room -= size
     if wave:
         yield wave
 
 
-def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Sequence[Task]], Iterator[list[Task]]]:
-    """Waves of query shards whose shuffle stays below `WAVE_BYTES`, round after round until all are finished.
+def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Sequence[Task], bool], Iterator[list[Task]]]:
+    """Round after round until all query shards are finished, each in waves whose shuffle stays below `WAVE_BYTES`
+    where it has to be bounded.
 
     A task's weight within a wave is what is left of it.
     """
     first = first_asks(Exclusion.of_nothing(1), settings.k, settings.searched)
     a_query = sum(ask_bytes(ask, settings.dimension, settings.fetched) for ask in first) or 1
 
-    def waves(tasks: Sequence[Task]) -> Iterator[list[Task]]:
-        left = {task.number: task.weight * a_query for task in tasks}
-        left |= _left(book, tasks)
+    def standing(tasks: Sequence[Task]) -> dict[int, Task]:
+        """Tasks that a round has been over, as they stand."""
+        receipts = _rounds(book).read_all([task.number for task in tasks])
+        by_number = {task.number: task for task in tasks}
+        return {
+            number: replace(
+                by_number[number],
+                payload=replace(by_number[number].payload, rounds=receipt.counts["rounds"]),
+                weight=max(1, receipt.counts["bytes"] // a_query),
+            )
+            for number, receipt in receipts.items()
+        }
+
+    def waves(tasks: Sequence[Task], bounded: bool) -> Iterator[list[Task]]:
+        known = standing(tasks)
+        tasks = [known.get(task.number, task) for task in tasks]
         while tasks:
-            yield from _filled(tasks, left, a_query)
+            yield from _filled(tasks, a_query) if bounded else [list(tasks)]
             done = book.read_all([task.number for task in tasks])
-            left = _left(book, tasks)  # of a query shard that came to nothing there is neither: the executor tells
-            tasks = [task for task in tasks if task.number not in done and task.number in left]
+            known = standing(tasks)  # of a query shard that came to nothing there is neither: the executor tells
+            tasks = [known[task.number] for task in tasks if task.number not in done and task.number in known]
 
     return waves
 
@@ -184,12 +202,13 @@ class SearchIndexShard(_SearchDoFn):
     def _pieces(self, index: Any, task: Task, first: bool) -> Iterator[tuple[int, bytes]]:
         """What one query shard finds in one index shard. The ``first`` index shard's candidates bring the queries."""
         settings = self._settings
-        exclusion, chunk_ids, document_ids = self._exclusion(task.payload)
-        share = unfinished(self._book, task.number, exclusion, settings).share(
+        files = task.payload.files
+        exclusion, chunk_ids, document_ids = self._exclusion(files)
+        share = unfinished(self._book, task, exclusion, settings).share(
             WAVE_BYTES, settings.dimension, settings.fetched
         )
-        vectors = vectors_of(self._storage, task.payload, len(chunk_ids))
-        clusters = query_clusters(self._storage, task.payload, document_ids, settings.exclude)
+        vectors = vectors_of(self._storage, files, len(chunk_ids))
+        clusters = query_clusters(self._storage, files, document_ids, settings.exclude)
         queries = Queries(vectors, exclusion.first, exclusion.last, clusters)
         key = task.number << ID_SHIFT
         for ask in share:
@@ -235,6 +254,7 @@ class SettleByLooking(_SearchDoFn):
     """(piece, candidates) -> (query shard, what became of it), with vectors looked up in their shards."""
 
     def setup(self) -> None:
+        super().setup()
         settings, storage = self._settings, self._storage
         self._documents = StoredDocuments(storage, settings.chunks)
         self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
@@ -304,17 +324,18 @@ class WriteFound(_SearchDoFn):
         number, parts = element
         for task in parts["tasks"]:
             with self._naming(number):
-                self._write(number, task.payload, parts["settled"])
+                self._write(task, parts["settled"])
                 yield number
 
-    def _write(self, number: int, files: ShardFiles, parts: Iterable[bytes]) -> None:
-        settings, storage = self._settings, self._storage
-        exclusion, chunk_ids, _ = self._exclusion(files)
-        state = unfinished(self._book, number, exclusion, settings).updated(map(Unfinished.from_bytes, parts))
+    def _write(self, task: Task, parts: Iterable[bytes]) -> None:
+        settings, storage, number = self._settings, self._storage, task.number
+        exclusion, chunk_ids, _ = self._exclusion(task.payload.files)
+        state = unfinished(self._book, task, exclusion, settings).updated(map(Unfinished.from_bytes, parts))
         if not state.is_done:
             left = sum(ask_bytes(ask, settings.dimension, settings.fetched) for ask in state.asks())
-            storage.commit_bytes(_state_path(self._book, number), state.to_bytes())
-            _rounds(self._book).write(Receipt(number, counts={"bytes": left}))
+            rounds = task.payload.rounds + 1
+            storage.commit_bytes(_state_path(self._book, number, rounds), state.to_bytes())
+            _rounds(self._book).write(Receipt(number, counts={"bytes": left, "rounds": rounds}))
             return
         found = state.neighbours(chunk_ids)
         committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
@@ -331,7 +352,7 @@ class WriteFound(_SearchDoFn):
 
 def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
     """One task a query shard."""
-    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
+    return [Task(shard.number, QueryShard(files[shard.number]), weight=shard.rows) for shard in chunks]
 
 
 def query_blocks(tasks: Sequence[Task], index: Sequence[IndexFile]) -> list[list[Task]]:

@@ -6,7 +6,7 @@ tasks -> ask:    what each query shard wants of each neighbour's shard     (key:
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import apache_beam as beam
@@ -92,16 +92,22 @@ def join_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list
     return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
 
 
-def join_waves(tasks: Sequence[Task], bytes_a_chunk: int) -> list[list[Task]]:
-    """Tasks in parts whose shuffle stays below `WAVE_BYTES`."""
-    waves: list[list[Task]] = [[]]
-    room = WAVE_BYTES
-    for task in tasks:
-        if waves[-1] and task.weight * bytes_a_chunk > room:
-            waves.append([])
-            room = WAVE_BYTES
-        waves[-1].append(task)
-        room -= task.weight * bytes_a_chunk
+def join_waves(bytes_a_chunk: int) -> Callable[[Sequence[Task], bool], list[list[Task]]]:
+    """Cuts tasks into parts whose shuffle stays below `WAVE_BYTES`, where it has to be bounded."""
+
+    def waves(tasks: Sequence[Task], bounded: bool) -> list[list[Task]]:
+        if not bounded:
+            return [list(tasks)]
+        parts: list[list[Task]] = [[]]
+        room = WAVE_BYTES
+        for task in tasks:
+            if parts[-1] and task.weight * bytes_a_chunk > room:
+                parts.append([])
+                room = WAVE_BYTES
+            parts[-1].append(task)
+            room -= task.weight * bytes_a_chunk
+        return parts
+
     return waves
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.threads import hold_to_one_thread
 
 from retrodb import errors
 
@@ -88,12 +89,19 @@ class StageDoFn(beam.DoFn):
         self._book = book
         self._storage = book.storage
 
+    def setup(self) -> None:
+        hold_to_one_thread()
+
     @contextmanager
     def _naming(self, number: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             raise TaskFailedError(self._book.stage, number, error) from error
+
+    def _left(self, task: Task) -> Task | None:
+        """What a task still lacks: a runner that lost a worker starts a job over, also with what was finished."""
+        return task.restricted(set(task.receipts) - set(self._book.read_all(task.receipts, whole=True)))
 
 
 class DoTasks(StageDoFn):
@@ -105,7 +113,8 @@ class DoTasks(StageDoFn):
 
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
-            for receipt in self._work(task):
+            left = self._left(task)
+            for receipt in self._work(left) if left is not None else ():
                 finish(self._book, receipt)
                 yield receipt.number
 

@@ -174,6 +174,7 @@ def scan_inputs(builder: Builder) -> list[ScannedFile]:
             lambda pipeline, tasks: scan_pipeline(pipeline, book, tasks),
             unit="bytes",
             small=_SMALL_SCAN_BYTES,
+            driver_may=True,
         )
         scans |= {file.url: ScannedFile.from_json(receipts[n].details) for n, file in enumerate(fresh)}
     return [replace(scans[file.url], split=file.split) for file in builder.inputs]
@@ -296,13 +297,14 @@ def build_embeddings(builder: Builder) -> None:
         own_tokens=builder.config.tokenizer == OWN_TOKENIZER,
         chunking=chunk_settings(builder),
     )
+    hints = builder.executor.runner.hints("embed")
     receipts = builder.run_stage(
         StageWork(
             stage="embed",
             parts=parts,
             tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents")),
             damaged=builder.damage.get("embeddings", set()),
-            pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings),
+            pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings, hints),
             unit="chunks",
             small=_SMALL_EMBED_CHUNKS,
         )

@@ -14,8 +14,7 @@ import threading
 import time
 from typing import Final
 
-DRIVER_VARIABLE: Final = "RETRODB_DRIVER"
-"""Process id of the driver, in a worker's environment."""
+from retrodb.pipelines.threads import DRIVER_VARIABLE
 
 _WATCH_SECONDS: Final = 1.0
 

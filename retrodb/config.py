@@ -18,6 +18,7 @@ from retrodb.errors import InputError, UsageError
 from retrodb.manifest import STAGES
 from retrodb.sizes import parse_size
 
+_OPTION: Final = re.compile(r"(?:([a-z]+)\.)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 _MINIMUM_TRAINED_VOCABULARY: Final = 256
 
 _OVERRIDES: Final = {"validation": "validation_fraction", "validation_fraction": "validation"}
@@ -124,9 +125,43 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int = Field(default_factory=_available_cores, ge=1)
-    runner: Literal["local"] = "local"
+    runner: Literal["local", "flink", "dataflow", "portable"] = "local"
+    runner_option: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     until: Literal[STAGES] | None = None  # type: ignore[valid-type]
+
+    @field_validator("runner_option", mode="before")
+    @classmethod
+    def _options(cls, value: Any) -> Any:
+        texts = _option_texts(value)
+        for text in texts:
+            split_option(text)
+        return texts
+
+
+def _option_texts(value: Any) -> tuple[str, ...]:
+    """``KEY=VALUE`` texts from such texts, or from a TOML table."""
+    if isinstance(value, dict):
+        pairs = ((key, one) for key, given in value.items() for one in (given if isinstance(given, list) else [given]))
+        return tuple(f"{key}={str(one).lower() if isinstance(one, bool) else one}" for key, one in pairs)
+    if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    raise ValueError("write KEY=VALUE texts, or a table")
+
+
+def split_option(text: str) -> tuple[str | None, str, str]:
+    """``embed.machine_type=x`` as (stage or None, key, value).
+
+    Raises:
+        ValueError: it is not KEY=VALUE, or STAGE.KEY=VALUE with a stage there is.
+    """
+    match = _OPTION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not KEY=VALUE, as parallelism=8, or STAGE.KEY=VALUE for one stage")
+    stage, key, value = match.groups()
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"{text!r}: there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return stage, key.replace("-", "_"), value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -166,11 +201,22 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
             takes = "takes true or false alone" if name in _SWITCHES else "does not take true or false"
             raise InputError(f"the config file says {name.replace('_', '-')} = {value!r}; this setting {takes}.")
     file_settings = {name: value for name, value in file_settings.items() if _OVERRIDES.get(name) not in flags}
+    if isinstance(flags.get("runner_option"), list | tuple) and "runner_option" in file_settings:
+        flags = {**flags, "runner_option": _merged_options(file_settings["runner_option"], flags["runner_option"])}
     try:
         return _validated({**file_settings, **flags})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise (UsageError if _is_wrong_alone(flags) else InputError)("; ".join(lines) + ".") from error
+
+
+def _merged_options(of_file: Any, of_flags: Any) -> list[str]:
+    """A flag's option replaces the file's of the same name, and leaves its others."""
+    try:
+        given = {split_option(text)[:2] for text in of_flags}
+        return [*(text for text in _option_texts(of_file) if split_option(text)[:2] not in given), *of_flags]
+    except ValueError:
+        return list(of_flags)  # pydantic will say what is wrong
 
 
 def _is_wrong_alone(flags: dict[str, Any]) -> bool:

@@ -1,14 +1,10 @@
 """The stages are pipelines that any runner can take: pickled, with no shared state, and counted by Beam."""
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
 from failing_work import fail
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks
 from retrodb.pipelines.driver import build
@@ -50,30 +46,6 @@ def test_beam_counters_carry_the_numbers_of_the_receipts(tmp_path, corpus_files)
         assert counters[name] == sum(receipt.counts[name] for receipt in receipts)
     assert (counters["in"], counters["kept"], counters["quarantined"], counters["dropped.empty"]) == (42, 40, 1, 1)
     assert counters["documents.rows"] == 40
-
-
-@pytest.mark.slow
-def test_a_portable_runner_with_workers_of_its_own_gives_the_same_shards(tmp_path, corpus_files):
-    """Beam's portable job service stages, pickles and encodes as Flink does."""
-    local, tasks, shards = corpus_stage(tmp_path / "local", corpus_files)
-    run_local(lambda pipeline: corpus_pipeline(pipeline, local, tasks, FieldNames()), processes=1)
-    portable, tasks, _ = corpus_stage(tmp_path / "portable", corpus_files)
-    port = 18_099
-    service = subprocess.Popen(
-        [sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        time.sleep(4)
-        options = PipelineOptions(
-            ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", "--environment_type=LOOPBACK"]
-        )
-        with beam.Pipeline(options=options) as pipeline:
-            corpus_pipeline(pipeline, portable, tasks, FieldNames())
-    finally:
-        service.kill()
-    assert documents_of(portable, shards) == documents_of(local, shards)
 
 
 @pytest.fixture

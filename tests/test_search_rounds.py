@@ -242,12 +242,12 @@ def test_a_build_that_ends_between_two_rounds_goes_on_from_there(topics, tiny_en
 
     run_wave, waves = execute.Executor._run_wave, []
 
-    def interrupted(self, tasks, builder, small, tick):
+    def interrupted(self, book, tasks, *rest):
         if self.progress.lines[-1] == "begin neighbours":
             waves.append(tasks)
             if len(waves) == 3:  # one is the truth, of the search one is done
                 raise KeyboardInterrupt
-        run_wave(self, tasks, builder, small, tick)
+        run_wave(self, book, tasks, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(execute.Executor, "_run_wave", interrupted)

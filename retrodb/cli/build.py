@@ -1,6 +1,7 @@
 """``retrodb build``: the whole way, or the rest of it, or nothing."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -61,7 +62,13 @@ def build(
     precision: Annotated[Text, typer.Option(help="auto, fp32, bf16, fp16. [auto]")] = None,
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda. [auto]")] = None,
     workers: Annotated[Number, typer.Option(metavar="<int>", help="Worker processes. [the cores]")] = None,
-    runner: Annotated[Text, typer.Option(help="Beam runner. [local]")] = None,
+    runner: Annotated[
+        Text, typer.Option(help="local, flink, dataflow, portable (any Beam job server). [local]")
+    ] = None,
+    runner_option: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="KEY=VALUE", help="What the runner takes besides; STAGE.KEY=VALUE for one stage. [none]"),
+    ] = None,
     seed: Annotated[Number, typer.Option(metavar="<int>", help="Seed of every random choice. [0]")] = None,
     until: Annotated[
         Text, typer.Option(help="Last stage: corpus, dedup, chunk, embed, index, neighbours, training, report.")
@@ -98,6 +105,7 @@ def build(
         "device": device,
         "workers": workers,
         "runner": runner,
+        "runner_option": runner_option or None,
         "seed": seed,
         "until": until,
         "shard_bytes": shard_bytes,
@@ -139,7 +147,8 @@ def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -
     closing(storage, outcome, as_json)
     if as_json:
         seconds = {stage: round(value, 3) for stage, value in outcome.seconds.items()}
-        facts = {**summary(storage, outcome.manifest), "done": list(outcome.done), "seconds": seconds}
+        jobs = [{**asdict(job), "seconds": round(job.seconds, 3)} for job in outcome.jobs]
+        facts = {**summary(storage, outcome.manifest), "done": list(outcome.done), "seconds": seconds, "jobs": jobs}
         echo_json(facts)
 
 

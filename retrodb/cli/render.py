@@ -253,5 +253,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     echo(f"{plan['database']}: {plan['inputs']['files']:,} files, {size_text(plan['inputs']['bytes'])} of input")
     for stage in plan["stages"]:
         echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
+        if plan["runner"] != "local":
+            echo(f"  {'':<11} {plan['runner']}: " + ", ".join(f"{key} {value}" for key, value in stage["runs"].items()))
     for name, value in plan["estimates"].items():
         echo(f"  {name.replace('_', ' '):<28} {value}")

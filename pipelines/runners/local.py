@@ -1,18 +1,14 @@
-"""Run one pipeline to its end on a runner, watch it, and turn what went wrong into one clear error.
+"""Jobs on this machine: Beam's in-process runner with one worker process a core.
 
-Locally that is Beam's own in-process runner, named explicitly (``DirectRunner`` would try to download Prism), with one
-worker process a core. Heavy native libraries are held to one thread in a worker: the runner schedules.
+The runner is named explicitly (``DirectRunner`` would try to download Prism).
 """
 
-import logging
 import os
-import re
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import apache_beam as beam
@@ -20,28 +16,44 @@ import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
-from retrodb.pipelines.tasks import original_error
-from retrodb.pipelines.worker import DRIVER_VARIABLE
-
-from retrodb.errors import RetrodbError, WorkerError
+from retrodb.pipelines.runners.base import Job, JobRecord, Tick, WorkerDiedError, as_retrodb_error, quieten
+from retrodb.pipelines.threads import DRIVER_VARIABLE, ONE_THREAD, environment
 
 _POLL_SECONDS: Final = 0.25
 _CENSUS_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 3.0
 _WORKER_MODULE: Final = "retrodb.pipelines.worker"
-_ONE_THREAD: Final = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-}
 
 
-def run_local(
-    build: Callable[[beam.Pipeline], object], processes: int, tick: Callable[[], None] = lambda: None
-) -> dict[str, int]:
+class LocalRunner:
+    """The default: ``workers`` processes of this machine, or this one where a job is light."""
+
+    name = "local"
+    is_local = True
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def check(self, locations: Sequence[str]) -> None:
+        """It is always there."""
+
+    def hints(self, stage: str) -> dict[str, str]:
+        return {}
+
+    def describe(self, stage: str) -> dict[str, str]:
+        return {"workers": str(self._workers)}
+
+    def run(self, job: Job, tick: Tick) -> JobRecord:
+        started = time.monotonic()
+        processes = 1 if job.light else min(self._workers, job.width)
+        counters = run_local(job.build, processes, tick)
+        return JobRecord(job.stage, self.name, job.name, "DONE", time.monotonic() - started, counters)
+
+    def close(self) -> None:
+        """Each job ends its own workers."""
+
+
+def run_local(build: Callable[[beam.Pipeline], object], processes: int, tick: Tick = lambda: None) -> dict[str, int]:
     """Run a pipeline on this machine and return its counters.
 
     Args:
@@ -53,7 +65,7 @@ def run_local(
         RetrodbError: what a worker raised, or WorkerError when one died.
     """
     quieten()
-    with _environment({**_ONE_THREAD, DRIVER_VARIABLE: str(os.getpid())}):
+    with environment({**ONE_THREAD, "PYTHONWARNINGS": "ignore", DRIVER_VARIABLE: str(os.getpid())}):
         outcome = _Outcome(build, processes)
         thread = threading.Thread(target=outcome.run, name="retrodb-pipeline", daemon=True)
         thread.start()
@@ -63,12 +75,8 @@ def run_local(
             if thread.is_alive() or outcome.error is not None:
                 kill_workers()
     if outcome.error is not None:
-        raise _as_retrodb_error(outcome.error) from outcome.error
+        raise as_retrodb_error(outcome.error) from outcome.error
     return outcome.counters
-
-
-class WorkerDiedError(WorkerError):
-    """A worker process ended on its own, with its tasks undone: worth another try."""
 
 
 class _Outcome:
@@ -85,12 +93,12 @@ class _Outcome:
             ["--direct_running_mode=in_memory", f"--direct_num_workers={self._processes}"],
             default_sdk_harness_log_level="CRITICAL",
         )
-        environment = None
+        sdk = None
         if self._processes > 1:
             command = f"exec {shlex.quote(sys.executable)} -m {_WORKER_MODULE}"
-            environment = SubprocessSDKEnvironment.from_command_string(command)
+            sdk = SubprocessSDKEnvironment.from_command_string(command)
         try:
-            pipeline = beam.Pipeline(runner=FnApiRunner(default_environment=environment), options=options)
+            pipeline = beam.Pipeline(runner=FnApiRunner(default_environment=sdk), options=options)
             self._build(pipeline)
             result = pipeline.run()
             result.wait_until_finish()
@@ -154,34 +162,3 @@ def kill_workers() -> None:
                 process.kill()
         except psutil.Error:
             continue
-
-
-def _as_retrodb_error(error: BaseException) -> RetrodbError:
-    if isinstance(error, RetrodbError):
-        return error
-    text = str(error)
-    found = original_error(text)
-    if found is not None:
-        return found
-    last = next((line for line in reversed(re.split(r"\n|\\n", text)) if line.strip()), text)
-    return WorkerError(f"the pipeline failed: {type(error).__name__}: {last.strip()[:2000]}")
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def quieten() -> None:
-    """Keep Beam's own logging and its threads' tracebacks off the user's screen: the error they lead to is shown."""
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    threading.excepthook = lambda args: None
