@@ -125,16 +125,16 @@ def _acquire_object(storage: Storage, token: str) -> None:
     Raises:
         LockedError: someone holds it, or was quicker.
     """
-    if not storage.create(LOCK_NAME, _beat(token)):
-        held = storage.read_if_there(LOCK_NAME)
-        if held is not None and not _is_dead(storage, held):
+    held = storage.read_if_there(LOCK_NAME)  # first: a store that knows no conditions would write over it
+    if held is not None:
+        if not _is_dead(storage, held):
             raise _refusal(storage, held.decode(errors="replace"))
         # Of several that see it dead, one alone makes the new one: it is deleted, and then made by the same condition.
         # Who deletes late may delete the lock that another has just made; that one sees it when it looks again.
-        if held is None or storage.read_if_there(LOCK_NAME) == held:
+        if storage.read_if_there(LOCK_NAME) == held:
             storage.delete(LOCK_NAME)
-        if not storage.create(LOCK_NAME, _beat(token)):
-            raise _refusal(storage, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
+    if not storage.create(LOCK_NAME, _beat(token)):
+        raise _refusal(storage, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
     time.sleep(_SETTLE_SECONDS)  # a store that knows no conditions has let everybody write: the last one has it
     held = storage.read_if_there(LOCK_NAME)
     if held is None or _parsed(held).get("token") != token:
