@@ -23,8 +23,8 @@ _REMOTE_PROGRESS_SECONDS: Final = 20.0
 """Each look at an object store is a listing."""
 
 Waves = Callable[[Sequence[Task], bool], Iterable[Sequence[Task]]]
-"""Cuts tasks into parts that are run one after the other; told whether a shuffle is kept in memory (locally), and has to
-be bounded. A part is asked for only when the one before it is done."""
+"""Cuts tasks into parts that are run one after the other; told whether a shuffle has to be bounded, for it is kept in
+memory (locally). A part is asked for only when the one before it is done."""
 
 
 def one_wave(tasks: Sequence[Task], bounded: bool) -> Sequence[Sequence[Task]]:
