@@ -15,8 +15,9 @@ from retrodb import schemas
 from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
 from retrodb.chunking.tokenizer import tokenizer_from_json
 from retrodb.corpus.near_duplicates import without_removed
+from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 CHUNK_ROW_GROUP = 1 << 16
 

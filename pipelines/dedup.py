@@ -35,8 +35,9 @@ from retrodb.corpus.near_duplicates import (
     sketch,
     unique_pairs,
 )
+from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 WAVE_BYTES: Final = 32 << 20
 """What one local shuffle may carry: the in-process runner keeps it in memory."""

@@ -12,8 +12,9 @@ from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb.encoding import EncoderFiles, chunk_texts, resolve_encoder
+from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 
 @dataclass(frozen=True)

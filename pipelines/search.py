@@ -19,6 +19,7 @@ from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, 
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
 from retrodb.schemas import ID_SHIFT
 
+from retrodb.formats import File
 from retrodb.index import IndexFile, open_index_file, search_group
 from retrodb.index.engine import Metric
 from retrodb.manifest import Shard, shard_path
@@ -46,7 +47,7 @@ from retrodb.neighbours.rounds import (
     wanted_chunks,
 )
 from retrodb.neighbours.select import BUDGET_BYTES
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 WAVE_BYTES: Final = 32 << 20
 """Candidates that one local shuffle may carry: the in-process runner keeps them in memory, once for each worker."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrodb.errors import DamagedError
+from retrodb.formats import File
 from retrodb.manifest import WORK_FOLDER, Manifest, Shard
 from retrodb.neighbours import clusters_of
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
 
+from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 from retrodb.training.join import (
     CHUNK_COLUMNS,
     NEIGHBOUR_COLUMNS,

@@ -26,7 +26,8 @@ from typing import IO, Any, Final
 import psutil
 
 from retrodb.errors import InputError, LockedError, UnreachableError
-from retrodb.storage import Storage, json_bytes
+from retrodb.formats import json_bytes
+from retrodb.storage import Storage
 
 LOCK_NAME: Final = ".lock"
 STALE_SECONDS: Final = 120.0

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from retrodb.errors import DamagedError, InputError, MismatchError
+from retrodb.formats import Committed, json_bytes
 from retrodb.schemas import ID_SHIFT, SCHEMA_VERSION
-from retrodb.storage import TEMPORARY_PREFIX, Committed, Storage, checked_relative, json_bytes
+from retrodb.storage import TEMPORARY_PREFIX, Storage, checked_relative
 
 MANIFEST_NAME: Final = "manifest.json"
 REPORTS_FOLDER: Final = "reports"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from retrodb.errors import DamagedError, MismatchError
+from retrodb.formats import File, path_of
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
-from retrodb.storage import File, Storage, path_of
+from retrodb.storage import Storage
 
 
 @dataclass

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, Final
 
 import fsspec
 import numpy as np
@@ -31,89 +31,24 @@ import pyarrow.parquet as pq
 
 from retrodb.cache import shard_cache
 from retrodb.errors import DamagedError, InputError
+from retrodb.formats import (
+    Committed,
+    File,
+    HashingWriter,
+    Recorded,
+    json_bytes,
+    path_of,
+    refuse_swelling,
+    write_all,
+    write_array,
+    write_table,
+)
 from retrodb.remote import ObjectStore, filesystem_of, is_local
 
 TEMPORARY_PREFIX: Final = ".tmp-"
 """Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
 
 _COPY_BYTES: Final = 1 << 20
-_GROUP_ROWS: Final = 1 << 17
-_GROUP_BYTES: Final = 1 << 30
-_GROUP_RATIO: Final = 1 << 8
-"""What one row group may hold at most: rows, and bytes, or so many times its file's."""
-
-
-def json_bytes(value: Any) -> bytes:
-    """``value`` as indented JSON, keys in the order given. Raises ValueError for what JSON or UTF-8 lacks."""
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-class Recorded(Protocol):
-    """A file whose size and checksum are known: `retrodb.manifest.Shard`, `Committed`."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def sha256(self) -> str: ...
-
-
-File = str | Recorded
-"""What is read: by its relative path, or by what is recorded of it. Where it is not local, a recorded file is compared
-with its checksum when it is fetched, and then comes from the cache."""
-
-
-def path_of(file: File) -> str:
-    """The relative path of a file."""
-    return file if isinstance(file, str) else file.path
-
-
-@dataclass(frozen=True)
-class Committed:
-    """What was put in place: relative ``path``, size in bytes, and the sha256 of the bytes in hex."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-class HashingWriter:
-    """A binary file opened for sequential writing that hashes and counts what passes through it."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self._sha256 = hashlib.sha256()
-        self.bytes_written = 0
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._sha256.update(view)
-        self._raw.write(view)
-        self.bytes_written += view.nbytes
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._raw.flush()
-
-    def tell(self) -> int:
-        return self.bytes_written
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        """pyarrow closes its sink; the owner of the raw file closes that one."""
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
 
 
 def absolute_url(url: str) -> str:
@@ -283,34 +218,13 @@ class Storage:
             with self.local_copy(file) as path:  # what is mapped may be removed
                 parquet = pq.ParquetFile(str(path), memory_map=True)
                 try:
-                    self._refuse_bomb(file, parquet.metadata, path.stat().st_size)
+                    refuse_swelling(parquet.metadata, path.stat().st_size, self.describe(file))
                 except BaseException:
                     parquet.close()
                     raise
                 return parquet
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._unreadable(file, error) from error
-
-    def _refuse_bomb(self, file: File, found: pq.FileMetaData, size: int) -> None:
-        """Refuse what reading a few bytes would swell to any size: no shard of retrodb is so.
-
-        Raises:
-            DamagedError: a row group says it has more rows or bytes than any of ours, or values by reference.
-        """
-        most = max(_GROUP_BYTES, _GROUP_RATIO * size)
-        for number in range(found.num_row_groups):
-            group = found.row_group(number)
-            columns = [group.column(at) for at in range(group.num_columns)]
-            # A value in a dictionary may stand in every row; ours have none.
-            referred = max(
-                (c.total_uncompressed_size * c.num_values for c in columns if c.has_dictionary_page), default=0
-            )
-            held = max(group.total_byte_size, referred)
-            if held > most or not 0 <= group.num_rows <= _GROUP_ROWS:
-                raise DamagedError(
-                    f"{self.describe(file)} was not written by retrodb: its row group {number} may hold "
-                    f"{held:,} bytes in {group.num_rows:,} rows. Run the build again to repair it."
-                )
 
     def read_table(self, file: File, columns: list[str] | None = None) -> pa.Table:
         """A whole Parquet shard, or some of its columns, read on the calling thread.
@@ -509,7 +423,7 @@ class Storage:
 
     def commit_bytes(self, relative: str, data: bytes) -> Committed:
         """Write ``data`` as one whole file."""
-        return self.commit(relative, lambda writer: _write_all(writer, data))
+        return self.commit(relative, lambda writer: write_all(writer, data))
 
     def commit_json(self, relative: str, value: Any) -> Committed:
         """Write ``value`` as `json_bytes`."""
@@ -526,31 +440,12 @@ class Storage:
         return self.commit(relative, write)
 
     def commit_table(self, relative: str, table: pa.Table, row_group_rows: int) -> Committed:
-        """Write a table as Parquet: zstd, no dictionaries, so that the same rows give the same bytes."""
-
-        def write(writer: HashingWriter) -> None:
-            with pq.ParquetWriter(
-                writer,
-                table.schema,
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=False,
-                write_statistics=False,
-                store_schema=True,
-            ) as parquet:
-                parquet.write_table(table, row_group_size=max(1, row_group_rows))
-
-        return self.commit(relative, write)
+        """Write a table as Parquet."""
+        return self.commit(relative, lambda writer: write_table(writer, table, row_group_rows))
 
     def commit_array(self, relative: str, array: np.ndarray) -> Committed:
         """Write an array as ``.npy`` (C order)."""
-
-        def write(writer: HashingWriter) -> None:
-            header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array))
-            np.lib.format.write_array_header_1_0(writer, header)  # type: ignore[arg-type]
-            writer.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-        return self.commit(relative, write)
+        return self.commit(relative, lambda writer: write_array(writer, array))
 
     def make_root(self) -> list[str]:
         """Create the folder where the filesystem has folders.
@@ -604,7 +499,3 @@ class Storage:
 def _is_same_file(made: Path, final: Path) -> bool:
     """Whether ``final`` is a regular file of just the bytes of ``made``."""
     return final.is_file() and not final.is_symlink() and filecmp.cmp(made, final, shallow=False)
-
-
-def _write_all(writer: HashingWriter, data: bytes) -> None:
-    writer.write(data)

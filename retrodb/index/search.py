@@ -9,9 +9,10 @@ import faiss
 import numpy as np
 
 from retrodb.errors import DamagedError
+from retrodb.formats import File, path_of
 from retrodb.index.engine import Metric, ascending, faiss_threads, ivf_of, untyped, worst
 from retrodb.index.shards import load_index_shard
-from retrodb.storage import File, Storage, path_of
+from retrodb.storage import Storage
 
 MISSING: Final = -1
 """Fills the places of an id array where nothing was found. Never an id: mask it before any look-up."""

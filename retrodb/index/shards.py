@@ -9,10 +9,11 @@ import faiss
 import numpy as np
 
 from retrodb.errors import DamagedError
+from retrodb.formats import Committed, HashingWriter
 from retrodb.index.engine import Metric, check_index, faiss_threads, first_line, ivf_of, untyped
 from retrodb.index.guard import refuse_foreign, vectors_within
 from retrodb.index.template import load_template
-from retrodb.storage import Committed, HashingWriter, Storage
+from retrodb.storage import Storage
 
 GROUP_VECTORS: Final = 262_144
 """A group is full at this many vectors ..."""

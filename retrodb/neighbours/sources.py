@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
+from retrodb.formats import File
 from retrodb.neighbours.asking import Searched
 from retrodb.neighbours.exclusion import NO_CLUSTER
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
-from retrodb.storage import File, Storage
+from retrodb.storage import Storage
 
 VECTOR_CACHE_BYTES: Final = 64 << 20
 """Embedding shards that a process keeps open, in bytes."""

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrodb.errors import DamagedError
+from retrodb.formats import Committed, HashingWriter
 from retrodb.manifest import Shard
 from retrodb.schemas import SPLITS
-from retrodb.storage import Committed, HashingWriter, Storage
+from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.training.join import MISSING, check_neighbours
 from retrodb.training.pages import read_values

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from retrodb.errors import DamagedError, InputError
+from retrodb.formats import HashingWriter
 from retrodb.manifest import Manifest, fingerprint
 from retrodb.schemas import SPLITS
-from retrodb.storage import HashingWriter, Storage
+from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.training.dataset import Sample, as_samples
 from retrodb.training.join import MISSING, ChunkArrays, check_neighbours, locate, with_continuations
