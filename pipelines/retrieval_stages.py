@@ -34,10 +34,12 @@ from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS
 
 RECALL_QUERIES: Final = 512
+TOGETHER_BELOW: Final = 256 << 20
+"""An index of so many bytes is read anew for each block of queries, sooner than that candidates are shuffled."""
 FETCH_ABOVE: Final = VECTOR_CACHE_BYTES
 """Vectors on an object store that a worker cannot keep, in bytes: to look one up, it would read a whole shard."""
 _SMALL_VECTORS: Final = 30_000
-_SMALL_QUERIES: Final = 6_000
+_SMALL_QUERIES: Final = 4_000
 _SMALL_TUNING_VECTORS: Final = 1 << 22
 _SMALL_JOIN_CHUNKS: Final = 20_000
 
@@ -215,6 +217,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         raw_is_exact=has_exact_codes(choice.key),
         n_lists=choice.n_lists,
         nprobe=1,
+        together=sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
         fetched=not builder.storage.is_local and sum(s.bytes for s in manifest.shards("embeddings")) > FETCH_ABOVE,
     )
 

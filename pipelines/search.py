@@ -1,13 +1,14 @@
 """Every chunk's neighbours, as rounds of a shuffle in which an index shard is read once for many queries.
 
 blocks of query shards x index shards -> search:  candidates of the block in one index shard    (key: piece of queries)
-                                      -> merge:   the nearest of all index shards, by distance
+                                      -> merge:   the nearest of all index shards, by distance (a small index: at once)
                                       -> (fetch:  their vectors, by the candidates' shards; where they are far away)
                                       -> settle:  who is certain, who is asked again               (key: query shard)
                                       -> write:   the query shard's neighbours, or what is left of it for another round
 """
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,7 +17,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish, give_memory_back
 from retrodb.schemas import ID_SHIFT
 
 from retrodb.formats import File
@@ -49,8 +50,8 @@ from retrodb.neighbours.rounds import (
 from retrodb.neighbours.select import BUDGET_BYTES
 from retrodb.storage import Storage
 
-WAVE_BYTES: Final = 32 << 20
-"""Candidates that one local shuffle may carry: the in-process runner keeps them in memory, once for each worker."""
+WAVE_BYTES: Final = 8 << 20
+"""Candidates that one local shuffle may carry: the in-process runner holds each some seven times (measured)."""
 
 BLOCK_QUERIES: Final = 8_192
 """Queries that are searched for each time an index shard is opened, at least: opening it then costs nothing beside."""
@@ -62,6 +63,7 @@ NEIGHBOUR_ROW_GROUP: Final = 1 << 14
 class SearchSettings:
     """How chunks are searched, and where everything is.
 
+    ``together``: a block of queries visits all index shards on one worker, so that nothing is merged by a shuffle.
     ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
     """
 
@@ -76,6 +78,7 @@ class SearchSettings:
     raw_is_exact: bool
     n_lists: int
     nprobe: int
+    together: bool = False
     fetched: bool = False
 
     @property
@@ -163,7 +166,10 @@ def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Seque
         known = standing(tasks)
         tasks = [known.get(task.number, task) for task in tasks]
         while tasks:
-            yield from _filled(tasks, a_query) if bounded else [list(tasks)]
+            for wave in _filled(tasks, a_query) if bounded else [list(tasks)]:
+                yield wave
+                gc.collect()  # a pipeline that is over holds its data in cycles: without this, waves pile up
+                give_memory_back()
             done = book.read_all([task.number for task in tasks])
             known = standing(tasks)  # of a query shard that came to nothing there is neither: the executor tells
             tasks = [known[task.number] for task in tasks if task.number not in done and task.number in known]
@@ -187,15 +193,25 @@ class _SearchDoFn(StageDoFn):
         return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
 
 
-class SearchIndexShard(_SearchDoFn):
-    """(place of an index shard, query shards) -> (piece, candidates). The index shard is opened once."""
+class SearchIndexShards(_SearchDoFn):
+    """(places of index shards, query shards) -> (piece, candidates). Each index shard is opened once, one at a time."""
 
-    def process(self, element: tuple[int, list[Task]]) -> Iterator[tuple[int, bytes]]:
-        place, tasks = element
+    def process(self, element: tuple[list[int], list[Task]]) -> Iterator[tuple[int, bytes]]:
+        places, tasks = element
+        if len(places) == 1:
+            yield from self._search(places[0], tasks)
+            return
+        merge = MergeCandidates(self._settings.metric)
+        found: dict[int, bytes] = {}
+        for place in places:
+            for key, data in self._search(place, tasks):
+                found[key] = merge.merge_accumulators([found.get(key, b""), data])
+        yield from found.items()
+
+    def _search(self, place: int, tasks: list[Task]) -> Iterator[tuple[int, bytes]]:
         settings = self._settings
-        file = settings.index[place]
         with self._naming(place):
-            index = open_index_file(self._storage, file, settings.dimension, settings.metric)
+            index = open_index_file(self._storage, settings.index[place], settings.dimension, settings.metric)
         for task in tasks:
             with self._naming(task.number):
                 yield from self._pieces(index, task, first=place == 0)
@@ -380,11 +396,12 @@ def search_pipeline(
     found = (
         pipeline
         | "blocks" >> beam.Create(query_blocks(tasks, settings.index))
-        | "by index shard" >> beam.FlatMap(functools.partial(_by_index_shard, len(settings.index)))
+        | "by index shard" >> beam.FlatMap(functools.partial(_by_index_shard, len(settings.index), settings.together))
         | "spread" >> beam.Reshuffle()
-        | "search" >> beam.ParDo(SearchIndexShard(book, settings))
-        | "merge" >> beam.CombinePerKey(MergeCandidates(settings.metric))
+        | "search" >> beam.ParDo(SearchIndexShards(book, settings))
     )
+    if not settings.together:
+        found = found | "merge" >> beam.CombinePerKey(MergeCandidates(settings.metric))
     if settings.fetched:
         chunks = (
             found
@@ -401,8 +418,9 @@ def search_pipeline(
     return together | "write" >> beam.ParDo(WriteFound(book, settings))
 
 
-def _by_index_shard(shards: int, block: list[Task]) -> list[tuple[int, list[Task]]]:
-    return [(place, block) for place in range(shards)]
+def _by_index_shard(shards: int, together: bool, block: list[Task]) -> list[tuple[list[int], list[Task]]]:
+    places = list(range(shards))
+    return [(some, block) for some in ([places] if together and places else [[place] for place in places])]
 
 
 def _by_number(task: Task) -> tuple[int, Task]:

@@ -112,14 +112,14 @@ def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
 
     counted(Request, "joined")
     counted(Answer, "joined")
-    pieces = search.SearchIndexShard._pieces
+    pieces = search.SearchIndexShards._pieces
 
     def counted_pieces(self, *rest, **more):
         for key, data in pieces(self, *rest, **more):
             sent["candidates"] += len(data)
             yield key, data
 
-    monkeypatch.setattr(search.SearchIndexShard, "_pieces", counted_pieces)
+    monkeypatch.setattr(search.SearchIndexShards, "_pieces", counted_pieces)
     path = _lines(source, tmp_path / "corpus.jsonl")
     db = tmp_path / "db"
     build_here([path], db, encoder=str(tiny_encoder), shard_bytes="64KB", **settings)

@@ -185,7 +185,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_in_small_waves_or_from_an_object_store_finds_the_same(
     settings, topics, tiny_encoder, tmp_path, monkeypatch
 ):
-    """Waves of a few queries make many rounds; on an object store vectors are fetched by a shuffle."""
+    """All index shards on one worker, or merged by a shuffle in waves of a few queries, or with vectors fetched."""
     from retrodb.pipelines import retrieval_stages, search
 
     from retrodb.storage import Storage
@@ -200,8 +200,9 @@ def test_a_build_in_small_waves_or_from_an_object_store_finds_the_same(
 
     monkeypatch.setattr(search, "open_index_file", counted)
     runs = []
-    for name, wave_bytes in (("one", 32 << 20), ("many", 120_000)):
+    for name, wave_bytes, together_below in (("one", 32 << 20, 1 << 30), ("many", 120_000, 0)):
         monkeypatch.setattr(search, "WAVE_BYTES", wave_bytes)
+        monkeypatch.setattr(retrieval_stages, "TOGETHER_BELOW", together_below)
         build_here([topics], tmp_path / name, **settings)
         runs.append(dict(opened))
         opened.clear()
