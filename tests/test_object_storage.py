@@ -114,7 +114,7 @@ def test_requests_of_a_build_are_counted_in_shards(built: Built) -> None:
     assert built.requests["GET"] <= 3 * built.shards + 40
     assert built.requests["HEAD"] <= 4 * built.shards
     assert built.requests["LIST"] <= built.shards + 100
-    assert sum(built.requests.values()) <= 12 * built.shards + 100
+    assert sum(built.requests.values()) <= 14 * built.shards + 100
 
 
 def test_a_build_with_nothing_to_do_reads_each_shard_once_and_writes_nothing_but_the_lock(
