@@ -35,11 +35,11 @@ from retrodb.training.shards import VALIDATION_ROWS
 
 RECALL_QUERIES: Final = 512
 TOGETHER_BELOW: Final = 256 << 20
-"""An index of so many bytes is read anew for each block of queries, sooner than that candidates are shuffled."""
+"""An index of so many bytes is read anew for each query shard, sooner than that candidates are shuffled."""
 FETCH_ABOVE: Final = VECTOR_CACHE_BYTES
 """Vectors on an object store that a worker cannot keep, in bytes: to look one up, it would read a whole shard."""
 _SMALL_VECTORS: Final = 30_000
-_SMALL_QUERIES: Final = 4_000
+_SMALL_QUERIES: Final = 6_000
 _SMALL_TUNING_VECTORS: Final = 1 << 22
 _SMALL_JOIN_CHUNKS: Final = 20_000
 
@@ -205,6 +205,7 @@ _CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists"
 def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
     """Where everything is that a search needs."""
     manifest = builder.manifest
+    fetched = not builder.storage.is_local and sum(s.bytes for s in manifest.shards("embeddings")) > FETCH_ABOVE
     return SearchSettings(
         index=tuple(IndexFile(s, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
         documents={shard.number: shard for shard in manifest.shards("documents")},
@@ -217,8 +218,8 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         raw_is_exact=has_exact_codes(choice.key),
         n_lists=choice.n_lists,
         nprobe=1,
-        together=sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
-        fetched=not builder.storage.is_local and sum(s.bytes for s in manifest.shards("embeddings")) > FETCH_ABOVE,
+        together=not fetched and sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
+        fetched=fetched,
     )
 
 

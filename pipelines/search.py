@@ -1,7 +1,7 @@
 """Every chunk's neighbours, as rounds of a shuffle in which an index shard is read once for many queries.
 
 blocks of query shards x index shards -> search:  candidates of the block in one index shard    (key: piece of queries)
-                                      -> merge:   the nearest of all index shards, by distance (a small index: at once)
+                                      -> merge:   the nearest of all index shards, by distance
                                       -> (fetch:  their vectors, by the candidates' shards; where they are far away)
                                       -> settle:  who is certain, who is asked again               (key: query shard)
                                       -> write:   the query shard's neighbours, or what is left of it for another round
@@ -21,17 +21,20 @@ from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish, give_memor
 from retrodb.schemas import ID_SHIFT
 
 from retrodb.formats import File
-from retrodb.index import IndexFile, open_index_file, search_group
+from retrodb.index import GroupedIndex, IndexFile, open_index_file, search_group
 from retrodb.index.engine import Metric
 from retrodb.manifest import Shard, shard_path
 from retrodb.neighbours import (
     NO_CLUSTER,
     Exclude,
     Exclusion,
+    Neighbours,
+    SameCluster,
     SearchedIndex,
     StoredClusters,
     StoredDocuments,
     StoredVectors,
+    find_neighbours,
     to_table,
 )
 from retrodb.neighbours.asking import first_asks, rows_at_once
@@ -63,7 +66,7 @@ NEIGHBOUR_ROW_GROUP: Final = 1 << 14
 class SearchSettings:
     """How chunks are searched, and where everything is.
 
-    ``together``: a block of queries visits all index shards on one worker, so that nothing is merged by a shuffle.
+    ``together``: a query shard visits all index shards on one worker, which pays where the index is small.
     ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
     """
 
@@ -142,7 +145,7 @@ def _filled(tasks: Sequence[Task], a_query: int) -> Iterator[list[Task]]:
 
 def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Sequence[Task], bool], Iterator[list[Task]]]:
     """Round after round until all query shards are finished, each in waves whose shuffle stays below `WAVE_BYTES`
-    where it has to be bounded.
+    where it has to be bounded; one wave where nothing is shuffled.
 
     A task's weight within a wave is what is left of it.
     """
@@ -163,6 +166,9 @@ def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Seque
         }
 
     def waves(tasks: Sequence[Task], bounded: bool) -> Iterator[list[Task]]:
+        if settings.together:
+            yield list(tasks)
+            return
         known = standing(tasks)
         tasks = [known.get(task.number, task) for task in tasks]
         while tasks:
@@ -192,23 +198,65 @@ class _SearchDoFn(StageDoFn):
         chunk_ids, document_ids = chunk_columns(self._storage, files)
         return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
 
+    def _finish(self, number: int, found: Neighbours) -> None:
+        """Write a query shard's neighbours, and its receipt."""
+        rows = len(found.chunk_ids)
+        committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
+        counts = {
+            "queries": rows,
+            "found": int(found.n_valid.sum()),
+            "short": int((found.n_valid < self._settings.k).sum()),
+        }
+        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, rows)}, counts))
 
-class SearchIndexShards(_SearchDoFn):
-    """(places of index shards, query shards) -> (piece, candidates). Each index shard is opened once, one at a time."""
 
-    def process(self, element: tuple[list[int], list[Task]]) -> Iterator[tuple[int, bytes]]:
-        places, tasks = element
-        if len(places) == 1:
-            yield from self._search(places[0], tasks)
-            return
-        merge = MergeCandidates(self._settings.metric)
-        found: dict[int, bytes] = {}
-        for place in places:
-            for key, data in self._search(place, tasks):
-                found[key] = merge.merge_accumulators([found.get(key, b""), data])
-        yield from found.items()
+class SearchShard(_SearchDoFn):
+    """Task (a query shard) -> its neighbours, found in all index shards, one after the other, on this worker."""
 
-    def _search(self, place: int, tasks: list[Task]) -> Iterator[tuple[int, bytes]]:
+    def setup(self) -> None:
+        super().setup()
+        settings, storage = self._settings, self._storage
+        self._index = GroupedIndex(
+            storage,
+            settings.index,
+            settings.dimension,
+            settings.metric,
+            nprobe=settings.nprobe,
+            n_lists=settings.n_lists,
+            raw_is_exact=settings.raw_is_exact,
+        )
+        self._documents = StoredDocuments(storage, settings.chunks)
+        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
+        self._clusters = StoredClusters(self._documents, settings.documents)
+
+    def process(self, task: Task) -> Iterator[int]:
+        with self._naming(task.number):
+            if self._left(task) is not None:
+                self._finish(task.number, self._found(task.payload.files))
+            yield task.number
+
+    def _found(self, files: ShardFiles) -> Neighbours:
+        exclusion, chunk_ids, document_ids = self._exclusion(files)
+        clusters = query_clusters(self._storage, files, document_ids, self._settings.exclude)
+        if (clusters != NO_CLUSTER).any():
+            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
+        return find_neighbours(
+            chunk_ids,
+            vectors_of(self._storage, files, len(chunk_ids)),
+            exclusion,
+            self._index,
+            vectors=self._vectors,
+            documents=self._documents,
+            k=self._settings.k,
+            metric=self._settings.metric,
+        )
+
+
+class SearchIndexShard(_SearchDoFn):
+    """(place of an index shard, query shards) -> (piece, candidates). The index shard is opened once."""
+
+    def process(self, element: tuple[int, list[Task]]) -> Iterator[tuple[int, bytes]]:
+        place, tasks = element
         settings = self._settings
         with self._naming(place):
             index = open_index_file(self._storage, settings.index[place], settings.dimension, settings.metric)
@@ -354,14 +402,7 @@ class WriteFound(_SearchDoFn):
             storage.commit_bytes(_state_path(self._book, number, rounds), state.to_bytes())
             _rounds(self._book).write(Receipt(number, counts={"bytes": left, "rounds": rounds}))
             return
-        found = state.neighbours(chunk_ids)
-        committed = storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
-        counts = {
-            "queries": len(chunk_ids),
-            "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < settings.k).sum()),
-        }
-        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, len(chunk_ids))}, counts))
+        self._finish(number, state.neighbours(chunk_ids))
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------------------
@@ -393,15 +434,16 @@ def search_pipeline(
     pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: SearchSettings
 ) -> beam.PCollection:
     """One round for some query shards."""
+    if settings.together:
+        return pipeline | DealOut(tasks) | "search" >> beam.ParDo(SearchShard(book, settings))
     found = (
         pipeline
         | "blocks" >> beam.Create(query_blocks(tasks, settings.index))
-        | "by index shard" >> beam.FlatMap(functools.partial(_by_index_shard, len(settings.index), settings.together))
+        | "by index shard" >> beam.FlatMap(functools.partial(_by_index_shard, len(settings.index)))
         | "spread" >> beam.Reshuffle()
-        | "search" >> beam.ParDo(SearchIndexShards(book, settings))
+        | "search" >> beam.ParDo(SearchIndexShard(book, settings))
+        | "merge" >> beam.CombinePerKey(MergeCandidates(settings.metric))
     )
-    if not settings.together:
-        found = found | "merge" >> beam.CombinePerKey(MergeCandidates(settings.metric))
     if settings.fetched:
         chunks = (
             found
@@ -418,9 +460,8 @@ def search_pipeline(
     return together | "write" >> beam.ParDo(WriteFound(book, settings))
 
 
-def _by_index_shard(shards: int, together: bool, block: list[Task]) -> list[tuple[list[int], list[Task]]]:
-    places = list(range(shards))
-    return [(some, block) for some in ([places] if together and places else [[place] for place in places])]
+def _by_index_shard(shards: int, block: list[Task]) -> list[tuple[int, list[Task]]]:
+    return [(place, block) for place in range(shards)]
 
 
 def _by_number(task: Task) -> tuple[int, Task]:

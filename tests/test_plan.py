@@ -94,7 +94,7 @@ def test_an_encoder_is_sized_by_its_card_or_refused(tmp_path, tiny_encoder):
 def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
     source, settings, tiny_encoder, tmp_path, monkeypatch
 ):
-    from retrodb.pipelines import search
+    from retrodb.pipelines import retrieval_stages, search
 
     from retrodb.training.messages import Answer, Request
 
@@ -112,14 +112,15 @@ def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
 
     counted(Request, "joined")
     counted(Answer, "joined")
-    pieces = search.SearchIndexShards._pieces
+    monkeypatch.setattr(retrieval_stages, "TOGETHER_BELOW", 0)  # candidates are shuffled, as those of a large index
+    pieces = search.SearchIndexShard._pieces
 
     def counted_pieces(self, *rest, **more):
         for key, data in pieces(self, *rest, **more):
             sent["candidates"] += len(data)
             yield key, data
 
-    monkeypatch.setattr(search.SearchIndexShards, "_pieces", counted_pieces)
+    monkeypatch.setattr(search.SearchIndexShard, "_pieces", counted_pieces)
     path = _lines(source, tmp_path / "corpus.jsonl")
     db = tmp_path / "db"
     build_here([path], db, encoder=str(tiny_encoder), shard_bytes="64KB", **settings)
