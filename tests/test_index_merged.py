@@ -26,7 +26,7 @@ def shards(folder: Path, key: str, metric: str) -> tuple[Storage, bytes, list[In
     return storage, template, files
 
 
-@pytest.mark.parametrize("key", ["IVF16,Flat", "IVF16,SQ8", "OPQ4,IVF16,PQ4"])
+@pytest.mark.parametrize("key", ["IVF16,Flat", "IVF16,SQ8", "OPQ1,IVF16,SQ8"])
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_the_merged_index_answers_as_its_shards_do_wherever_its_folder_is(key, metric, tmp_path):
     storage, template, files = shards(tmp_path / "db", key, metric)
