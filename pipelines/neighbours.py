@@ -9,11 +9,10 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.search import SearchSettings, query_clusters
+from retrodb.pipelines.searching import SearchSettings, WholeIndexStep, query_clusters
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task
 
-from retrodb.index import GroupedIndex
 from retrodb.index.engine import Metric
 from retrodb.manifest import Shard
 from retrodb.neighbours import (
@@ -24,8 +23,6 @@ from retrodb.neighbours import (
     SameCluster,
     StoredClusters,
     StoredDocuments,
-    StoredVectors,
-    find_neighbours,
 )
 from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
 from retrodb.storage import Storage
@@ -166,27 +163,8 @@ def truth_distances(receipt: Receipt) -> np.ndarray:
     return np.array([[np.nan if cell is None else cell for cell in row] for row in rows], dtype=np.float32)
 
 
-class TryNprobe(StageDoFn):
-    """Task (an nprobe) -> the recall it gives on the sample. Index shards are opened one after the other."""
-
-    def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
-        super().__init__(book)
-        self._settings = settings
-
-    def setup(self) -> None:
-        super().setup()
-        settings, storage = self._settings, self._storage
-        self._index = GroupedIndex(
-            storage,
-            settings.index,
-            settings.dimension,
-            settings.metric,
-            n_lists=settings.n_lists,
-            raw_is_exact=settings.raw_is_exact,
-        )
-        self._documents = StoredDocuments(storage, settings.chunks)
-        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
-        self._clusters = StoredClusters(self._documents, settings.documents)
+class TryNprobe(WholeIndexStep):
+    """Task (an nprobe) -> the recall it gives on the sample."""
 
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
@@ -194,16 +172,7 @@ class TryNprobe(StageDoFn):
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
-            found = find_neighbours(
-                sample.chunk_ids,
-                sample.vectors,
-                sample.exclusion(self._clusters),
-                self._index,
-                vectors=self._vectors,
-                documents=self._documents,
-                k=self._settings.k,
-                metric=self._settings.metric,
-            )
+            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters))
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number

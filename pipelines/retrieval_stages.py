@@ -12,7 +12,8 @@ from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.search import SearchSettings, search_pipeline, search_tasks, search_waves
+from retrodb.pipelines.search import search_pipeline, search_waves
+from retrodb.pipelines.searching import SearchSettings, search_tasks
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.shuffle import join_tasks, join_waves
 from retrodb.pipelines.training import JoinSettings, training_pipeline

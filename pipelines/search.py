@@ -9,33 +9,22 @@ blocks of query shards x index shards -> search:  candidates of the block in one
 
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
-from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish, give_memory_back
+from retrodb.pipelines.searching import LookingUp, SearchSettings, SearchShard, SearchStep, query_clusters
+from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import DealOut, Task, give_memory_back
 from retrodb.schemas import ID_SHIFT
 
-from retrodb.formats import File
-from retrodb.index import GroupedIndex, IndexFile, open_index_file, search_group
+from retrodb.index import IndexFile, open_index_file, search_group
 from retrodb.index.engine import Metric
-from retrodb.manifest import Shard, shard_path
 from retrodb.neighbours import (
-    NO_CLUSTER,
-    Exclude,
     Exclusion,
-    Neighbours,
-    SameCluster,
-    SearchedIndex,
-    StoredClusters,
-    StoredDocuments,
-    StoredVectors,
-    find_neighbours,
-    to_table,
 )
 from retrodb.neighbours.asking import first_asks, rows_at_once
 from retrodb.neighbours.rounds import (
@@ -51,7 +40,6 @@ from retrodb.neighbours.rounds import (
     wanted_chunks,
 )
 from retrodb.neighbours.select import BUDGET_BYTES
-from retrodb.storage import Storage
 
 WAVE_BYTES: Final = 8 << 20
 """Candidates that one local shuffle may carry: the in-process runner holds each some seven times (measured)."""
@@ -59,62 +47,12 @@ WAVE_BYTES: Final = 8 << 20
 BLOCK_QUERIES: Final = 8_192
 """Queries that are searched for each time an index shard is opened, at least: opening it then costs nothing beside."""
 
-NEIGHBOUR_ROW_GROUP: Final = 1 << 14
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How chunks are searched, and where everything is.
-
-    ``together``: a query shard visits all index shards on one worker, which pays where the index is small.
-    ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
-    """
-
-    index: tuple[IndexFile, ...]
-    documents: Mapping[int, File]
-    chunks: Mapping[int, File]
-    embeddings: Mapping[int, File]
-    dimension: int
-    metric: Metric
-    k: int
-    exclude: Exclude
-    raw_is_exact: bool
-    n_lists: int
-    nprobe: int
-    together: bool = False
-    fetched: bool = False
-
-    @property
-    def searched(self) -> SearchedIndex:
-        """The index as far as asking needs to know it."""
-        vectors = sum(file.vectors for file in self.index)
-        return SearchedIndex(vectors, self.nprobe, self.n_lists, self.raw_is_exact)
-
-
-def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray, exclude: Exclude) -> np.ndarray:
-    """int64 [n]: the cluster that each chunk of a shard may have no neighbour of; `NO_CLUSTER` for none."""
-    if exclude != "cluster":
-        return np.full(len(document_ids), NO_CLUSTER)
-    return chunk_clusters(storage, files, document_ids)
-
-
 # -- between rounds: a file a query shard ------------------------------------------------------------------------------
 
 
 def _rounds(book: ReceiptBook) -> ReceiptBook:
     """What is known of unfinished query shards: how many bytes their queries weigh in the next shuffle."""
     return replace(book, step="rounds")
-
-
-@dataclass(frozen=True)
-class QueryShard:
-    """The files of a query shard, and how many rounds have been over it.
-
-    A round reads what that many rounds left and writes beside it, so that a runner may repeat any part of it.
-    """
-
-    files: ShardFiles
-    rounds: int = 0
 
 
 def _state_path(book: ReceiptBook, number: int, rounds: int) -> str:
@@ -186,73 +124,7 @@ def search_waves(book: ReceiptBook, settings: SearchSettings) -> Callable[[Seque
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-class _SearchDoFn(StageDoFn):
-    """A step of the search."""
-
-    def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
-        super().__init__(book)
-        self._settings = settings
-
-    def _exclusion(self, files: ShardFiles) -> tuple[Exclusion, np.ndarray, np.ndarray]:
-        """Of a query shard, with its chunk ids and document ids."""
-        chunk_ids, document_ids = chunk_columns(self._storage, files)
-        return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
-
-    def _finish(self, number: int, found: Neighbours) -> None:
-        """Write a query shard's neighbours, and its receipt."""
-        rows = len(found.chunk_ids)
-        committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
-        counts = {
-            "queries": rows,
-            "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
-        }
-        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, rows)}, counts))
-
-
-class SearchShard(_SearchDoFn):
-    """Task (a query shard) -> its neighbours, found in all index shards, one after the other, on this worker."""
-
-    def setup(self) -> None:
-        super().setup()
-        settings, storage = self._settings, self._storage
-        self._index = GroupedIndex(
-            storage,
-            settings.index,
-            settings.dimension,
-            settings.metric,
-            nprobe=settings.nprobe,
-            n_lists=settings.n_lists,
-            raw_is_exact=settings.raw_is_exact,
-        )
-        self._documents = StoredDocuments(storage, settings.chunks)
-        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
-        self._clusters = StoredClusters(self._documents, settings.documents)
-
-    def process(self, task: Task) -> Iterator[int]:
-        with self._naming(task.number):
-            if self._left(task) is not None:
-                self._finish(task.number, self._found(task.payload.files))
-            yield task.number
-
-    def _found(self, files: ShardFiles) -> Neighbours:
-        exclusion, chunk_ids, document_ids = self._exclusion(files)
-        clusters = query_clusters(self._storage, files, document_ids, self._settings.exclude)
-        if (clusters != NO_CLUSTER).any():
-            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
-        return find_neighbours(
-            chunk_ids,
-            vectors_of(self._storage, files, len(chunk_ids)),
-            exclusion,
-            self._index,
-            vectors=self._vectors,
-            documents=self._documents,
-            k=self._settings.k,
-            metric=self._settings.metric,
-        )
-
-
-class SearchIndexShard(_SearchDoFn):
+class SearchIndexShard(SearchStep):
     """(place of an index shard, query shards) -> (piece, candidates). The index shard is opened once."""
 
     def process(self, element: tuple[int, list[Task]]) -> Iterator[tuple[int, bytes]]:
@@ -315,15 +187,8 @@ class MergeCandidates(beam.CombineFn):
         return accumulator
 
 
-class SettleByLooking(_SearchDoFn):
+class SettleByLooking(LookingUp):
     """(piece, candidates) -> (query shard, what became of it), with vectors looked up in their shards."""
-
-    def setup(self) -> None:
-        super().setup()
-        settings, storage = self._settings, self._storage
-        self._documents = StoredDocuments(storage, settings.chunks)
-        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
-        self._clusters = StoredClusters(self._documents, settings.documents)
 
     def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, bytes]]:
         number = element[0] >> ID_SHIFT
@@ -343,7 +208,7 @@ class SettleByLooking(_SearchDoFn):
             )
 
 
-class AskForChunks(_SearchDoFn):
+class AskForChunks(SearchStep):
     """(piece, candidates) -> (candidates' shard, (piece, ids))."""
 
     def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, tuple[int, bytes]]]:
@@ -353,7 +218,7 @@ class AskForChunks(_SearchDoFn):
                 yield shard, (piece, ids.astype("<i8").tobytes())
 
 
-class AnswerWithChunks(_SearchDoFn):
+class AnswerWithChunks(SearchStep):
     """(candidates' shard, asks) -> (piece, chunks). The shard is read once."""
 
     def process(self, element: tuple[int, Iterable[tuple[int, bytes]]]) -> Iterator[tuple[int, bytes]]:
@@ -368,7 +233,7 @@ class AnswerWithChunks(_SearchDoFn):
                 yield piece, whole.take(np.frombuffer(data, "<i8")).to_bytes()
 
 
-class SettleFromAnswers(_SearchDoFn):
+class SettleFromAnswers(SearchStep):
     """(piece, its candidates and their chunks) -> (query shard, what became of it)."""
 
     def process(self, element: tuple[int, dict[str, Any]]) -> Iterator[tuple[int, bytes]]:
@@ -382,7 +247,7 @@ class SettleFromAnswers(_SearchDoFn):
                 yield piece >> ID_SHIFT, result.to_bytes()
 
 
-class WriteFound(_SearchDoFn):
+class WriteFound(SearchStep):
     """(query shard, its task and what became of its queries) -> its neighbours, or what is left for another round."""
 
     def process(self, element: tuple[int, dict[str, Any]]) -> Iterator[int]:
@@ -406,11 +271,6 @@ class WriteFound(_SearchDoFn):
 
 
 # -- the pipeline ------------------------------------------------------------------------------------------------------
-
-
-def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
-    """One task a query shard."""
-    return [Task(shard.number, QueryShard(files[shard.number]), weight=shard.rows) for shard in chunks]
 
 
 def query_blocks(tasks: Sequence[Task], index: Sequence[IndexFile]) -> list[list[Task]]:

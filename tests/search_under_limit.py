@@ -18,10 +18,11 @@ from retrodb.pipelines import search
 from retrodb.pipelines.execute import Executor
 from retrodb.pipelines.progress import Silent
 from retrodb.pipelines.receipts import ReceiptBook
+from retrodb.pipelines.runners.local import LocalRunner
+from retrodb.pipelines.searching import QueryShard, SearchSettings
 from retrodb.pipelines.shards import ShardFiles
 from retrodb.pipelines.tasks import Task
 
-from retrodb.config import RunSettings
 from retrodb.index import IndexFile, build_index_shard, commit_index_shard, train_template
 from retrodb.storage import Storage
 
@@ -34,7 +35,7 @@ def data_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
 
 
-def make_database(storage: Storage, chunks: int) -> tuple[list[Task], search.SearchSettings]:
+def make_database(storage: Storage, chunks: int) -> tuple[list[Task], SearchSettings]:
     """Shards of random vectors, and an index shard for each."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((32, D)).astype(np.float32)
@@ -54,7 +55,7 @@ def make_database(storage: Storage, chunks: int) -> tuple[list[Task], search.Sea
         storage.commit_array(files[number].embeddings, own)
         index.append(IndexFile(f"index/{number:05d}.faiss", SHARD))
         commit_index_shard(storage, index[-1].path, build_index_shard(template, [(ids, own)], D, "l2"))
-    settings = search.SearchSettings(
+    settings = SearchSettings(
         index=tuple(index),
         documents={},
         chunks={number: one.chunks for number, one in files.items()},
@@ -67,12 +68,12 @@ def make_database(storage: Storage, chunks: int) -> tuple[list[Task], search.Sea
         n_lists=32,
         nprobe=1,
     )
-    return [Task(number, one, weight=SHARD) for number, one in files.items()], settings
+    return [Task(number, QueryShard(one), weight=SHARD) for number, one in files.items()], settings
 
 
-def run(storage: Storage, tasks: list[Task], settings: search.SearchSettings, name: str) -> dict[int, Any]:
+def run(storage: Storage, tasks: list[Task], settings: SearchSettings, name: str) -> dict[int, Any]:
     book = ReceiptBook(storage, "neighbours", name)
-    return Executor(RunSettings(workers=1), Silent()).complete(
+    return Executor(LocalRunner(1), Silent()).complete(
         book,
         tasks,
         lambda pipeline, some: search.search_pipeline(pipeline, book, some, settings),
