@@ -46,7 +46,7 @@ def search_under_limit(folder, chunks, wave_mb):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
 def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
-    done = search_under_limit(tmp_path / "waves", 40_000, wave_mb=4)
+    done = search_under_limit(tmp_path / "waves", 40_000, wave_mb=2)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["found"] == 20 * found["queries"]
