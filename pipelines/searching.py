@@ -1,0 +1,164 @@
+"""What every way of searching has in common, and the simple one: a query shard visits the whole index on one worker."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
+from retrodb.pipelines.tasks import StageDoFn, Task, finish
+
+from retrodb.formats import File
+from retrodb.index import GroupedIndex, IndexFile
+from retrodb.index.engine import Metric
+from retrodb.manifest import Shard, shard_path
+from retrodb.neighbours import (
+    NO_CLUSTER,
+    Exclude,
+    Exclusion,
+    Neighbours,
+    SameCluster,
+    SearchedIndex,
+    StoredClusters,
+    StoredDocuments,
+    StoredVectors,
+    find_neighbours,
+    to_table,
+)
+from retrodb.storage import Storage
+
+NEIGHBOUR_ROW_GROUP: Final = 1 << 14
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How chunks are searched, and where everything is.
+
+    ``together``: a query shard visits all index shards on one worker, which pays where the index is small.
+    ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
+    """
+
+    index: tuple[IndexFile, ...]
+    documents: Mapping[int, File]
+    chunks: Mapping[int, File]
+    embeddings: Mapping[int, File]
+    dimension: int
+    metric: Metric
+    k: int
+    exclude: Exclude
+    raw_is_exact: bool
+    n_lists: int
+    nprobe: int
+    together: bool = False
+    fetched: bool = False
+
+    @property
+    def searched(self) -> SearchedIndex:
+        """The index as far as asking needs to know it."""
+        vectors = sum(file.vectors for file in self.index)
+        return SearchedIndex(vectors, self.nprobe, self.n_lists, self.raw_is_exact)
+
+
+@dataclass(frozen=True)
+class QueryShard:
+    """The files of a query shard, and how many rounds have been over it.
+
+    A round reads what that many rounds left and writes beside it, so that a runner may repeat any part of it.
+    """
+
+    files: ShardFiles
+    rounds: int = 0
+
+
+def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray, exclude: Exclude) -> np.ndarray:
+    """int64 [n]: the cluster that each chunk of a shard may have no neighbour of; `NO_CLUSTER` for none."""
+    if exclude != "cluster":
+        return np.full(len(document_ids), NO_CLUSTER)
+    return chunk_clusters(storage, files, document_ids)
+
+
+def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
+    """One task a query shard."""
+    return [Task(shard.number, QueryShard(files[shard.number]), weight=shard.rows) for shard in chunks]
+
+
+class SearchStep(StageDoFn):
+    """A step of the search."""
+
+    def __init__(self, book: ReceiptBook, settings: SearchSettings) -> None:
+        super().__init__(book)
+        self._settings = settings
+
+    def _exclusion(self, files: ShardFiles) -> tuple[Exclusion, np.ndarray, np.ndarray]:
+        """Of a query shard, with its chunk ids and document ids."""
+        chunk_ids, document_ids = chunk_columns(self._storage, files)
+        return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
+
+    def _finish(self, number: int, found: Neighbours) -> None:
+        """Write a query shard's neighbours, and its receipt."""
+        rows = len(found.chunk_ids)
+        committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
+        counts = {
+            "queries": rows,
+            "found": int(found.n_valid.sum()),
+            "short": int((found.n_valid < self._settings.k).sum()),
+        }
+        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, rows)}, counts))
+
+
+class LookingUp(SearchStep):
+    """A step that looks up what is known of candidates in their shards."""
+
+    def setup(self) -> None:
+        super().setup()
+        settings, storage = self._settings, self._storage
+        self._documents = StoredDocuments(storage, settings.chunks)
+        self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
+        self._clusters = StoredClusters(self._documents, settings.documents)
+
+
+class WholeIndexStep(LookingUp):
+    """A step that searches the whole index on one worker: its shards are opened one after the other."""
+
+    def setup(self) -> None:
+        super().setup()
+        settings = self._settings
+        self._index = GroupedIndex(
+            self._storage,
+            settings.index,
+            settings.dimension,
+            settings.metric,
+            nprobe=settings.nprobe,
+            n_lists=settings.n_lists,
+            raw_is_exact=settings.raw_is_exact,
+        )
+
+    def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
+        return find_neighbours(
+            chunk_ids,
+            vectors,
+            exclusion,
+            self._index,
+            vectors=self._vectors,
+            documents=self._documents,
+            k=self._settings.k,
+            metric=self._settings.metric,
+        )
+
+
+class SearchShard(WholeIndexStep):
+    """Task (a query shard) -> its neighbours, written."""
+
+    def process(self, task: Task) -> Iterator[int]:
+        with self._naming(task.number):
+            if self._left(task) is not None:
+                self._finish(task.number, self._found(task.payload.files))
+            yield task.number
+
+    def _found(self, files: ShardFiles) -> Neighbours:
+        exclusion, chunk_ids, document_ids = self._exclusion(files)
+        clusters = query_clusters(self._storage, files, document_ids, self._settings.exclude)
+        if (clusters != NO_CLUSTER).any():
+            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
+        return self._find(chunk_ids, vectors_of(self._storage, files, len(chunk_ids)), exclusion)
