@@ -59,4 +59,4 @@ def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     """What shows that the limit bites, and that waves are what keeps a search below it."""
     done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
     assert done.returncode != 0
-    assert "MemoryError" in done.stderr
+    assert "MemoryError" in done.stderr or "realloc failed" in done.stderr  # whose allocation it is that fails: Beam's
