@@ -73,14 +73,7 @@ def build(
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
             try:
-                try:
-                    return _run_all(Builder(inputs, out, config, run, progress, ingredients, runner))
-                except DamagedError as error:
-                    builder = Builder(inputs, out, config, run, progress, ingredients, runner)
-                    if not builder.damage:
-                        raise
-                    progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
-                    return _run_all(builder)
+                return _run_mending(lambda: Builder(inputs, out, config, run, progress, ingredients, runner))
             except InputError:
                 forget_scans(out)
                 if new:
@@ -113,6 +106,18 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
     "training": build_training,
     "report": build_report,
 }
+
+
+def _run_mending(make_builder: Callable[[], Builder]) -> BuildOutcome:
+    """Run all stages; once more from the start where a shard was damaged on the way, which a new builder repairs."""
+    try:
+        return _run_all(make_builder())
+    except DamagedError as error:
+        builder = make_builder()
+        if not builder.damage:
+            raise
+        builder.progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
+        return _run_all(builder)
 
 
 def _run_all(builder: Builder) -> BuildOutcome:

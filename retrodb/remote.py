@@ -50,6 +50,20 @@ _NO_NETWORK: Final = (
 )
 
 
+def absolute_url(url: str) -> str:
+    """``url`` with a protocol, or an absolute local path; trailing slashes removed.
+
+    Raises:
+        InputError: no filesystem is installed for the protocol.
+    """
+    if url.startswith("file://"):
+        url = url[len("file://") :]
+    if "://" not in url:
+        return os.path.abspath(os.path.expanduser(url))
+    filesystem_of(url)
+    return url.rstrip("/")
+
+
 def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec filesystem of ``url`` and the path inside it. It keeps no listings: they would be out of date.
 

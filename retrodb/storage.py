@@ -43,26 +43,12 @@ from retrodb.formats import (
     write_array,
     write_table,
 )
-from retrodb.remote import ObjectStore, filesystem_of, is_local
+from retrodb.remote import ObjectStore, absolute_url, filesystem_of, is_local
 
 TEMPORARY_PREFIX: Final = ".tmp-"
 """Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
 
 _COPY_BYTES: Final = 1 << 20
-
-
-def absolute_url(url: str) -> str:
-    """``url`` with a protocol, or an absolute local path; trailing slashes removed.
-
-    Raises:
-        InputError: no filesystem is installed for the protocol.
-    """
-    if url.startswith("file://"):
-        url = url[len("file://") :]
-    if "://" not in url:
-        return os.path.abspath(os.path.expanduser(url))
-    filesystem_of(url)
-    return url.rstrip("/")
 
 
 def checked_relative(path: str) -> str:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrodb.errors import DamagedError, InputError
-from retrodb.storage import Storage, absolute_url, checked_relative
+from retrodb.remote import absolute_url
+from retrodb.storage import Storage, checked_relative
 
 
 @pytest.fixture(params=["local", "memory"])

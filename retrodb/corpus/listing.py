@@ -12,8 +12,8 @@ from fsspec import AbstractFileSystem
 
 from retrodb.corpus.source import is_local
 from retrodb.errors import InputError
+from retrodb.remote import absolute_url, filesystem_of
 from retrodb.schemas import SPLITS
-from retrodb.storage import absolute_url, filesystem_of
 
 Format = Literal["jsonl", "parquet", "text"]
 EXTENSIONS: Final[dict[str, Format]] = {

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from retrodb.corpus.compression import Compression, TornStream, read_blocks
 from retrodb.corpus.source import RawInput, is_local, open_raw, unreadable
-from retrodb.storage import filesystem_of
+from retrodb.remote import filesystem_of
 
 BATCH_BYTES: Final = 4 << 20
 BATCH_ROWS: Final = 8192

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any, Final, Protocol
 
 from retrodb.errors import InputError
-from retrodb.storage import filesystem_of
+from retrodb.remote import filesystem_of
 
 READ_BYTES: Final = 1 << 18
 """Raw bytes asked for at a time."""
