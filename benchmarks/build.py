@@ -124,22 +124,23 @@ def bare(arguments: tuple[list[list[int]], str, int, int, str, object]) -> float
     import torch
 
     from retrodb.encoding import encoder as module
-    from retrodb.encoding.encoder import Encoder, pad
+    from retrodb.encoding.encoder import Encoder
+    from retrodb.encoding.feeding import Batch
 
     torch.set_num_threads(threads)
     if code == "transformers":
         module.is_common_bert = lambda folder: False  # type: ignore[assignment]
     encoder = Encoder.load(resolve_encoder("all-MiniLM-L6-v2"), precision, "cpu")
     batches = [
-        pad([rows[i] for i in batch], encoder.featuriser.padding_id)
+        Batch.padded([rows[i] for i in batch], encoder.featuriser.padding_id)
         for batch in length_batches([len(row) for row in rows], batch_tokens)
     ]
     with torch.inference_mode():
-        encoder.network(*batches[len(batches) // 2])
+        encoder.network(batches[len(batches) // 2])
         barrier.wait()  # type: ignore[attr-defined]
         started = time.monotonic()
         for batch in batches:
-            encoder.network(*batch)
+            encoder.network(batch)
         return time.monotonic() - started
 
 
@@ -152,7 +153,7 @@ def configurations() -> list[tuple[str, int, int, int]]:
 
 def rate(texts: list[str], precision: str, configuration: tuple[str, int, int, int]) -> float:
     """Chunks a second of the bare forward pass on all cores."""
-    from retrodb.encoding.encoder import Featuriser
+    from retrodb.encoding.featuriser import Featuriser
 
     rows = Featuriser.load(resolve_encoder("all-MiniLM-L6-v2").folder, 256).tokenize(texts)
     code, processes, threads, batch_tokens = configuration

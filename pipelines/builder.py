@@ -63,7 +63,8 @@ class StageWork:
 
     ``tasks`` are all of the stage's tasks; ``damaged`` the shards to make again if it is done already; ``small`` the
     total weight below which worker processes cost more than they bring; ``rewritten_later`` the tables that a later
-    stage finishes, whose bytes here say nothing yet.
+    stage finishes, whose bytes here say nothing yet; ``most`` the processes of this machine that can share it: its
+    cards, where a card does the work.
     """
 
     stage: str
@@ -75,6 +76,7 @@ class StageWork:
     small: int
     waves: Waves = one_wave
     rewritten_later: tuple[str, ...] = ()
+    most: int | None = None
 
 
 @dataclass
@@ -144,7 +146,13 @@ class Builder:
         else:
             self.begin(work.stage, work.parts)
         receipts = self.executor.complete(
-            book, tasks, lambda pipeline, some: work.pipeline(pipeline, book, some), work.unit, work.small, work.waves
+            book,
+            tasks,
+            lambda pipeline, some: work.pipeline(pipeline, book, some),
+            work.unit,
+            work.small,
+            work.waves,
+            most=work.most,
         )
         self.prove_read(work.stage)
         book.put_in_place(receipts.values())

@@ -4,17 +4,22 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.chunk import ChunkSettings, open_tokenizer
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+from retrodb.pipelines.tasks import DealOut, DoTasksAhead, Task
 
-from retrodb.encoding import EncoderFiles, chunk_texts, resolve_encoder
+from retrodb.encoding import EncoderFiles, chunk_texts, own_device, resolve_encoder
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
+
+if TYPE_CHECKING:
+    from retrodb.encoding.encoder import Encoder
+    from retrodb.encoding.feeding import Featurised
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,18 @@ def _token_bytes(storage: Storage, item: EmbedInput, chunking: ChunkSettings) ->
     return [tokenizer.decode(tokens[:n_tokens]) for tokens, n_tokens in rows]
 
 
-def _embed(storage: Storage, settings: EmbedSettings, task: Task) -> Iterator[Receipt]:
+def _read(storage: Storage, settings: EmbedSettings, task: Task) -> "Featurised":
+    """A shard's rows for the network: beside the computing of the shard before it."""
     encoder = _load_encoder(settings)
-    if settings.own_tokens:
-        chunks = storage.read_table(task.payload.chunks, ["tokens", "n_tokens"])
-        rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
-        vectors = encoder.embed_own_tokens([tokens[:n_tokens] for tokens, n_tokens in rows])
-    else:
-        vectors = encoder.embed(shard_texts(storage, task.payload, settings.chunking))
+    if not settings.own_tokens:
+        return encoder.featurise(shard_texts(storage, task.payload, settings.chunking))
+    chunks = storage.read_table(task.payload.chunks, ["tokens", "n_tokens"])
+    rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
+    return encoder.featurise_own_tokens([tokens[:n_tokens] for tokens, n_tokens in rows])
+
+
+def _embed(storage: Storage, settings: EmbedSettings, task: Task, rows: "Featurised") -> Iterator[Receipt]:
+    vectors = _load_encoder(settings).vectors(rows)
     committed = storage.commit_array(shard_path("embeddings", task.number), vectors)
     yield Receipt(
         task.number,
@@ -80,14 +89,14 @@ def _embed(storage: Storage, settings: EmbedSettings, task: Task) -> Iterator[Re
     )
 
 
-def _load_encoder(settings: EmbedSettings):  # type: ignore[no-untyped-def]
+def _load_encoder(settings: EmbedSettings) -> "Encoder":
     import torch  # noqa: PLC0415 - only a worker that embeds pays for it
 
     from retrodb.encoding.encoder import load_cached  # noqa: PLC0415
     from retrodb.errors import MismatchError  # noqa: PLC0415
 
     torch.set_num_threads(1)
-    encoder = load_cached(_encoder_files(settings.encoder), settings.precision, settings.device)
+    encoder = load_cached(_encoder_files(settings.encoder), settings.precision, own_device(settings.device))
     if encoder.identity.files_sha256 != settings.files_sha256:
         raise MismatchError(
             f"the encoder {settings.encoder!r} on this worker has files {encoder.identity.files_sha256[:12]}, "
@@ -115,5 +124,7 @@ def embed_pipeline(
     hints: Mapping[str, str],
 ) -> beam.PCollection:
     """Embed chunk shards; ``hints`` say what the workers need (Beam's resource hints)."""
-    work = functools.partial(_embed, book.storage, settings)
-    return pipeline | DealOut(tasks) | "embed" >> beam.ParDo(DoTasks(book, work)).with_resource_hints(**hints)
+    read = functools.partial(_read, book.storage, settings)
+    embed = functools.partial(_embed, book.storage, settings)
+    do = DoTasksAhead(book, read, embed)
+    return pipeline | DealOut(tasks) | "embed" >> beam.ParDo(do).with_resource_hints(**hints)

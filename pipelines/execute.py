@@ -56,6 +56,7 @@ class Executor:
         small: int,
         waves: Waves = one_wave,
         driver_may: bool = False,
+        most: int | None = None,
     ) -> dict[int, Receipt]:
         """Do the tasks that have no receipt yet, and return the receipts of all.
 
@@ -68,6 +69,7 @@ class Executor:
             waves: cuts the tasks into parts that are run one after the other.
             driver_may: whether so ``small`` a job may run in the driver even where the runner is another: it makes no
                 shard.
+            most: processes of this machine that can share the work.
 
         Raises:
             RetrodbError: what a worker raised; or WorkerError when workers keep dying.
@@ -84,7 +86,7 @@ class Executor:
                 break
             try:
                 for wave in waves(pending, self.runner.is_local):
-                    self._run_wave(book, wave, builder, small, tick, driver_may)
+                    self._run_wave(book, wave, builder, small, tick, driver_may, most)
             except WorkerDiedError as error:
                 if attempt == _ATTEMPTS:
                     raise
@@ -106,9 +108,11 @@ class Executor:
         small: int,
         tick: "_Ticker",
         driver_may: bool,
+        most: int | None,
     ) -> None:
         light = sum(task.weight for task in tasks) < small
         width = sum(task.width for task in tasks)
+        width = min(width, most) if most is not None else width
         runner = LocalRunner(1) if driver_may and light else self.runner
         job = Job(
             book.stage,

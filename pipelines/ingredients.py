@@ -16,7 +16,9 @@ from retrodb.encoding import (
     EncoderFiles,
     EncoderIdentity,
     check_weights,
+    choose_device,
     cpu_precision,
+    cuda_precision,
     identify,
     resolve_encoder,
 )
@@ -112,8 +114,8 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
 def _choose_encoder(config: BuildConfig, run: RunSettings) -> ChosenEncoder:
     files = resolve_encoder(config.encoder)
     check_weights(files)
-    if run.device == "cuda" and run.runner == "local":
-        _check_cuda(run.device)
+    if run.runner == "local":
+        choose_device(run.device)  # that a card is missing is said now, and not after the chunk stage
     given = config.precision != "auto"
     return ChosenEncoder(files, identify(files, config.precision if given else _automatic_precision(run)), given)
 
@@ -151,24 +153,12 @@ def tokenizer_identity(tokenizer: ChunkTokenizer, name: str, stored: str | None 
     )
 
 
-def _check_cuda(device: str) -> None:
-    from retrodb.encoding.encoder import choose_device  # noqa: PLC0415 - imports torch
-
-    choose_device(device)
-
-
 def _automatic_precision(run: RunSettings) -> str:
     """What suits the workers' processor: this machine's, or, of workers elsewhere with a GPU, such as have bfloat16."""
     if run.runner != "local":
         on_gpu = run.device == "cuda" or (run.runner == "dataflow" and run.device == "auto")
         return "bf16" if on_gpu else cpu_precision()
-    might_be_cuda = run.device == "cuda" or (run.device == "auto" and Path("/proc/driver/nvidia/version").exists())
-    if might_be_cuda:
-        from retrodb.encoding.encoder import choose_device, cuda_precision  # noqa: PLC0415 - imports torch
-
-        if choose_device(run.device) == "cuda":
-            return cuda_precision()
-    return cpu_precision()
+    return cuda_precision() if choose_device(run.device) == "cuda" else cpu_precision()
 
 
 def refuse_foreign(storage: Storage) -> None:

@@ -12,9 +12,12 @@ from retrodb.pipelines.runners import make_runner
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
-from retrodb.encoding import EncoderIdentity
+from retrodb.encoding import EncoderIdentity, choose_device, count_cards
+from retrodb.errors import InputError
 from retrodb.index import KeyChoice, choose_key
 from retrodb.manifest import STAGE_REPORTS, STAGES, Manifest, fingerprint
+from retrodb.planning.encoders import encoder_size
+from retrodb.planning.figures import BERT_LARGE_CHUNKS_PER_GPU_HOUR, BERT_LARGE_PARAMETERS, MINILM_PARAMETERS
 from retrodb.storage import Storage
 
 SCAN_BYTES: Final = 2 << 30
@@ -183,13 +186,25 @@ def _estimates(
     if vectors is not None:
         size += _bytes_from_vectors(n_chunks, config, vectors)
         embeds = any(action["stage"] == "embed" and action["action"].startswith("make") for action in actions)
-        precision = vectors.encoder.precision
-        seconds = n_chunks / (_CHUNKS_PER_CORE_SECOND[precision] * run.workers) if embeds else 0.0
         estimates |= {
             "index_key": f"{vectors.choice.key} ({vectors.choice.reason})",
-            "time_to_embed": f"very roughly {seconds / 60:,.1f} min on {run.workers} workers (CPU, {precision})",
+            "time_to_embed": _time_to_embed(n_chunks if embeds else 0, config, run, vectors.encoder.precision),
         }
     return {**estimates, "disk": f"about {size / 1e6:,.0f} MB beside the documents"}
+
+
+def _time_to_embed(n_chunks: int, config: BuildConfig, run: RunSettings, precision: str) -> str:
+    try:
+        parameters = encoder_size(config.encoder).parameters * config.chunk_tokens / 64
+    except InputError:
+        return "not known for an encoder whose card does not say how large it is"
+    if run.runner == "local" and choose_device(run.device) == "cuda":
+        workers, kind = count_cards(), "cards, if they are like an A100"
+        rate = BERT_LARGE_CHUNKS_PER_GPU_HOUR / 3600 * BERT_LARGE_PARAMETERS / parameters
+    else:
+        workers, kind = run.workers, f"workers (CPU, {precision})"
+        rate = _CHUNKS_PER_CORE_SECOND[precision] * MINILM_PARAMETERS / parameters
+    return f"very roughly {n_chunks / (rate * workers) / 60:,.1f} min on {workers} {kind}"
 
 
 def _bytes_from_vectors(n_chunks: int, config: BuildConfig, vectors: _Vectors) -> int:

@@ -4,12 +4,15 @@ import ctypes
 import errno
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.threads import hold_to_one_thread
 
@@ -115,6 +118,45 @@ class DoTasks(StageDoFn):
         with self._naming(task.number):
             left = self._left(task)
             for receipt in self._work(left) if left is not None else ():
+                finish(self._book, receipt)
+                yield receipt.number
+
+
+class DoTasksAhead(StageDoFn):
+    """`DoTasks` for work that something else than this process does, such as a card: the next task is read meanwhile.
+
+    ``read(task)`` runs in a thread of its own, ``work(task, what was read)`` yields receipts once their shards are in
+    place. A bundle's last task is done when the bundle ends.
+    """
+
+    def __init__(
+        self, book: ReceiptBook, read: Callable[[Task], Any], work: Callable[[Task, Any], Iterable[Receipt]]
+    ) -> None:
+        super().__init__(book)
+        self._read = read
+        self._work = work
+
+    def start_bundle(self) -> None:
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._waiting: tuple[Task, Future[Any]] | None = None
+
+    def process(self, task: Task) -> Iterator[int]:
+        with self._naming(task.number):
+            left = self._left(task)
+        before, self._waiting = self._waiting, (left, self._reader.submit(self._read, left)) if left else None
+        yield from self._finished(before)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for number in self._finished(self._waiting):
+            yield GlobalWindows.windowed_value(number)
+        self._reader.shutdown(wait=False)
+
+    def _finished(self, waiting: tuple[Task, Future[Any]] | None) -> Iterator[int]:
+        if waiting is None:
+            return
+        task, read = waiting
+        with self._naming(task.number):
+            for receipt in self._work(task, read.result()):
                 finish(self._book, receipt)
                 yield receipt.number
 

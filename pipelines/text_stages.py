@@ -30,6 +30,7 @@ from retrodb.corpus import (
     plan,
     read_split,
 )
+from retrodb.encoding import choose_device, count_cards
 from retrodb.errors import InputError
 from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, documents_fingerprint, fingerprint
 
@@ -307,6 +308,7 @@ def build_embeddings(builder: Builder) -> None:
             pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings, hints),
             unit="chunks",
             small=_SMALL_EMBED_CHUNKS,
+            most=count_cards() if builder.runner.is_local and choose_device(settings.device) == "cuda" else None,
         )
     )
     if receipts is None:

@@ -120,8 +120,8 @@ def test_a_build_embeds_each_chunk_once_and_nothing_else(quickstart_corpus, tiny
     from retrodb.encoding.encoder import Encoder
 
     embedded = []
-    original = Encoder.embed_ids
-    monkeypatch.setattr(Encoder, "embed_ids", lambda self, rows: embedded.append(len(rows)) or original(self, rows))
+    original = Encoder.vectors
+    monkeypatch.setattr(Encoder, "vectors", lambda self, rows: embedded.append(rows.count) or original(self, rows))
     settings = {"shard_bytes": "64KiB", "index_key": "IVF4,SQ8", "min_recall": 0.0}
     build_here([quickstart_corpus], tmp_path / "db", encoder=str(tiny_encoder), **settings)
     assert list(manifest_of(tmp_path / "db")["stages"]) == list(STAGES)

@@ -48,12 +48,12 @@ def test_however_a_card_is_run_the_vectors_are_the_same_to_the_last_bit_of_float
 
 
 def test_the_bert_tokenizer_read_directly_gives_the_ids_of_transformers(encoder, texts):
-    from retrodb.encoding.encoder import _transformers_featuriser
+    from retrodb.encoding.featuriser import _transformers_featuriser
 
     other = _transformers_featuriser(resolve_encoder(DEFAULT_ENCODER).folder, encoder.identity.max_length)
     strange = [*texts, "\x00\u200b\ufeff a\u0301 \U0001f600 [SEP] [MASK] ##ing", "naïve İstanbul ǅ ß", "中文字 ﷺ"]
     assert encoder.featuriser.tokenize(strange) == other.tokenize(strange)
-    assert replace(encoder.featuriser, tokenizer=other.tokenizer) == other
+    assert replace(encoder.featuriser, tokenizer=other.tokenizer, concurrent=False) == other
 
 
 def copy_of_the_encoder(folder, **changed):
@@ -84,7 +84,8 @@ def test_an_encoder_whose_transformer_lies_in_a_folder_of_its_own_gives_the_same
 
 def test_another_activation_or_casing_than_the_common_bert_is_left_to_transformers(tmp_path):
     from retrodb.encoding.bert import is_common_bert
-    from retrodb.encoding.encoder import Encoder, _bert_tokenizer
+    from retrodb.encoding.encoder import Encoder
+    from retrodb.encoding.featuriser import _bert_tokenizer
 
     files = copy_of_the_encoder(
         tmp_path / "relu", config={"hidden_act": "relu"}, tokenizer_config={"do_lower_case": False}

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from retrodb.encoding.feeding import Batch
+
 _EXPECTED: Final = {
     "model_type": ("bert",),
     "hidden_act": ("gelu",),
@@ -120,21 +122,13 @@ class Bert:
                     )
                 )
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states.
-
-        Args:
-            input_ids: int64 [b, l].
-            attention_mask: int64 [b, l], 0 at padding.
-
-        Returns:
-            [b, l, d] in the weights' dtype; rows at padding mean nothing.
-        """
-        batch, length = input_ids.shape
-        rows = self._norm(functional.embedding(input_ids, self._words) + self._places[:length])
+    def __call__(self, given: Batch) -> torch.Tensor:
+        """Last hidden states [b, l, d] in the weights' dtype; rows at padding mean nothing."""
+        batch, length = given.ids.shape
+        rows = self._norm(functional.embedding(given.ids, self._words) + self._places[:length])
         width = rows.shape[-1]
         rows = rows.view(batch * length, width)
-        visible = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
+        visible = None if given.full else given.mask.bool()[:, None, None, :]
         for layer in self._layers:
             heads = layer.qkv(rows).view(batch, length, 3, self._heads, width // self._heads)
             query, key, value = heads.permute(2, 0, 3, 1, 4)
