@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from retrodb.pipelines.corpus import DOCUMENT_ROW_GROUP
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import as_read
@@ -14,12 +16,15 @@ from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from retrodb import schemas
 from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
 from retrodb.chunking.tokenizer import tokenizer_from_json
+from retrodb.corpus import VALIDATION
 from retrodb.corpus.near_duplicates import without_removed
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
 
 CHUNK_ROW_GROUP = 1 << 16
+VALIDATION_CHUNKS = "validation_chunks"
+"""How many chunks of each shard are of validation documents, in what is recorded of the stage: they are not indexed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,14 @@ def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[R
             "documents": replace(Shard.of(documents_written, number, finished.num_rows), path=place),
         },
         {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))},
+        {VALIDATION_CHUNKS: int(np.asarray(counts)[_is_validation(documents)].sum())},
     )
+
+
+def _is_validation(documents: pa.Table) -> np.ndarray:
+    """bool [n]."""
+    found: np.ndarray = pc.equal(documents["split"], VALIDATION).to_numpy()
+    return found
 
 
 def kept_documents(storage: Storage, item: ChunkInput) -> pa.Table:

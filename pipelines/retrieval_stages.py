@@ -9,6 +9,7 @@ from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import neighbours as neighbours_stage
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
+from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -50,13 +51,8 @@ _SMALL_JOIN_CHUNKS: Final = 20_000
 
 def indexed_rows(builder: Builder) -> dict[int, int]:
     """How many chunks of each shard may be neighbours: all but those of validation documents."""
-    rows = {shard.number: shard.rows for shard in builder.manifest.shards("chunks")}
-    if builder.manifest.stages["corpus"].counts.get("validation", 0):
-        for shard in builder.manifest.shards("documents"):
-            table = builder.storage.read_table(shard, ["split", "n_chunks"])
-            validation = np.array(table["split"].to_pylist(), dtype=object) == "validation"
-            rows[shard.number] -= int(table["n_chunks"].to_numpy()[validation].sum())
-    return rows
+    held_out = builder.manifest.stages["chunk"].details.get(VALIDATION_CHUNKS, {})
+    return {s.number: s.rows - held_out.get(str(s.number), 0) for s in builder.manifest.shards("chunks")}
 
 
 def key_choice(builder: Builder, rows: Mapping[int, int]) -> KeyChoice:
@@ -221,6 +217,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         nprobe=1,
         together=not fetched and sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
         fetched=fetched,
+        in_memory=builder.runner.is_local,
     )
 
 

@@ -44,6 +44,10 @@ from retrodb.neighbours.select import BUDGET_BYTES
 WAVE_BYTES: Final = 8 << 20
 """Candidates that one local shuffle may carry: the in-process runner holds each some seven times (measured)."""
 
+SHARE_BYTES: Final = 512 << 20
+"""Candidates that a query shard asks for in one round where a runner shuffles them through its disks: all of them, for
+a shard of a million chunks. Every round opens every index shard again."""
+
 BLOCK_QUERIES: Final = 8_192
 """Queries that are searched for each time an index shard is opened, at least: opening it then costs nothing beside."""
 
@@ -142,7 +146,7 @@ class SearchIndexShard(SearchStep):
         files = task.payload.files
         exclusion, chunk_ids, document_ids = self._exclusion(files)
         share = unfinished(self._book, task, exclusion, settings).share(
-            WAVE_BYTES, settings.dimension, settings.fetched
+            WAVE_BYTES if settings.in_memory else SHARE_BYTES, settings.dimension, settings.fetched
         )
         vectors = vectors_of(self._storage, files, len(chunk_ids))
         clusters = query_clusters(self._storage, files, document_ids, settings.exclude)

@@ -37,6 +37,7 @@ class SearchSettings:
 
     ``together``: a query shard visits all index shards on one worker, which pays where the index is small.
     ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
+    ``in_memory``: the runner keeps what is shuffled in memory, as the local one does.
     """
 
     index: tuple[IndexFile, ...]
@@ -52,6 +53,7 @@ class SearchSettings:
     nprobe: int
     together: bool = False
     fetched: bool = False
+    in_memory: bool = True
 
     @property
     def searched(self) -> SearchedIndex:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.chunk import ChunkSettings, chunk_pipeline, chunk_tasks
+from retrodb.pipelines.chunk import VALIDATION_CHUNKS, ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.dedup_stage import dedup_parts
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
@@ -281,7 +281,11 @@ def build_chunks(builder: Builder) -> None:
         raise InputError(f"the tokenizer {builder.config.tokenizer!r} found no token in any document.")
     fingerprints = {**builder.manifest.fingerprints, "tokenizer": tokenizer.as_json()}
     tables = shards_by_table(receipts, "chunks", "documents")
-    builder.record("chunk", parts, tables, counts, {}, fingerprints=fingerprints)
+    held_out = {
+        str(n): found for n, receipt in sorted(receipts.items()) if (found := receipt.details[VALIDATION_CHUNKS])
+    }
+    details = {VALIDATION_CHUNKS: held_out} if held_out else {}
+    builder.record("chunk", parts, tables, counts, details, fingerprints=fingerprints)
     builder.storage.delete_folder(builder.read_folder)
     builder.progress.end(f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens")
 

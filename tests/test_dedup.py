@@ -329,6 +329,23 @@ def test_a_fraction_is_drawn_by_content_and_seed_and_equal_texts_fall_together(t
     assert splits("reversed", write_jsonl(tmp_path / "reversed.jsonl", records[::-1])) == first
 
 
+def test_how_many_chunks_are_held_out_of_the_index_is_recorded_and_not_counted_again(tiny_encoder, tmp_path):
+    """Counted by the workers, shard by shard: the driver reads no table for it."""
+    records = [{"id": str(n), "text": " ".join(words_of(n, 40 + n))} for n in range(60)]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    settings = {"validation_fraction": 0.3, "shard_bytes": "4KiB", "index_key": "IVF4,SQ8", "min_recall": 0.0}
+    made(source, tmp_path / "db", tiny_encoder, until="index", **settings)
+    manifest = manifest_of(tmp_path / "db")
+    held_out: Counter[str] = Counter()
+    for row in rows_of(tmp_path / "db", "documents"):
+        if row["split"] == "validation":
+            held_out[str(row["document_id"] >> 32)] += row["n_chunks"]
+    assert manifest["stages"]["chunk"]["details"] == {"validation_chunks": dict(held_out)}
+    indexed = sum(shard["rows"] for shard in manifest["tables"]["index"]["shards"])
+    assert indexed == len(rows_of(tmp_path / "db", "chunks")) - held_out.total()
+    assert held_out.total() > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
