@@ -3,9 +3,13 @@
 No card is needed: what a card does, a CPU does here, in the same portions.
 """
 
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,3 +285,14 @@ def test_a_machine_embeds_with_as_many_processes_as_it_has_cards(
     build_here([quickstart_corpus], tmp_path / "cards", workers=2, **settings)
     assert processes["embed"] == 1
     assert digests(tmp_path / "cards", ["embeddings"]) == digests(tmp_path / "plain", ["embeddings"])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_card_runs_on_a_cpu_and_says_so():
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    arguments = ["--chunks", "60", "--encoders", "minilm", "--device", "cpu"]
+    ran = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert "measures the CPU, and no MFU" in ran.stdout
+    assert "x the bare forward pass" in ran.stdout
+    assert re.search(r"recall@10 .*: (0\.9[89]|1)", ran.stdout), ran.stdout
