@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +38,8 @@ def choose_device(device: str) -> str:
 
 
 def _has_driver() -> bool:
-    return any(path.exists() for path in _DRIVERS)
+    """Whether to ask torch: that costs nothing where it is imported already, as in a worker that embeds."""
+    return "torch" in sys.modules or any(path.exists() for path in _DRIVERS)
 
 
 def count_cards() -> int:

@@ -47,9 +47,9 @@ class Encoder:
             else:
                 network = _SentenceTransformersNetwork(files.folder, identity, device)
             featuriser = Featuriser.load(files.transformer, identity.max_length)
+            place = Place.of(device, identity.dimension, _DTYPES[precision].itemsize)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the encoder {files.name!r} from {files.folder}: {error}") from error
-        place = Place.of(device, identity.dimension, _DTYPES[precision].itemsize)
         return Encoder(identity, place, featuriser, network)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
