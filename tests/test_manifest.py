@@ -61,6 +61,24 @@ def test_anything_else_is_no_manifest(data):
         Manifest.parse(data, "manifest.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["tables"]["chunks"]["shards"][0].update(rows=float("inf")),
+        lambda data: data["tables"]["chunks"]["shards"].append(7),
+        lambda data: data["stages"]["chunk"].update(details=0.5),
+        lambda data: data["stages"]["chunk"].update(made_from="x"),
+        lambda data: data["stages"]["chunk"]["counts"].update(chunks="many"),
+        lambda data: data["inputs"].append(0.5),
+    ],
+)
+def test_what_is_not_of_its_kind_is_damage(manifest, change):
+    data = copy.deepcopy(manifest.as_json())
+    change(data)
+    with pytest.raises(DamagedError, match="malformed"):
+        Manifest.parse(data, "manifest.json")
+
+
 @pytest.mark.parametrize("key", ["config", "tables", "stages", "fingerprints", "inputs"])
 def test_a_missing_part_is_damage(manifest, key):
     data = manifest.as_json()
