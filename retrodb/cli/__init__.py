@@ -64,21 +64,25 @@ def main() -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == INTERRUPTED:  # what Typer makes of KeyboardInterrupt
-            echo("\ninterrupted: what is finished is kept; run the same command again to go on.", err=True)
+            _fail(code, "interrupted: what is finished is kept; run the same command again to go on.", before="\n")
         _leave(code)
     except RetrodbError as error:
-        echo(f"error: {error}", err=True)
-        if "--json" in sys.argv:
-            echo_json({"error": str(error), "exit_code": error.exit_code})
-        _leave(error.exit_code)
+        _fail(error.exit_code, str(error), before="error: ")
     except BrokenPipeError:
         _leave(0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         first = "Free some space: what" if error.errno == errno.ENOSPC else "What"
-        echo(f"error: {error.strerror or error}{where}. {first} is finished is kept; run it again.", err=True)
-        _leave(1)
+        _fail(1, f"{error.strerror or error}{where}. {first} is finished is kept; run it again.", before="error: ")
     _leave(0)
+
+
+def _fail(code: int, message: str, before: str) -> None:
+    """Say why, for people and, where JSON was asked for, for programs, and exit."""
+    echo(f"{before}{message}", err=True)
+    if "--json" in sys.argv:
+        echo_json({"error": message, "exit_code": code})
+    _leave(code)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
