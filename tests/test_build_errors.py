@@ -417,9 +417,13 @@ def test_errors_are_one_json_object_where_json_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "code", "says"),
-    [(OSError(28, "No space left on device", "chunks"), 1, "Free some space"), (SystemExit(130), 130, "interrupted")],
+    [
+        (OSError(28, "No space left on device", "chunks"), 1, "Free some space"),
+        (SystemExit(130), 130, "interrupted"),
+        (SystemExit(2), 2, "--help"),
+    ],
 )
-def test_a_full_disk_and_an_interruption_are_json_too(monkeypatch, capsys, error, code, says):
+def test_a_full_disk_an_interruption_and_a_wrong_flag_are_json_too(monkeypatch, capsys, error, code, says):
     def fail(**_):
         raise error
 

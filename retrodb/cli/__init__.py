@@ -22,7 +22,7 @@ from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
 from retrodb.cli.verify import verify
-from retrodb.errors import RetrodbError
+from retrodb.errors import RetrodbError, UsageError
 
 app = typer.Typer(
     name="retrodb",
@@ -65,6 +65,8 @@ def main() -> None:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == INTERRUPTED:  # what Typer makes of KeyboardInterrupt
             _fail(code, "interrupted: what is finished is kept; run the same command again to go on.", before="\n")
+        if code == UsageError.exit_code:  # Typer's own words are on stderr by now
+            _answer(code, "a wrong flag or argument: see stderr, and --help.")
         _leave(code)
     except RetrodbError as error:
         _fail(error.exit_code, str(error), before="error: ")
@@ -79,10 +81,16 @@ def main() -> None:
 
 def _fail(code: int, message: str, before: str) -> None:
     """Say why, for people and, where JSON was asked for, for programs, and exit."""
-    echo(f"{before}{message}", err=True)
-    if "--json" in sys.argv:
-        echo_json({"error": message, "exit_code": code})
+    with contextlib.suppress(OSError):
+        echo(f"{before}{message}", err=True)
+    _answer(code, message)
     _leave(code)
+
+
+def _answer(code: int, message: str) -> None:
+    if "--json" in sys.argv:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            echo_json({"error": message, "exit_code": code})
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
