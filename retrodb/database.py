@@ -247,6 +247,11 @@ class Database:
         rows = zip(*(column[: found.n_valid[0]].tolist() for column in columns), strict=True)
         return [Neighbour(*row) for row in rows]
 
+    @property
+    def metric(self) -> str:
+        """``l2`` or ``ip``: what the index compares by. Raises InputError when there is none yet."""
+        return self._searcher.metric
+
     @cached_property
     def _searcher(self) -> "Searcher":
         from retrodb.neighbours.searcher import Searcher  # noqa: PLC0415 - imports faiss

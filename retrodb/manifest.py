@@ -154,7 +154,7 @@ def taken_from(manifest_path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise DamagedError(f"{manifest_path} is malformed: {error!r}. Verify the database.") from error
 
 

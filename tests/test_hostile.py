@@ -122,6 +122,14 @@ def test_a_hint_of_damage_that_cannot_be_read_stops_no_build(source, tiny_encode
     assert not (database / "reports" / "damage.json").exists()
 
 
+def test_a_histogram_of_no_length_gives_no_traceback(database):
+    manifest = manifest_of(database)
+    manifest["stages"]["report"]["details"]["histograms"]["train"] = [1]
+    save_manifest(database, manifest)
+    with pytest.raises(DamagedError, match="malformed"):
+        Database.open(str(database)).summary()
+
+
 @pytest.mark.parametrize("stage", ["chunk", "index", "neighbours", "report"])
 def test_a_manifest_that_says_nonsense_of_a_stage_gives_no_traceback(database, stage):
     import json

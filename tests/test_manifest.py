@@ -40,7 +40,7 @@ def test_no_manifest_is_no_database(tmp_path):
     assert Manifest.load(Storage(str(tmp_path))) is None
 
 
-@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd"])
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "chunks/\0"])
 def test_a_path_out_of_the_database_is_refused(manifest, path):
     data = manifest.as_json()
     data["tables"]["chunks"]["shards"][0]["path"] = path
