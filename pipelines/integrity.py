@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from retrodb.pipelines.progress import Progress
 
+from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError
 from retrodb.manifest import (
     DAMAGE_REPORT,
@@ -15,6 +16,7 @@ from retrodb.manifest import (
     STAGE_REPORTS,
     Manifest,
     Shard,
+    taken_from,
 )
 from retrodb.storage import Storage
 
@@ -82,6 +84,16 @@ def is_intact(storage: Storage, shard: Shard, read: bool) -> bool:
         return storage.fault(shard, read=read) is None
     except OSError:
         return False
+
+
+def recorded_scans(manifest: Manifest) -> dict[str, ScannedFile]:
+    """What an earlier build found of its inputs, by their URLs.
+
+    Raises:
+        DamagedError: the manifest does not say, or nonsense.
+    """
+    with taken_from(MANIFEST_NAME):
+        return {scan.url: scan for scan in map(ScannedFile.from_json, manifest.inputs)}
 
 
 def damaged_reports(storage: Storage, manifest: Manifest) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
-from retrodb.pipelines.integrity import damaged_reports, damaged_shards
+from retrodb.pipelines.integrity import damaged_reports, damaged_shards, recorded_scans
 from retrodb.pipelines.runners import make_runner
 
 from retrodb.config import BuildConfig, RunSettings
@@ -78,7 +78,7 @@ def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, 
 
 
 def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[ScannedFile], bool]:
-    known = {entry.url: entry for entry in map(ScannedFile.from_json, manifest.inputs)}
+    known = recorded_scans(manifest)
     fresh = [f for f in inputs if f.url not in known or (known[f.url].size, known[f.url].stamp) != (f.size, f.stamp)]
     exact = sum(file.size for file in fresh) <= SCAN_BYTES
     with ThreadPoolExecutor(4) as pool:
@@ -95,13 +95,11 @@ def _guessed(file: InputFile) -> ScannedFile:
 
 
 def _expected_chunks(manifest: Manifest, scans: Sequence[ScannedFile], config: BuildConfig) -> int:
-    same = {entry["url"]: entry["sha256"] for entry in manifest.inputs} == {scan.url: scan.sha256 for scan in scans}
-    if (
-        same
-        and "chunk" in manifest.stages
-        and manifest.stages["chunk"].made_from["chunk_tokens"] == config.chunk_tokens
-    ):
-        return manifest.stages["chunk"].counts["chunks"]
+    before = {scan.url: scan.sha256 for scan in recorded_scans(manifest).values()}
+    chunk = manifest.stages.get("chunk")
+    same = before == {scan.url: scan.sha256 for scan in scans}
+    if same and chunk is not None and chunk.made_from.get("chunk_tokens") == config.chunk_tokens:
+        return chunk.counts["chunks"]
     return max(1, int(sum(scan.length for scan in scans) / _BYTES_PER_TOKEN / config.chunk_tokens))
 
 

@@ -13,6 +13,7 @@ from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline,
 from retrodb.pipelines.dedup_stage import dedup_parts
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.ingredients import OWN_TOKENIZER
+from retrodb.pipelines.integrity import recorded_scans
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
@@ -160,7 +161,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 def scan_inputs(builder: Builder) -> list[ScannedFile]:
     """The inputs' checksums and sizes: those of the manifest where a file has not been touched since."""
-    known = {scan.url: scan for scan in map(ScannedFile.from_json, builder.manifest.inputs)}
+    known = recorded_scans(builder.manifest)
     scans = {
         file.url: known[file.url]
         for file in builder.inputs

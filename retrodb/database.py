@@ -13,6 +13,7 @@ a build has changed it since (`retrodb.snapshot`). It runs no code from the data
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +24,7 @@ import pyarrow as pa
 from retrodb.chunking.tokenizer import ChunkTokenizer, load_tokenizer, tokenizer_from_json
 from retrodb.encoding import EncoderIdentity, chunk_texts, identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
-from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of
+from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of, taken_from
 from retrodb.quality.summary import summarise
 from retrodb.schemas import ID_SHIFT
 from retrodb.snapshot import Snapshot
@@ -112,11 +113,11 @@ class Database:
         Raises:
             DamagedError: the manifest does not say.
         """
-        try:
+        with self._taken_from_manifest():
             return summarise(self.manifest, self.storage.url)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            where = self.storage.describe(MANIFEST_NAME)
-            raise DamagedError(f"{where} is malformed: {error!r}. Verify the database.") from error
+
+    def _taken_from_manifest(self) -> AbstractContextManager[None]:
+        return taken_from(self.storage.describe(MANIFEST_NAME))
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +184,8 @@ class Database:
         recorded = self.manifest.fingerprints.get("encoder")
         if not recorded:
             raise InputError(f"{self.storage.url} has no embeddings yet; run the build to its end.")
-        return EncoderIdentity.from_json(recorded)
+        with self._taken_from_manifest():
+            return EncoderIdentity.from_json(recorded)
 
     def encoder(self, spec: str | None = None, device: str = "auto") -> "Encoder":
         """The encoder that made the vectors, loaded.
@@ -245,11 +247,17 @@ class Database:
         rows = zip(*(column[: found.n_valid[0]].tolist() for column in columns), strict=True)
         return [Neighbour(*row) for row in rows]
 
+    @property
+    def metric(self) -> str:
+        """``l2`` or ``ip``: what the index compares by. Raises InputError when there is none yet."""
+        return self._searcher.metric
+
     @cached_property
     def _searcher(self) -> "Searcher":
         from retrodb.neighbours.searcher import Searcher  # noqa: PLC0415 - imports faiss
 
-        return Searcher(self.storage, self.manifest)
+        with self._taken_from_manifest():
+            return Searcher(self.storage, self.manifest)
 
     # -- text ------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ proves every bit of it, and each save leaves a copy, `MANIFEST_COPY`, from which
 Readers look at neither.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -106,8 +107,8 @@ class Shard:
                 bytes=int(entry["bytes"]),
                 sha256=str(entry["sha256"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"malformed shard entry {dict(entry)!r}: {error!r}.") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # int() of infinity
+            raise DamagedError(f"malformed shard entry {entry!r}: {error!r}.") from error
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -132,6 +133,29 @@ class StageState:
     made_from: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> "StageState":
+        """Raises TypeError for a malformed entry."""
+        state = StageState(**entry)
+        if not all(isinstance(part, dict) for part in (state.made_from, state.counts, state.details)):
+            raise TypeError("a stage is described by something else than objects")
+        if not all(type(number) is int for number in state.counts.values()):
+            raise TypeError("a stage counts something else than whole numbers")
+        return state
+
+
+@contextlib.contextmanager
+def taken_from(manifest_path: str) -> Iterator[None]:
+    """Inside, something is made of what a manifest says, and of nothing else.
+
+    Raises:
+        DamagedError: it does not say it, or nonsense.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise DamagedError(f"{manifest_path} is malformed: {error!r}. Verify the database.") from error
 
 
 @dataclass(frozen=True)
@@ -228,8 +252,8 @@ class Manifest:
             return Manifest(
                 config=dict(data["config"]),
                 fingerprints=dict(data["fingerprints"]),
-                inputs=list(data["inputs"]),
-                stages={name: StageState(**state) for name, state in data["stages"].items()},
+                inputs=[dict(entry) for entry in data["inputs"]],
+                stages={name: StageState.parse(state) for name, state in data["stages"].items()},
                 tables={
                     name: tuple(Shard.parse(entry) for entry in table["shards"])
                     for name, table in data["tables"].items()

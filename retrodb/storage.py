@@ -57,7 +57,7 @@ def checked_relative(path: str) -> str:
     Raises:
         DamagedError: it is absolute, climbs out with ``..``, or is not in normal form.
     """
-    if not path or path.startswith("/") or "\\" in path or ":" in path or posixpath.normpath(path) != path:
+    if not path or path.startswith("/") or any(sign in path for sign in "\\:\0") or posixpath.normpath(path) != path:
         raise DamagedError(f"the manifest names the path {path!r}, which is not a plain relative path: refused.")
     if path.split("/", maxsplit=1)[0] == "..":
         raise DamagedError(f"the manifest names the path {path!r}, which leaves the database: refused.")

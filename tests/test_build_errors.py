@@ -15,6 +15,7 @@ import pytest
 from support import Ran, build_here, retrodb, stamps, write_jsonl
 
 import retrodb as retrodb_package
+from retrodb import cli
 from retrodb.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -412,6 +413,31 @@ def test_errors_are_one_json_object_where_json_was_asked_for(tmp_path):
     assert ran.code == 3
     assert ran.json["exit_code"] == 3
     assert "not a retrodb database" in ran.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(28, "No space left on device", "chunks"), 1, "Free some space"),
+        (SystemExit(130), 130, "interrupted"),
+        (SystemExit(2), 2, "--help"),
+    ],
+)
+def test_a_full_disk_an_interruption_and_a_wrong_flag_are_json_too(monkeypatch, capsys, error, code, says):
+    def fail(**_):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "_leave", leave)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["retrodb", "build", "--json"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (end.value.code, told["exit_code"], says in told["error"]) == (code, code, True)
 
 
 def test_a_recall_below_the_gate_ends_with_its_own_exit_code(tmp_path, tiny_encoder):

@@ -394,3 +394,20 @@ def test_the_dirty_corpus_is_accounted_for_to_the_last_record() -> None:
         "dropped.empty": len(records) - len(good),
     }
     assert got == read(path)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_written_after_its_scan_is_refused_though_it_is_as_long(tmp_path, name, replaced):
+    """The checksum that is recorded would be that of other text than the tables hold."""
+    path = tmp_path / name
+    text = b'{"text": "first"}\n' * 50
+    path.write_bytes(text)
+    made = make_plan(path, shard_bytes=100)
+    os.chmod(path, 0o600)  # none of its bytes
+    assert outputs(made)
+    new = path.with_name("new") if replaced else path
+    new.write_bytes(text.replace(b"first", b"other"))
+    new.replace(path)
+    with pytest.raises(InputError, match="written or replaced while"):
+        outputs(made)

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from support import build_here, manifest_of, retrodb, save_manifest, stamps, write_jsonl
 
+from retrodb.chunking.tokenizer import load_tokenizer
 from retrodb.cli.echo import printable
+from retrodb.cli.render import heading
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
+from retrodb.encoding import identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import Manifest
 from retrodb.storage import Storage
@@ -119,6 +122,14 @@ def test_a_hint_of_damage_that_cannot_be_read_stops_no_build(source, tiny_encode
     assert not (database / "reports" / "damage.json").exists()
 
 
+def test_a_histogram_of_no_length_gives_no_traceback(database):
+    manifest = manifest_of(database)
+    manifest["stages"]["report"]["details"]["histograms"]["train"] = [1]
+    save_manifest(database, manifest)
+    with pytest.raises(DamagedError, match="malformed"):
+        Database.open(str(database)).summary()
+
+
 @pytest.mark.parametrize("stage", ["chunk", "index", "neighbours", "report"])
 def test_a_manifest_that_says_nonsense_of_a_stage_gives_no_traceback(database, stage):
     import json
@@ -130,6 +141,47 @@ def test_a_manifest_that_says_nonsense_of_a_stage_gives_no_traceback(database, s
     ran = retrodb("info", database)
     assert ran.code in (0, 4)
     assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stages, prints: stages["index"]["details"].pop("metric"),
+        lambda stages, prints: stages["index"]["details"].update(n_lists=None, key=[]),
+        lambda stages, prints: stages["neighbours"].update(details={}),
+        lambda stages, prints: prints["encoder"].pop("dimension"),
+    ],
+)
+def test_a_search_by_a_manifest_that_does_not_say_how_is_refused_in_words(database, change):
+    manifest = manifest_of(database)
+    change(manifest["stages"], manifest["fingerprints"])
+    save_manifest(database, manifest)
+    with pytest.raises(DamagedError, match="malformed"):
+        Database.open(str(database)).search(np.zeros(32))
+
+
+def test_an_encoder_that_asks_for_code_of_its_own_is_refused(tiny_encoder, tmp_path):
+    """A database names its encoder, which may be a folder inside it."""
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path / "db" / "encoder"))
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "db.encoder.evil.Module"}]')
+    with pytest.raises(InputError, match="asks for the code"):
+        identify(resolve_encoder(str(folder)), "fp32")
+
+
+def test_a_tokenizer_that_never_ends_is_refused(tmp_path):
+    """A database without text names the tokenizer that its readers load."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(1 << 40)
+    for endless in ("/dev/zero", tmp_path / "pipe.json", tmp_path / "huge.json"):
+        with pytest.raises(InputError, match="no regular file"):
+            load_tokenizer(str(endless))
+
+
+def test_no_title_passes_for_lines_of_ours():
+    forged = {"title": "Dogs\n2. Cats  [distance 0.0000, chunk 7]", "key": "k"}
+    assert heading(forged) == "Dogs 2. Cats [distance 0.0000, chunk 7]"
+    assert len(heading({"title": None, "key": "k" * 1_000_000})) <= 200
 
 
 def test_no_text_of_a_document_moves_the_cursor(tiny_encoder, tmp_path):

@@ -40,7 +40,7 @@ def test_no_manifest_is_no_database(tmp_path):
     assert Manifest.load(Storage(str(tmp_path))) is None
 
 
-@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd"])
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "chunks/\0"])
 def test_a_path_out_of_the_database_is_refused(manifest, path):
     data = manifest.as_json()
     data["tables"]["chunks"]["shards"][0]["path"] = path
@@ -58,6 +58,24 @@ def test_a_later_schema_is_refused(manifest):
 @pytest.mark.parametrize("data", [None, [], {}, {"format": "x"}, {"format": {"name": "other"}}])
 def test_anything_else_is_no_manifest(data):
     with pytest.raises(InputError, match="not a retrodb manifest"):
+        Manifest.parse(data, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["tables"]["chunks"]["shards"][0].update(rows=float("inf")),
+        lambda data: data["tables"]["chunks"]["shards"].append(7),
+        lambda data: data["stages"]["chunk"].update(details=0.5),
+        lambda data: data["stages"]["chunk"].update(made_from="x"),
+        lambda data: data["stages"]["chunk"]["counts"].update(chunks="many"),
+        lambda data: data["inputs"].append(0.5),
+    ],
+)
+def test_what_is_not_of_its_kind_is_damage(manifest, change):
+    data = copy.deepcopy(manifest.as_json())
+    change(data)
+    with pytest.raises(DamagedError, match="malformed"):
         Manifest.parse(data, "manifest.json")
 
 

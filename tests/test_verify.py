@@ -16,9 +16,10 @@ from retrodb.schemas import ID_SHIFT
 from support import build_here, manifest_of, retrodb, rows_of, save_manifest, sha256, stamps, vectors_of
 
 import retrodb as retrodb_package
-from retrodb.errors import DamagedError, InputError
+from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.index import build_index_shard, commit_index_shard
 from retrodb.manifest import Manifest
+from retrodb.quality import verify as verify_module
 from retrodb.quality.recompute import drawn_shards
 from retrodb.quality.verify import VerifyReport, verify_database
 from retrodb.storage import Storage
@@ -207,6 +208,21 @@ def test_a_lost_bit_of_the_stored_tokenizer_is_found(
     file = tmp_path / "db" / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b'"a"', b'"a "', 1))
     found(tmp_path / "db", "tokenizer.json", "sha256", sample=1.0)
+
+
+def test_a_build_that_goes_on_meanwhile_is_told_from_damage(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its files that give way were called damaged, and made again by the next build."""
+    check = verify_module.check_files
+
+    def rebuild_begins(scene: Any) -> None:
+        scene.manifest.without(["report"], ["leakage"]).save(Storage(str(database)))
+        (database / "leakage" / "00000.parquet").unlink()
+        check(scene)
+
+    monkeypatch.setattr(verify_module, "check_files", rebuild_begins)
+    with pytest.raises(MismatchError, match="a build is at work"):
+        verify(database)
+    assert not (database / "reports" / "damage.json").exists()
 
 
 def test_a_database_that_cannot_be_written_is_still_verified(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ GPT2_SHA256: Final = {
 
 _PIECE_CHARACTERS: Final = 1 << 17
 """Longer texts are tokenised piece by piece: the native encoder holds some 150 bytes for every token at once."""
+_MOST_BYTES: Final = 512 << 20
+"""Of a tokenizer's file; those of the largest published vocabularies have some 30 MiB."""
 _BATCH_CHARACTERS: Final = 1 << 20
 
 
@@ -323,6 +325,9 @@ def load_tokenizer(spec: str) -> ChunkTokenizer:
         if found is None:
             raise InputError(f"the tokenizer {spec!r} has neither a tokenizer.json nor a SentencePiece .model.")
         path = found
+    # A hostile database may name anything as its tokenizer: a pipe never ends, a device fills the memory.
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise InputError(f"the tokenizer {spec!r} is no regular file of at most {_MOST_BYTES >> 20} MiB: refused.")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     return tokenizer_from_json(path.read_bytes(), spec)

@@ -22,7 +22,7 @@ from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
 from retrodb.cli.verify import verify
-from retrodb.errors import RetrodbError
+from retrodb.errors import RetrodbError, UsageError
 
 app = typer.Typer(
     name="retrodb",
@@ -64,21 +64,33 @@ def main() -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == INTERRUPTED:  # what Typer makes of KeyboardInterrupt
-            echo("\ninterrupted: what is finished is kept; run the same command again to go on.", err=True)
+            _fail(code, "interrupted: what is finished is kept; run the same command again to go on.", before="\n")
+        if code == UsageError.exit_code:  # Typer's own words are on stderr by now
+            _answer(code, "a wrong flag or argument: see stderr, and --help.")
         _leave(code)
     except RetrodbError as error:
-        echo(f"error: {error}", err=True)
-        if "--json" in sys.argv:
-            echo_json({"error": str(error), "exit_code": error.exit_code})
-        _leave(error.exit_code)
+        _fail(error.exit_code, str(error), before="error: ")
     except BrokenPipeError:
         _leave(0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         first = "Free some space: what" if error.errno == errno.ENOSPC else "What"
-        echo(f"error: {error.strerror or error}{where}. {first} is finished is kept; run it again.", err=True)
-        _leave(1)
+        _fail(1, f"{error.strerror or error}{where}. {first} is finished is kept; run it again.", before="error: ")
     _leave(0)
+
+
+def _fail(code: int, message: str, before: str) -> None:
+    """Say why, for people and, where JSON was asked for, for programs, and exit."""
+    with contextlib.suppress(OSError):
+        echo(f"{before}{message}", err=True)
+    _answer(code, message)
+    _leave(code)
+
+
+def _answer(code: int, message: str) -> None:
+    if "--json" in sys.argv:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            echo_json({"error": message, "exit_code": code})
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

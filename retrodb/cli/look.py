@@ -6,7 +6,6 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo_json
-from retrodb.errors import DamagedError
 
 Database = Annotated[str, typer.Argument(metavar="DB", help="The database: a folder, or any fsspec URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -16,15 +15,14 @@ def info(database: Database, as_json: Json = False) -> None:
     """What a database is: counts per stage, fingerprints, recall, sizes, versions."""
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.render import print_info  # noqa: PLC0415
+    from retrodb.manifest import taken_from  # noqa: PLC0415
 
     summary = open_database(database).summary()
     if as_json:
         echo_json(summary)
         return
-    try:
+    with taken_from(f"the manifest of {database}"):
         print_info(summary)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamagedError(f"the manifest of {database} is malformed: {error!r}. Verify the database.") from error
 
 
 def query(
@@ -46,7 +44,7 @@ def query(
     found = db.search(text, k, metric=metric, encoder=encoder)
     hits = [_described(db, hit) for hit in found]
     if as_json:
-        answer = {"query": text, "k": k, "metric": db.manifest.config["metric"], "neighbours": hits}
+        answer = {"query": text, "k": k, "metric": db.metric, "neighbours": hits}
         echo_json(answer)
     else:
         print_hits(hits)

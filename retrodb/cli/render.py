@@ -16,6 +16,7 @@ from retrodb.quality.summary import summarise
 from retrodb.storage import Storage
 
 _INDENT = "    "
+_LONGEST_HEADING = 200
 _EXAMPLES = 3
 _EXAMPLE_ROWS = 4000
 _EXAMPLE_CANDIDATES = 400
@@ -43,6 +44,12 @@ def quoted(text: str, lines: int = 4) -> str:
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: _width() - len(_INDENT) - 4] + " ..."]
     return textwrap.indent("\n".join(wrapped), _INDENT)
+
+
+def heading(row: Mapping[str, Any]) -> str:
+    """A document's title, else its key, on one line of bounded length: it must not pass for lines of ours."""
+    flat = " ".join(str(row["title"] or row["key"])[: 10 * _LONGEST_HEADING].split())
+    return flat if len(flat) <= _LONGEST_HEADING else f"{flat[: _LONGEST_HEADING - 4]} ..."
 
 
 def summary(storage: Storage, manifest: Any) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def _titled(db: Database, chunk: Any, distance: float) -> dict[str, Any]:
     document = db.document(chunk.document_id)
     return {
         "chunk_id": chunk.chunk_id,
-        "title": document.title or document.key,
+        "title": heading({"title": document.title, "key": document.key}),
         "text": chunk.text,
         "distance": distance,
     }
@@ -207,7 +214,7 @@ def print_hits(hits: Sequence[Mapping[str, Any]]) -> None:
     if not hits:
         echo("no neighbours: the database has no chunk that may be one.")
     for number, hit in enumerate(hits, 1):
-        echo(f"{number}. {hit['title'] or hit['key']}  [distance {hit['distance']:.4f}, chunk {hit['chunk_id']}]")
+        echo(f"{number}. {heading(hit)}  [distance {hit['distance']:.4f}, chunk {hit['chunk_id']}]")
         echo(f"{_INDENT}{hit['source']}")
         echo(quoted(hit["text"]))
 
@@ -216,14 +223,14 @@ def print_chunk(shown: Mapping[str, Any]) -> None:
     """``retrodb show``."""
     chunk = shown["chunk"]
     echo(
-        f"chunk {chunk['chunk_id']}: {chunk['title'] or chunk['key']}, position {chunk['position']}, "
+        f"chunk {chunk['chunk_id']}: {heading(chunk)}, position {chunk['position']}, "
         f"bytes {chunk['start']:,}-{chunk['end']:,} of {chunk['source']}"
     )
     echo(quoted(chunk["text"], lines=12))
     half = (_width() - 3) // 2
     for number, row in enumerate(shown["neighbours"], 1):
         echo(
-            f"\n{number}. {row['title'] or row['key']}, position {row['position']}  "
+            f"\n{number}. {heading(row)}, position {row['position']}  "
             f"[distance {row['distance']:.4f}, chunk {row['chunk_id']}]"
         )
         left = textwrap.wrap(" ".join(row["text"].split()), half) or [""]

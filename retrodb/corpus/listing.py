@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from fsspec import AbstractFileSystem
 
-from retrodb.corpus.source import is_local
+from retrodb.corpus.source import is_local, local_stamp
 from retrodb.errors import InputError
 from retrodb.remote import absolute_url, filesystem_of
 from retrodb.schemas import SPLITS
@@ -219,9 +219,8 @@ def _candidate(path: str, found: _Found) -> Iterator[InputFile]:
 
 
 def _local_file(path: str, kind: Format) -> InputFile:
-    status = os.stat(path)
-    stamp = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
-    return InputFile(path, kind, status.st_size, stamp)
+    stamp, size = local_stamp(path)
+    return InputFile(path, kind, size, stamp)
 
 
 # -- remote --------------------------------------------------------------------------------------------------------

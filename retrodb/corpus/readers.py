@@ -18,7 +18,7 @@ from retrodb.corpus.records import (
     parse_row,
     parse_text,
 )
-from retrodb.corpus.source import open_raw
+from retrodb.corpus.source import open_raw, refuse_written
 from retrodb.corpus.splits import Segment
 from retrodb.errors import InputError
 
@@ -77,6 +77,7 @@ class SegmentReader:
                     yield from _of_line(item, segment.url, self._fields)
                 else:
                     yield from _of_rows(item, segment.url, self._fields)
+        refuse_written(segment.url, segment.stamp)
 
     def close(self) -> None:
         """Close the file that is still open."""

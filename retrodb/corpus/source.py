@@ -5,6 +5,7 @@ raises then becomes an `InputError` that names the file, so that no half-read fi
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import IO, Any, Final, Protocol
 
@@ -90,6 +91,37 @@ class RawInput:
         if self._hasher is not None:
             self._hasher.update(block)
         return block
+
+
+def local_stamp(path: str) -> tuple[str, int]:
+    """The stamp of a file on this machine, and its size: ``size-mtime-ctime-inode``."""
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}", status.st_size
+
+
+def refuse_written(url: str, stamp: str) -> None:
+    """After a file was read: is it still the one that was listed? Its checksum is that of an earlier pass over it.
+
+    Only local files tell. A change of owner, permissions or links is none of the bytes.
+
+    Raises:
+        InputError: it was written, replaced or removed meanwhile, perhaps by as many bytes.
+    """
+    if not stamp or not is_local(url):
+        return
+    try:
+        now, _ = local_stamp(url)
+    except OSError as error:
+        raise unreadable(url, error) from error
+    if _without_ctime(now) != _without_ctime(stamp):
+        raise InputError(
+            f"{url} was written or replaced while the build was reading it. Run the build again once it is complete."
+        )
+
+
+def _without_ctime(stamp: str) -> tuple[str, ...]:
+    size_and_time, _, inode = stamp.rsplit("-", 2)
+    return size_and_time, inode
 
 
 @contextlib.contextmanager

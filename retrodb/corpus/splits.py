@@ -28,7 +28,7 @@ class Segment:
     """A part of one file, or the whole of it.
 
     Attributes:
-        url, format, compression, size, damage: as scanned.
+        url, format, compression, size, damage, stamp: as scanned.
         start: first byte of the decompressed file (JSONL, text), or first row (Parquet).
         end: one past the last; None: to the end of the file. A record belongs where its first byte lies.
     """
@@ -40,6 +40,7 @@ class Segment:
     start: int = 0
     end: int | None = None
     damage: str | None = None
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _weight(file: ScannedFile) -> int:
 
 def _segment(file: ScannedFile, start: int = 0, end: int | None = None) -> Segment:
     damage = file.damage if file.format == "parquet" else None  # a torn stream is found again where it breaks
-    return Segment(file.url, file.format, file.compression, file.size, start, end, damage)
+    return Segment(file.url, file.format, file.compression, file.size, start, end, damage, file.stamp)
 
 
 def _cuts(length: int, pieces: int) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ _HASHED: Final = (
     "*/vocab.txt",
 )
 _DEFAULT_MAX_LENGTH: Final = 512
+_MODULES: Final = "sentence_transformers."
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,16 @@ def _folder_sha256(folder: Path) -> str:
 
 
 def _module_name(module: dict[str, Any]) -> str:
-    return str(module["type"]).rsplit(".", 1)[-1]
+    """The last name of a module's class.
+
+    Raises:
+        InputError: it is no class of sentence-transformers. Earlier versions of that import whatever a local folder
+            names, and a hostile database can name a folder of its own as its encoder.
+    """
+    kind = str(module["type"])
+    if not kind.startswith(_MODULES):
+        raise InputError(f"the encoder's modules.json asks for the code {kind!r}, not one of {_MODULES}*: refused.")
+    return kind.rsplit(".", 1)[-1]
 
 
 def _module_folders(folder: Path, name: str) -> list[Path]:

@@ -17,7 +17,7 @@ One shard of each table is in memory at a time, and bounded caches of the chunks
 
 from typing import TYPE_CHECKING
 
-from retrodb.errors import RetrodbError
+from retrodb.errors import MismatchError, RetrodbError
 from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
 from retrodb.quality.duplicate_content import check_duplicates
@@ -51,7 +51,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0, encoder:
 
     Raises:
         InputError: with ``sample``, the tokenizer or the encoder is not on this machine, and nothing else is wrong.
-        MismatchError: likewise, what is found under its name is another.
+        MismatchError: likewise, what is found under its name is another; or a build changed the database meanwhile.
     """
     findings = Findings()
     scene = None
@@ -63,7 +63,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0, encoder:
     if scene is not None and sample > 0:
         _recompute(scene, db, sample, seed, encoder)
     if findings.problems:
-        _look_again(db, findings)
+        _refuse_changed(db)
         _write_damage(db.storage, findings)
     missing = [stage for stage in STAGES if stage not in db.manifest.stages]
     if missing:
@@ -96,14 +96,20 @@ def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: 
     recompute(scene, tools, sample, seed)
 
 
-def _look_again(db: "Database", findings: Findings) -> None:
-    """Where a build has gone on meanwhile, what was found may only be that."""
+def _refuse_changed(db: "Database") -> None:
+    """Where a build has gone on meanwhile, what was found may only be that: no damage, and no hint of any.
+
+    Raises:
+        MismatchError: the manifest is another whole one by now.
+    """
     try:
-        changed = Manifest.load(db.storage) != db.manifest
+        now = Manifest.load_whole(db.storage)
     except RetrodbError:
-        changed = True
-    if changed:
-        findings.note("the manifest changed while this ran: a build is at work; verify again when it is done")
+        return  # that is damage
+    if now is not None and now != db.manifest:
+        raise MismatchError(
+            f"{db.storage.url} was changed while it was verified: a build is at work. Verify it when that is done."
+        )
 
 
 def _write_damage(storage: Storage, findings: Findings) -> None:
