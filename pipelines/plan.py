@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
@@ -79,11 +79,11 @@ def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, 
 
 def _scans(inputs: Sequence[InputFile], manifest: Manifest) -> tuple[list[ScannedFile], bool]:
     known = recorded_scans(manifest)
-    fresh = [f for f in inputs if f.url not in known or (known[f.url].size, known[f.url].stamp) != (f.size, f.stamp)]
+    fresh = [file for file in inputs if file.url not in known or not known[file.url].is_of(file)]
     exact = sum(file.size for file in fresh) <= SCAN_BYTES
     with ThreadPoolExecutor(4) as pool:
         made = dict(zip((f.url for f in fresh), pool.map(scan_file if exact else _guessed, fresh), strict=True))
-    return [made.get(file.url) or known[file.url] for file in inputs], exact
+    return [replace(made.get(file.url) or known[file.url], split=file.split) for file in inputs], exact
 
 
 def _guessed(file: InputFile) -> ScannedFile:

@@ -162,11 +162,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 def scan_inputs(builder: Builder) -> list[ScannedFile]:
     """The inputs' checksums and sizes: those of the manifest where a file has not been touched since."""
     known = recorded_scans(builder.manifest)
-    scans = {
-        file.url: known[file.url]
-        for file in builder.inputs
-        if file.url in known and (known[file.url].size, known[file.url].stamp) == (file.size, file.stamp)
-    }
+    scans = {file.url: known[file.url] for file in builder.inputs if file.url in known and known[file.url].is_of(file)}
     fresh = [file for file in builder.inputs if file.url not in scans]
     if fresh:
         book = ReceiptBook(builder.storage, "scan", fingerprint([[f.url, f.size, f.stamp] for f in fresh]))

@@ -21,7 +21,7 @@ from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
 from retrodb.encoding import identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
-from retrodb.manifest import Manifest
+from retrodb.manifest import STAGES, Manifest
 from retrodb.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -158,6 +158,18 @@ def test_a_search_by_a_manifest_that_does_not_say_how_is_refused_in_words(databa
     save_manifest(database, manifest)
     with pytest.raises(DamagedError, match="malformed"):
         Database.open(str(database)).search(np.zeros(32))
+
+
+@pytest.mark.parametrize("length", [1 << 70, -1])
+def test_a_manifest_that_calls_an_input_endless_is_not_believed(source, tiny_encoder, database, length):
+    """Pieces of a shard's size would be planned without end. The file is read instead, and found to be as it was."""
+    manifest = manifest_of(database)
+    manifest["inputs"][0]["length"] = length
+    save_manifest(database, manifest)
+    flags = ("--encoder", tiny_encoder, "--shard-bytes", "4KiB", "--precision", "fp32")
+    done = retrodb("build", source, "--out", database, *flags, "--dry-run", timeout=120)
+    assert done.code == 0, done.err
+    assert done.out.count("up to date") == len(STAGES)
 
 
 def test_an_encoder_that_asks_for_code_of_its_own_is_refused(tiny_encoder, tmp_path):

@@ -7,13 +7,16 @@ travels between workers and is kept in the manifest: while a file's ``stamp`` st
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from retrodb.corpus.compression import MAGIC_BYTES, Compression, TornStream, detect, read_blocks
 from retrodb.corpus.listing import TRAIN, Format, InputFile
 from retrodb.corpus.parquet import BrokenParquet, open_parquet
 from retrodb.corpus.source import READ_BYTES, open_raw
 from retrodb.errors import InputError
+
+_MOST_EXPANSION: Final = 1 << 12
+"""Bytes that one compressed byte is taken to stand for at most (gzip: 1,032) when a manifest says so."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class ScannedFile:
     row_groups: tuple[RowGroup, ...] = ()
     damage: str | None = None
     split: str = TRAIN
+
+    def is_of(self, file: InputFile) -> bool:
+        """Whether this scan is of the file as it is listed now, and of a length that such a file can have.
+
+        What is to be done is planned by scans, and they come from manifests.
+        """
+        most = self.size * (_MOST_EXPANSION if self.compression or self.format == "parquet" else 1)
+        lengths = [self.length, sum(group.bytes for group in self.row_groups)]
+        return (self.size, self.stamp) == (file.size, file.stamp) and all(0 <= length <= most for length in lengths)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; row groups as ``[rows, bytes]``."""
