@@ -21,7 +21,9 @@ import pytest
 from object_stores import ObjectStore, endpoint
 from support import Ran, Running, build_here, manifest_of, retrodb
 
-from retrodb.errors import LockedError
+from retrodb.corpus import expand_inputs
+from retrodb.corpus.source import refuse_written
+from retrodb.errors import InputError, LockedError
 from retrodb.lock import LOCK_NAME, build_lock
 from retrodb.remote import filesystem_of
 from retrodb.storage import Storage
@@ -80,6 +82,21 @@ def built(store: ObjectStore, quickstart_corpus: Path, tiny_encoder: Path) -> Bu
     storage = Storage(url)
     tables = json.loads(storage.read_bytes("manifest.json"))["tables"]
     return Built(url, storage, sum(len(table["shards"]) for table in tables.values()), first, dict(requests))
+
+
+def test_an_input_that_is_replaced_by_as_many_bytes_while_it_is_read_is_refused(store: ObjectStore) -> None:
+    url = store.url("inputs/replaced.jsonl")
+    filesystem, path = filesystem_of(url)
+    filesystem.pipe_file(path, b'{"text": "one"}\n')
+    for given in (url, store.url("inputs/replaced*.jsonl")):  # listings and single answers tell the same
+        (listed,) = expand_inputs([given]).files
+        refuse_written(listed.url, listed.stamp)
+    filesystem.pipe_file(path, b'{"text": "two"}\n')
+    with pytest.raises(InputError, match="was written or replaced while the build was reading it"):
+        refuse_written(listed.url, listed.stamp)
+    filesystem.rm_file(path)
+    with pytest.raises(InputError, match="cannot read"):
+        refuse_written(listed.url, listed.stamp)
 
 
 def recorded(manifest: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from fsspec import AbstractFileSystem
 
-from retrodb.corpus.source import is_local, local_stamp
+from retrodb.corpus.source import CONTENT_KEYS, is_local, local_stamp
 from retrodb.errors import InputError
 from retrodb.remote import absolute_url, filesystem_of
 from retrodb.schemas import SPLITS
@@ -32,7 +32,7 @@ TRAIN, VALIDATION = SPLITS
 
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 _IDENTITY_KEYS: Final = (
-    *("ETag", "etag", "md5Hash", "md5", "crc32c", "generation", "VersionId", "version_id", "content_md5"),
+    *CONTENT_KEYS,
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created", "ino"),
 )
 

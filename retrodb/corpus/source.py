@@ -15,6 +15,19 @@ from retrodb.remote import filesystem_of
 READ_BYTES: Final = 1 << 18
 """Raw bytes asked for at a time."""
 
+CONTENT_KEYS: Final = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "md5",
+    "crc32c",
+    "generation",
+    "VersionId",
+    "version_id",
+    "content_md5",
+)
+"""What filesystems call what they know of an object's content, or of its version."""
+
 
 class Hasher(Protocol):
     """What `hashlib` objects are."""
@@ -102,18 +115,20 @@ def local_stamp(path: str) -> tuple[str, int]:
 def refuse_written(url: str, stamp: str) -> None:
     """After a file was read: is it still the one that was listed? Its checksum is that of an earlier pass over it.
 
-    Only local files tell. A change of owner, permissions or links is none of the bytes.
+    A local file tells by its time and inode (a change of owner, permissions or links is none of the bytes), an object
+    by what its store knows of the content, where it says it.
 
     Raises:
         InputError: it was written, replaced or removed meanwhile, perhaps by as many bytes.
     """
-    if not stamp or not is_local(url):
-        return
     try:
-        now, _ = local_stamp(url)
-    except OSError as error:
+        if is_local(url):
+            same = not stamp or _without_ctime(local_stamp(url)[0]) == _without_ctime(stamp)
+        else:
+            same = _same_object(url, stamp)
+    except Exception as error:  # any filesystem, any exception
         raise unreadable(url, error) from error
-    if _without_ctime(now) != _without_ctime(stamp):
+    if not same:
         raise InputError(
             f"{url} was written or replaced while the build was reading it. Run the build again once it is complete."
         )
@@ -122,6 +137,17 @@ def refuse_written(url: str, stamp: str) -> None:
 def _without_ctime(stamp: str) -> tuple[str, ...]:
     size_and_time, _, inode = stamp.rsplit("-", 2)
     return size_and_time, inode
+
+
+def _same_object(url: str, stamp: str) -> bool:
+    """By the keys that listings and single answers of a store write alike; times they do not."""
+    known = dict(part.split("=", 1) for part in stamp.split("|") if part.partition("=")[0] in CONTENT_KEYS)
+    if not known:
+        return True
+    filesystem, path = filesystem_of(url)
+    filesystem.invalidate_cache()
+    info = filesystem.info(path)
+    return all(str(info[key]) == value for key, value in known.items() if info.get(key) not in (None, ""))
 
 
 @contextlib.contextmanager
