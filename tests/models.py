@@ -1,6 +1,9 @@
 """What tests of the reference model share: tiny models and rows whose every rule can be seen."""
 
+from pathlib import Path
+
 import torch
+from support import build_here, write_jsonl
 
 from retrodb.model import Batch, ModelConfig, Retro
 from retrodb.model.config import default_retrieval
@@ -54,3 +57,46 @@ def make_batch(seed: int = 0, neighbours: int = K) -> Batch:
         drawn(2, SLOTS, neighbours, 2, M),
         lengths,
     )
+
+
+# -- a database to train on --------------------------------------------------------------------------------------------
+
+
+def topics(count: int, first: int = 0) -> list[dict[str, str]]:
+    """Short texts that say the same few things in many orders, so that neighbours help."""
+    facts = [
+        f"The {animal} of {place} eats {food} every {day} and sleeps under the old {tree}."
+        for animal, place, food, day, tree in zip(
+            ["otter", "heron", "badger", "lynx", "marten", "stork", "beaver"],
+            ["Bergen", "Lund", "Turku", "Riga", "Gdansk", "Emden", "Aarhus"],
+            ["trout", "frogs", "acorns", "hares", "berries", "snails", "willow bark"],
+            ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+            ["oak", "ash", "elm", "pine", "birch", "larch", "yew"],
+            strict=True,
+        )
+    ]
+    return [
+        {
+            "id": f"t{number}",
+            "text": f"Note {number}. "
+            + " ".join(facts[(number * step + step) % 7] for step in range(1, 3 + number % 5)),
+        }
+        for number in range(first, first + count)
+    ]
+
+
+def build_topics(folder: Path, encoder: Path, **settings: object) -> Path:
+    """A small database with a validation split: m = 16, n = 64, 8 neighbours kept, 2 joined."""
+    source = write_jsonl(folder / "topics.jsonl", topics(40))
+    held_out = write_jsonl(folder / "held-out.jsonl", topics(8, first=100))
+    chosen = {
+        "tokenizer": "train:400",
+        "chunk_tokens": 16,
+        "sequence_tokens": 64,
+        "neighbours": 8,
+        "dedup": "off",
+        "decontaminate": False,
+        "validation": [str(held_out)],
+    }
+    build_here([source], folder / "db", encoder=str(encoder), **{**chosen, **settings})
+    return folder / "db"

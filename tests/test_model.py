@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import DOCUMENTS, LENGTHS, K, M, N, SLOTS, make_batch, make_config, make_model
+from models import DOCUMENTS, LENGTHS, SLOTS, K, M, N, make_batch, make_config, make_model
 
 from retrodb.errors import InputError
 from retrodb.model import Batch, ModelConfig, Retro
