@@ -1,4 +1,4 @@
-"""RETRO: what may depend on what (Borgeaud et al. 2022, section 2 and Algorithm 1), shown on values and on gradients."""
+"""RETRO: what may depend on what (Borgeaud et al. 2022, section 2, Algorithm 1), shown on values and on gradients."""
 
 from dataclasses import replace
 
