@@ -1,6 +1,7 @@
 """Training: deterministic, resumable bit for bit, interruptible; RETROfit leaves its base as it is."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -221,7 +222,7 @@ def test_the_learning_rate_rises_and_falls_by_half_a_cosine():
     assert rates[0] == 0.1
     assert rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert 0.1 <= rates[-1] < 0.101
 
 

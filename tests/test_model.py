@@ -1,5 +1,6 @@
 """RETRO: what may depend on what (Borgeaud et al. 2022, section 2, Algorithm 1), shown on values and on gradients."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_target_is_the_next_token_of_the_same_document_and_a_document_s_last_t
     expected = {}
     for row, (documents, lengths) in enumerate(zip(DOCUMENTS, LENGTHS, strict=True)):
         valid = [(place(s, i), d) for s, (d, n) in enumerate(zip(documents, lengths, strict=True)) for i in range(n)]
-        for (here, document), (there, following) in zip(valid, valid[1:], strict=False):
+        for (here, document), (there, following) in itertools.pairwise(valid):
             if document == following:
                 expected[row, here] = int(batch.tokens[row].flatten()[there])
     found = {(r, p): int(batch.targets[r, p]) for r, p in batch.predicts.nonzero().tolist()}

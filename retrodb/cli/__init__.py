@@ -19,6 +19,7 @@ from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.evaluate import evaluate
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show, train, retrofit):
+for command in (build, plan, info, verify, query, show, train, retrofit, evaluate):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 
