@@ -20,6 +20,7 @@ from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.evaluate import evaluate
+from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show, train, retrofit, evaluate):
+for command in (build, plan, info, verify, query, show, train, retrofit, evaluate, generate):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 
