@@ -42,7 +42,8 @@ def by_document(
     count = int(which.max()) + 1 if len(which) else 0
     flat = nats.reshape(-1, nats.shape[-1])
     summed = np.stack([np.bincount(which, weights=row, minlength=count) for row in flat])
-    return summed.reshape(*nats.shape[:-1], count), np.bincount(which, weights=lengths, minlength=count)
+    by_length = np.bincount(which, weights=lengths, minlength=count).astype(np.float64)
+    return summed.reshape(*nats.shape[:-1], count).astype(np.float64), by_length
 
 
 def estimate(

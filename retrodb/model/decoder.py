@@ -1,5 +1,7 @@
 """The plain decoder: what RETRO is without retrieval, and what RETROfit takes as its frozen base."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -56,6 +58,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = make_norm(config.norm, config.width, config.norm_epsilon)
         self.head = None if config.tied else make_linear(config.width, config.vocabulary)
+
+    @property
+    def layers(self) -> list[DecoderBlock]:
+        """The layers, first to last."""
+        return cast("list[DecoderBlock]", list(self.blocks))
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """``H = Emb(X)``, ``[B, n, d]``."""

@@ -27,7 +27,7 @@ class Retro(nn.Module):
         """Final activations ``[B, n, d]`` of each place; `logits` makes predictions of the next token of them."""
         h = self.decoder.embed(batch)
         encoded = None
-        for number, block in enumerate(self.decoder.blocks, start=1):
+        for number, block in enumerate(self.decoder.layers, start=1):
             h = block.attend(h, batch)
             if self.retrieval is not None and batch.neighbours and str(number) in self.retrieval.cross:
                 if encoded is None:  # p = min(P)
