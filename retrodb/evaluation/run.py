@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _models(checkpoints: Sequence[str], data: DataSettings, database: Database) -> tuple[list[Retro], list[Checkpoint]]:
-    loaded = []
+    loaded: list[tuple[Retro, Checkpoint]] = []
     for url in checkpoints:
         model, checkpoint = load_model(url)
         data.check_model(checkpoint.data, url, database.storage.url)
