@@ -70,6 +70,7 @@ def test_a_run_learns_and_leaves_a_log_and_a_plot(undisturbed):
     log = [json.loads(line) for line in storage.read_bytes(checkpoint.files["log.jsonl"].path).splitlines()]
     assert [entry["step"] for entry in log] == [10, 12]
     assert log[1]["loss"] < log[0]["loss"]
+    assert 0 < log[0]["loading_share"] < 1
     assert storage.read_bytes(checkpoint.files["loss.png"].path).startswith(b"\x89PNG")
     assert checkpoint.step == 12
     assert sorted(path.name for path in undisturbed.iterdir()) == ["checkpoint.json", "step-00000012"]
@@ -272,6 +273,21 @@ def test_retrofit_keeps_the_base_bit_for_bit_and_starts_as_it(database, plain, t
     again = tmp_path / "again"
     with pytest.raises(InputError, match="has retrieval already"):
         retrofit(database, str(tmp_path), str(again), settings(), Progress(), "cpu")
+
+
+@pytest.mark.slow
+def test_retrofit_of_a_hugging_face_base_keeps_it_bit_for_bit(database, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    card = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    theirs = GPT2LMHeadModel(card)
+    theirs.save_pretrained(tmp_path / "gpt2", safe_serialization=True)
+    retrofit(database, str(tmp_path / "gpt2"), str(tmp_path / "out"), settings(steps=3), Progress(), "cpu")
+    fitted = weights(tmp_path / "out")
+    assert torch.equal(fitted["decoder.embedding.weight"], theirs.transformer.wte.weight)
+    assert torch.equal(fitted["decoder.blocks.1.inner.up.weight"], theirs.transformer.h[1].mlp.c_fc.weight.T)
+    assert any((value != 0).any() for name, value in fitted.items() if name.endswith("gate"))
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class Trainer:
             eps=1e-8,
         )
         self.counts = Counts()
-        self._since: list[tuple[float, int, float]] = []
+        self._since: list[tuple[float, int, float, float]] = []
+        """(nats, tokens, seconds, seconds of loading) of each step since the last entry of the log."""
 
     @property
     def finished(self) -> bool:
@@ -64,6 +65,7 @@ class Trainer:
         begun = time.monotonic()
         rate = self._set_rate()
         batches = [self.stream.batch(self.settings.batch).to(self.device.name) for _ in range(self.settings.accumulate)]
+        loading = time.monotonic() - begun
         predicted = sum(int(batch.predicts.sum()) for batch in batches)
         self.model.train()
         self._optimizer.zero_grad(set_to_none=True)
@@ -84,7 +86,7 @@ class Trainer:
         self.counts.step += 1
         self.counts.tokens += predicted
         self.counts.seconds += seconds
-        self._since.append((total * predicted, predicted, seconds))
+        self._since.append((total * predicted, predicted, seconds, loading))
         if self.counts.step % self.settings.log_every and not self.finished:
             return None
         return self._log(rate, norm)
@@ -103,7 +105,7 @@ class Trainer:
 
     def _log(self, rate: float, norm: float) -> dict[str, Any]:
         """Mean loss in nats per token since the entry before, and how fast it went."""
-        nats, tokens, seconds = (sum(column) for column in zip(*self._since, strict=True))
+        nats, tokens, seconds, loading = (sum(column) for column in zip(*self._since, strict=True))
         self._since = []
         entry = {
             "step": self.counts.step,
@@ -113,6 +115,7 @@ class Trainer:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "loading_share": round(loading / max(seconds, 1e-9), 5),
             "seconds": round(self.counts.seconds, 3),
         }
         self.counts.log.append(entry)
@@ -146,7 +149,7 @@ class Trainer:
             DamagedError: the state is not this model's.
         """
         self.stream.load_state_dict(progress["position"])
-        self._since = [(float(nats), int(tokens), float(seconds)) for nats, tokens, seconds in progress["since"]]
+        self._since = [(float(n), int(t), float(s), float(lo)) for n, t, s, lo in progress["since"]]
         self.counts = Counts(int(progress["step"]), int(progress["tokens"]), float(progress["seconds"]), log=log)
         for name, parameter in self._named.items():
             try:
