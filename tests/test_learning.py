@@ -189,6 +189,17 @@ def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_place_with_other_things_is_left_alone(database, tmp_path):
+    (tmp_path / "work" / "step-1").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other things \(step-1\)"):
+        run(database, tmp_path / "work")
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        run(database, tmp_path / "file")
+    assert (tmp_path / "work" / "step-1").exists()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(database, undisturbed, tmp_path, monkeypatch):
     original = Storage.commit_bytes
 

@@ -149,9 +149,9 @@ def test_whatever_padded_slots_hold_outputs_and_gradients_are_the_same(model):
         "neighbour_ids": torch.where(batch.neighbour_lengths.sum(-1) > 0, 5, -1),
     }
     junk = {name: value.clone() for name, value in columns.items()}
-    junk["tokens"][~batch.valid] = 49
+    junk["tokens"][~batch.valid] = 60_000  # no token of this vocabulary
     places = torch.arange(M) >= batch.neighbour_lengths.unsqueeze(-1)
-    junk["neighbour_tokens"][places] = 48
+    junk["neighbour_tokens"][places] = 60_000
     junk["neighbour_lengths"][1, 1] = 3  # a missing neighbour is missing by its id, whatever its length says
     one, other = Batch.from_columns(columns, K), Batch.from_columns(junk, K)
     assert torch.equal(outputs(model, one), outputs(model, other))
@@ -171,6 +171,16 @@ def test_missing_neighbours_carry_exactly_zero_gradient(model):
     assert (gradient[1, 1] == 0).all()
     assert (gradient[1, 2, 1] == 0).all()
     assert (gradient[1, 2, 0] != 0).any()
+
+
+def test_the_encoder_looks_at_the_valid_tokens_of_a_chunk_alone(model):
+    batch = make_batch()
+    h = torch.randn(2, N, 32, requires_grad=True)
+    embedded = model.decoder.embedding(batch.neighbour_tokens).flatten(3, 4)
+    encoded = model.retrieval.encoder(embedded, h, batch).unflatten(0, (2, SLOTS))
+    (gradient,) = torch.autograd.grad(encoded[0, 2].square().sum(), h)  # chunk 2 of row 0 has two tokens
+    reached = (gradient.abs().sum(-1) > 0).nonzero().tolist()
+    assert reached == [[0, place(2)], [0, place(2, 1)]]
 
 
 def test_where_all_neighbours_are_missing_it_is_the_plain_decoder(model):

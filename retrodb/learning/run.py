@@ -20,6 +20,7 @@ from retrodb.model.checkpoint import (
     STATE,
     WEIGHTS,
     Checkpoint,
+    check_free,
     load_weights,
     read_checkpoint,
     read_file,
@@ -105,7 +106,9 @@ def _run(
         raise InputError(f"--out {storage.url} lies inside the database, which holds only what its manifest names.")
     run = {**settings.identity, "precision": device.precision, "base": _base_fingerprint(base)}
     kept = read_checkpoint(storage)
-    if kept is not None:
+    if kept is None:
+        check_free(storage)
+    else:
         _check_same_run(kept, storage, run, config, data, database)
         if kept.step >= settings.steps:
             progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")

@@ -4,6 +4,7 @@ Killed, interrupted or out of space at any moment, a checkpoint is the one befor
 Nothing in it is a pickle.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from retrodb.storage import Storage
 CHECKPOINT_NAME: Final = "checkpoint.json"
 WEIGHTS: Final = "model.safetensors"
 STATE: Final = "state.safetensors"
+_STEP_FOLDER: Final = re.compile(r"step-\d{8}")
 _FORMAT: Final = "retrodb-model"
 _VERSION: Final = 1
 
@@ -96,6 +98,22 @@ def read_checkpoint(storage: Storage) -> Checkpoint | None:
         raise DamagedError(f"{where} is malformed: {error}.") from error
 
 
+def check_free(storage: Storage) -> None:
+    """Refuse to begin a checkpoint among someone else's files; what a killed first save left is no one's.
+
+    Raises:
+        InputError: it is a file, or a folder that holds other things.
+    """
+    if storage.is_a_file():
+        raise InputError(f"{storage.url} is a file; name a folder for the checkpoint.")
+    foreign = [name for name in storage.list_files("") + storage.list_folders("") if not _STEP_FOLDER.fullmatch(name)]
+    if foreign:
+        raise InputError(
+            f"{storage.url} has no {CHECKPOINT_NAME} and holds other things ({', '.join(foreign[:3])}): name another"
+            " folder for the checkpoint."
+        )
+
+
 def open_checkpoint(url: str) -> tuple[Storage, Checkpoint]:
     """The checkpoint at ``url``. Raises InputError where there is none, and as `read_checkpoint` does."""
     storage = Storage(url)
@@ -119,7 +137,7 @@ def write_checkpoint(storage: Storage, checkpoint: Checkpoint, contents: dict[st
     written = Checkpoint(checkpoint.model, checkpoint.data, checkpoint.settings, checkpoint.progress, files)
     storage.commit_json(CHECKPOINT_NAME, written.as_json())
     for name in before:
-        if name.startswith("step-") and name != folder:
+        if _STEP_FOLDER.fullmatch(name) and name != folder:
             storage.delete_folder(name)
     return written
 
