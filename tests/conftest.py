@@ -46,3 +46,11 @@ def copied(built: Path, tmp_path: Path) -> Path:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random one-layer BERT, for tests to which the vectors' meaning is nothing."""
     return make_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def topics_db(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small database with a validation split for the reference model. Do not change it."""
+    from models import build_topics
+
+    return build_topics(tmp_path_factory.mktemp("topics"), tiny_encoder)

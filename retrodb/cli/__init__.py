@@ -1,4 +1,5 @@
-"""The command line: ``retrodb build | plan | info | verify | query | show | index merge``. One small module a command.
+"""The command line, one small module a command: ``retrodb build | plan | info | verify | query | show | index merge``,
+and ``train | retrofit | evaluate | generate`` of the reference model.
 
 Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
 """
@@ -18,9 +19,12 @@ from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.evaluate import evaluate
+from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
+from retrodb.cli.train import retrofit, train
 from retrodb.cli.verify import verify
 from retrodb.errors import RetrodbError, UsageError
 
@@ -33,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show):
+for command in (build, plan, info, verify, query, show, train, retrofit, evaluate, generate):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 

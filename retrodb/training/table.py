@@ -135,11 +135,22 @@ class TrainingTable(Dataset[Sample]):
         check_neighbours(neighbours, stored=self._neighbour_ids.shape[1])
         self._neighbours = neighbours
         self._sequences, self._sequence_ids = arrays["sequences"], arrays["sequence_ids"]
-        wanted = np.ones(len(self._sequences), dtype=bool) if split is None else arrays["validation"]
+        self._validation = arrays["validation"]
+        wanted = np.ones(len(self._sequences), dtype=bool) if split is None else self._validation
         self._rows = np.flatnonzero(~wanted if split == SPLITS[0] else wanted)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def chunks(self) -> ChunkArrays:
+        """All chunks of the database, memory-mapped."""
+        return self._chunks
+
+    def retrievable(self) -> npt.NDArray[np.int64]:
+        """int64: the ids of all chunks that may be a neighbour of something: those of the training split."""
+        ids = self._sequences[~self._validation].reshape(-1)
+        return ids[ids >= 0]
 
     def sequences(self, numbers: Sequence[int]) -> Arrays:
         """Sequences by number as arrays of ``[len(numbers), ..]`` of the stored types. Raises IndexError."""

@@ -1,0 +1,201 @@
+"""A whole run: begun, gone on with, or found finished; from scratch or from a frozen base."""
+
+import hashlib
+import json
+from typing import Any, Final, Protocol
+
+import torch
+
+from retrodb.database import Database
+from retrodb.errors import InputError, MismatchError
+from retrodb.learning.device import Device
+from retrodb.learning.interrupt import Interruptions
+from retrodb.learning.plot import loss_plot
+from retrodb.learning.settings import TrainSettings
+from retrodb.learning.stream import RowStream
+from retrodb.learning.trainer import Trainer
+from retrodb.manifest import fingerprint
+from retrodb.model.bases import Base, load_base
+from retrodb.model.checkpoint import (
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    check_free,
+    load_weights,
+    read_checkpoint,
+    read_file,
+    read_tensors,
+    tensor_bytes,
+    write_checkpoint,
+)
+from retrodb.model.config import ModelConfig, default_retrieval
+from retrodb.model.data import DataSettings
+from retrodb.model.retro import Retro
+from retrodb.storage import Storage
+
+LOG: Final = "log.jsonl"
+PLOT: Final = "loss.png"
+
+
+class Progress(Protocol):
+    """Who is told how a run gets on."""
+
+    def begin(self, stage: str, total: int, done: int, unit: str) -> None: ...
+    def advance(self, done: int) -> None: ...
+    def end(self, summary: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def train(
+    database: Database, out: str, settings: TrainSettings, progress: Progress, device: str = "auto"
+) -> Checkpoint:
+    """Train a model from scratch into the folder ``out``; go on where there is a checkpoint of the same run.
+
+    Raises:
+        InputError: the database has no training rows, or the sizes do not fit each other.
+        MismatchError: ``out`` holds another run, or one on another database.
+        DamagedError: a file of the checkpoint is not what was saved.
+        KeyboardInterrupt: after the checkpoint of the last whole step was written.
+    """
+    data = DataSettings.of(database)
+    config = ModelConfig.preset(
+        settings.preset,
+        vocabulary=data.vocabulary,
+        chunk_tokens=data.chunk_tokens,
+        retrieval=settings.retrieval,
+        overrides=settings.sizes,
+    )
+    return _run(database, data, Storage(out), settings, config, None, progress, device)
+
+
+def retrofit(
+    database: Database, base: str, out: str, settings: TrainSettings, progress: Progress, device: str = "auto"
+) -> Checkpoint:
+    """Add retrieval to a plain decoder whose weights stay as they are (the paper's section 4.2).
+
+    Args:
+        database: whose rows to train on.
+        base: a checkpoint of `train` without retrieval, or a Hugging Face folder or hub name.
+        out: folder of the new checkpoint.
+        settings: as for `train`; the base gives the sizes.
+        progress: who is told.
+        device: auto, cpu or cuda.
+
+    Raises:
+        As `train` and `retrodb.model.bases.load_base`.
+    """
+    data = DataSettings.of(database)
+    found = load_base(base, data, database.tokenizer, database.storage.url)
+    retrieval = default_retrieval(found.config.width, found.config.layers, gated=True)
+    config = found.config.model_copy(update={"retrieval": retrieval})
+    return _run(database, data, Storage(out), settings, config, found, progress, device)
+
+
+def _run(
+    database: Database,
+    data: DataSettings,
+    storage: Storage,
+    settings: TrainSettings,
+    config: ModelConfig,
+    base: Base | None,
+    progress: Progress,
+    device_name: str,
+) -> Checkpoint:
+    device = Device.choose(device_name, settings.precision)
+    if f"{storage.url}/".startswith(f"{database.storage.url}/"):
+        raise InputError(f"--out {storage.url} lies inside the database, which holds only what its manifest names.")
+    run = {**settings.identity, "precision": device.precision, "base": _base_fingerprint(base)}
+    kept = read_checkpoint(storage)
+    if kept is None:
+        check_free(storage)
+    else:
+        _check_same_run(kept, storage, run, config, data, database)
+        if kept.step >= settings.steps:
+            progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")
+            return kept
+    torch.manual_seed(settings.seed)
+    model = Retro(config)
+    if base is not None:
+        load_weights(model.decoder, base.weights, base.name)
+        model.freeze_base()
+    stream = RowStream(database, data.neighbours if config.retrieval is not None else 0, settings.seed)
+    trainer = Trainer(model, stream, settings, device)
+    if kept is not None:
+        _go_on(trainer, storage, kept)
+        progress.note(f"going on from step {kept.step:,} of {storage.url}")
+    counts = model.parameter_counts()
+    progress.note(
+        f"{counts['decoder']:,} parameters in the decoder, {counts['retrieval']:,} in the retrieval;"
+        f" {counts['training']:,} train. {len(stream):,} rows an epoch. {device.name}, {device.precision}"
+    )
+    return _steps(trainer, storage, Checkpoint(config, data, run, {"step": 0}), progress)
+
+
+def _steps(trainer: Trainer, storage: Storage, start: Checkpoint, progress: Progress) -> Checkpoint:
+    settings, counts = trainer.settings, trainer.counts
+    saved = start
+    progress.begin("train", settings.steps, counts.step, "steps")
+    with Interruptions() as interruptions:
+        while not trainer.finished:
+            entry = trainer.take_step()
+            counts = trainer.counts
+            progress.advance(counts.step)
+            if entry is not None and counts.step % (settings.log_every * 10) == 0:
+                progress.note(
+                    f"step {counts.step:,}: loss {entry['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s"
+                )
+            if interruptions.asked or trainer.finished or counts.step % settings.save_every == 0:
+                saved = _save(trainer, storage, start)
+            if interruptions.asked and not trainer.finished:
+                raise KeyboardInterrupt
+    loss = counts.log[-1]["loss"] if counts.log else float("nan")
+    progress.end(f"{counts.step:,} steps, {counts.tokens:,} tokens, loss {loss:.3f}")
+    return saved
+
+
+def _save(trainer: Trainer, storage: Storage, start: Checkpoint) -> Checkpoint:
+    log = trainer.counts.log
+    contents = {
+        WEIGHTS: tensor_bytes(dict(trainer.model.state_dict())),
+        STATE: tensor_bytes(trainer.state()),
+        LOG: b"".join(json.dumps(entry).encode() + b"\n" for entry in log),
+    }
+    if log:
+        contents[PLOT] = loss_plot(log)
+    made = Checkpoint(start.model, start.data, start.settings, trainer.progress())
+    return write_checkpoint(storage, made, contents)
+
+
+def _go_on(trainer: Trainer, storage: Storage, kept: Checkpoint) -> None:
+    where = storage.describe(kept.files[WEIGHTS].path) if WEIGHTS in kept.files else storage.url
+    load_weights(trainer.model, read_tensors(storage, kept, WEIGHTS), where)
+    log = [json.loads(line) for line in read_file(storage, kept, LOG).splitlines()]
+    trainer.load(kept.progress, read_tensors(storage, kept, STATE), log)
+
+
+def _base_fingerprint(base: Base | None) -> str | None:
+    """sha256 of a base's weights, as a file of them would have."""
+    if base is None:
+        return None
+    return hashlib.sha256(tensor_bytes(base.weights)).hexdigest()
+
+
+def _check_same_run(
+    kept: Checkpoint,
+    storage: Storage,
+    run: dict[str, Any],
+    config: ModelConfig,
+    data: DataSettings,
+    database: Database,
+) -> None:
+    data.check_same(kept.data, storage.url, database.storage.url)
+    differs = sorted(name for name in run.keys() | kept.settings.keys() if run.get(name) != kept.settings.get(name))
+    if differs:
+        name = differs[0]
+        raise MismatchError(
+            f"{storage.url} holds another run (fingerprint {fingerprint(kept.settings)[:16]}, this one"
+            f" {fingerprint(run)[:16]}): its {name.replace('_', '-')} is {kept.settings.get(name)!r}, now it is"
+            f" {run.get(name)!r} ({len(differs)} settings differ). Give it the same, or name another --out."
+        )
+    if config != kept.model:
+        raise MismatchError(f"{storage.url} holds a model of other sizes: {kept.model!r}. Name another --out.")
