@@ -113,10 +113,21 @@ def as_retrodb_error(error: BaseException) -> RetrodbError:
     return found or WorkerError(f"the pipeline failed: {type(error).__name__}: {last_line(text)}")
 
 
+def raised_by_a_worker(messages: Sequence[str]) -> RetrodbError | None:
+    """The last of a runner's error messages that holds what a worker raised, as it was raised there; or None."""
+    return next((found for text in reversed(messages) if (found := original_error(text)) is not None), None)
+
+
 def counters_of(result: Any) -> dict[str, int]:
-    """Beam's counters of a job, each summed over its steps, as the runner's result has them."""
+    """Beam's counters of a job, each summed over its steps; none where the runner cannot tell, for nothing depends on
+    them, and the job is done."""
     found: dict[str, int] = {}
-    for one in result.metrics().query()["counters"]:
+    try:
+        counters = result.metrics().query()["counters"]
+    except Exception as error:  # each runner's client has its own
+        logging.getLogger(__name__).debug("no counters: %s", error)
+        return found
+    for one in counters:
         name = one.key.metric.name
         found[name] = found.get(name, 0) + int(one.committed or one.attempted or 0)
     return found

@@ -1,7 +1,7 @@
 """Jobs on Google Cloud Dataflow: one job a stage, a GPU for the embed stage alone."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -11,10 +11,10 @@ from retrodb.pipelines.runners.base import (
     Job,
     JobRecord,
     Tick,
-    as_retrodb_error,
     counters_of,
     last_line,
     quieten,
+    raised_by_a_worker,
 )
 from retrodb.pipelines.runners.options import RunnerOptions, pipeline_options
 
@@ -152,7 +152,8 @@ class DataflowRunner:
 
         quieten()
         started = time.monotonic()
-        pipeline = beam.Pipeline(runner=Beams(), options=pipeline_options(self.options_of(job.stage), job.name))
+        dataflow = Beams()
+        pipeline = beam.Pipeline(runner=dataflow, options=pipeline_options(self.options_of(job.stage), job.name))
         job.build(pipeline)
         try:
             result: Any = pipeline.run()
@@ -162,7 +163,7 @@ class DataflowRunner:
         state = _follow(result, tick)
         job.ended()
         if state != PipelineState.DONE:
-            raise _error(result, job, state)
+            raise _error(dataflow.dataflow_client, result.job_id(), job, state)
         return JobRecord(job.stage, self.name, result.job_id(), state, time.monotonic() - started, counters_of(result))
 
     def close(self) -> None:
@@ -185,14 +186,24 @@ def _follow(result: Any, tick: Tick) -> str:
     return str(state)
 
 
-def _error(result: Any, job: Job, state: str) -> Exception:
+def _error(client: Any, job_id: str, job: Job, state: str) -> Exception:
+    """Why a job did not end well. Beam's own result knows it only of a job that it has followed itself."""
     if state == PipelineState.CANCELLED:
-        return WorkerError(f"{job.stage}: job {result.job_id()} was cancelled on Dataflow; run it again.")
+        return WorkerError(f"{job.stage}: job {job_id} was cancelled on Dataflow; run it again.")
     try:
-        result.wait_until_finish()  # the job is over: this only fetches the messages, and raises the last error
-    except Exception as error:
-        return as_retrodb_error(error)
-    return WorkerError(f"{job.stage}: Dataflow job {result.job_id()} ended in state {state}.")
+        texts = [message.message_text for message in _error_messages(client, job_id)]
+    except Exception as error:  # Google's clients raise many kinds
+        texts = [f"its messages cannot be read ({last_line(str(error))})"]
+    if (found := raised_by_a_worker(texts)) is not None:
+        return found
+    return WorkerError(f"{job.stage}: Dataflow job {job_id} ended in state {state}: {last_line(''.join(texts[-1:]))}")
+
+
+def _error_messages(client: Any, job_id: str) -> Iterator[Any]:
+    token = None
+    while token != "":
+        messages, token = client.list_messages(job_id, page_token=token, minimum_importance="JOB_MESSAGE_ERROR")
+        yield from messages
 
 
 def _check_client() -> None:

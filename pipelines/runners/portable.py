@@ -11,9 +11,17 @@ import grpc
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineState
-from retrodb.pipelines.runners.base import Job, JobRecord, Tick, WorkerDiedError, counters_of, last_line, quieten
+from retrodb.pipelines.runners.base import (
+    Job,
+    JobRecord,
+    Tick,
+    WorkerDiedError,
+    counters_of,
+    last_line,
+    quieten,
+    raised_by_a_worker,
+)
 from retrodb.pipelines.runners.options import RunnerOptions, pipeline_options
-from retrodb.pipelines.tasks import original_error
 from retrodb.pipelines.threads import ONE_THREAD, environment
 
 from retrodb.errors import InputError, RetrodbError, WorkerError
@@ -212,9 +220,8 @@ class FollowedJob:
     def error(self, state: str) -> RetrodbError:
         """Why it did not end well: what a worker raised, or what the runner says."""
         self._reader.join(_LAST_WORDS_SECONDS)
-        for text in reversed(self._errors):
-            if (found := original_error(text)) is not None:
-                return found
+        if (found := raised_by_a_worker(self._errors)) is not None:
+            return found
         if state == PipelineState.CANCELLED:
             return WorkerError(f"{self._job.stage}: job {self.id} was cancelled on the runner; run it again.")
         last = self._errors[-1] if self._errors else ""
