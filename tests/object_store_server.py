@@ -3,8 +3,8 @@
 moto's S3 or gcp-storage-emulator, with every request written to LOG (``METHOD path?query``) once it is answered. Prints
 its port, and ends when its standard input does: with the tests, however those end.
 
-A file LOG.fault makes it fail for as long as it is there: ``down`` hangs up on whoever asks, ``denied METHOD...`` answers
-these methods with 403.
+A file LOG.fault makes it fail for as long as it is there: ``down`` hangs up on whoever asks, ``denied METHOD...``
+answers these methods with 403.
 """
 
 import logging

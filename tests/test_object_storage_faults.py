@@ -1,4 +1,4 @@
-"""What object stores do wrong, and what is said then: denied rights, stores that go down, drivers that are not installed,
+"""What object stores do wrong, and what is said then: denied rights, stores that go down, drivers not installed,
 objects that are not what was recorded."""
 
 import json
