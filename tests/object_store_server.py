@@ -4,13 +4,14 @@ moto's S3 or gcp-storage-emulator, with every request written to LOG (``METHOD p
 its port, and ends when its standard input does: with the tests, however those end.
 
 A file LOG.fault makes it fail for as long as it is there: ``down`` hangs up on whoever asks, ``denied METHOD...``
-answers these methods with 403.
+answers these methods with 403, ``slow SECONDS`` takes its time with each answer.
 """
 
 import logging
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from http.server import HTTPServer
@@ -26,6 +27,14 @@ def fault_of(log: IO[str]) -> list[str]:
         return Path(f"{log.name}.fault").read_text(encoding="utf-8").split()
     except FileNotFoundError:
         return []
+
+
+def is_down(log: IO[str]) -> bool:
+    """Whether to hang up; takes its time first, if it is to."""
+    fault = fault_of(log)
+    if fault[:1] == ["slow"]:
+        time.sleep(float(fault[1]))
+    return fault == ["down"]
 
 
 S3_DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -54,7 +63,7 @@ def serve_s3(log: IO[str], bucket: str) -> int:
         protocol_version = "HTTP/1.1"
 
         def run_wsgi(self) -> None:
-            if fault_of(log) == ["down"]:
+            if is_down(log):
                 self.close_connection = True
             else:
                 super().run_wsgi()
@@ -90,13 +99,12 @@ def serve_gs(log: IO[str], bucket: str) -> int:
 
         def parse_request(self) -> bool:
             """Whether to go on with a request: not with one that is to fail."""
-            fault = fault_of(log)
             if not super().parse_request():
                 return False
-            if fault == ["down"]:
+            if is_down(log):
                 self.close_connection = True
                 return False
-            if self.command in fault[1:]:
+            if self.command in fault_of(log)[1:]:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.send_error(403, "Forbidden")
                 self.close_connection = True
