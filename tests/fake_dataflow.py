@@ -194,14 +194,8 @@ def main(folder: Path, command: list[str]) -> int:
         Answers.service = Service(folder, environment["STORAGE_EMULATOR_HOST"])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print("network: " + ("reachable" if reaches_the_network() else "none"), flush=True)
-        words = [word.replace("$FAKE_DATAFLOW", environment["FAKE_DATAFLOW"]) for word in command]
         with tempfile.TemporaryDirectory() as place:
-            code = subprocess.run(words, check=False, cwd=place).returncode
-        if os.environ.get("FAKE_DATAFLOW_WAIT"):
-            for job in list(Answers.service.jobs):
-                while Answers.service.jobs[job]["currentState"] == "JOB_STATE_RUNNING":
-                    threading.Event().wait(0.2)
-        return code
+            return subprocess.run(command, check=False, cwd=place).returncode
 
 
 if __name__ == "__main__":
