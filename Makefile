@@ -9,7 +9,7 @@ OUT ?= $(if $(INPUT),my-db,quickstart-db)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test test-fast lint format types check bench flink-jars flink-up flink-down flink-test kill-test clean
+.PHONY: help install build test test-fast lint format types check bench flink-jars flink-up flink-down flink-test prism kill-test clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ flink-up: $(STAMP)  ## Start a Flink cluster on this machine: ARGS="--task-manag
 
 flink-down: $(STAMP)  ## End it.
 	@$(BIN)/python deploy/flink/cluster.py down
+
+prism:  ## Build Beam's runner in Go, which a test builds on (Go needed, a few minutes).
+	@GOBIN=$(CURDIR)/deploy/prism go install github.com/apache/beam/sdks/v2/go/cmd/prism@v2.77.0
 
 flink-test: $(STAMP)  ## Build on a Flink cluster of its own, with faults, and compare with the local build.
 	@$(BIN)/python -m pytest -p no:xdist -s tests/test_flink.py $(ARGS)

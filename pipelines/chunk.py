@@ -18,6 +18,7 @@ from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
 from retrodb.chunking.tokenizer import tokenizer_from_json
 from retrodb.corpus import VALIDATION
 from retrodb.corpus.near_duplicates import without_removed
+from retrodb.errors import DamagedError
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -29,10 +30,11 @@ VALIDATION_CHUNKS = "validation_chunks"
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """How documents are cut. ``tokenizer`` is what `load_tokenizer` takes; ``stored`` one kept in the database."""
+    """How documents are cut. ``tokenizer`` is what `load_tokenizer` takes, or, where ``stored`` is its fingerprint and
+    not "", the path of one that is kept in the database."""
 
     tokenizer: str
-    stored: bool
+    stored: str
     chunk_tokens: int
     keep_text: bool
 
@@ -46,11 +48,22 @@ class ChunkInput:
 
 
 @functools.lru_cache(maxsize=2)
-def open_tokenizer(url: str, spec: str, stored: bool) -> ChunkTokenizer:
-    """The tokenizer of a database, once a process."""
-    if stored:
-        return tokenizer_from_json(Storage(url).read_bytes(spec), spec)
-    return load_tokenizer(spec)
+def open_tokenizer(url: str, spec: str, stored: str) -> ChunkTokenizer:
+    """The tokenizer of a database, once a process.
+
+    Raises:
+        DamagedError: the one that is kept in the database has other bytes than its fingerprint says.
+    """
+    if not stored:
+        return load_tokenizer(spec)
+    storage = Storage(url)
+    tokenizer = tokenizer_from_json(storage.read_bytes(spec), spec)
+    if tokenizer.fingerprint != stored:
+        raise DamagedError(
+            f"{storage.describe(spec)} has sha256 {tokenizer.fingerprint[:16]}.., expected is {stored[:16]}..: "
+            "it is damaged. Run the build again to repair it."
+        )
+    return tokenizer
 
 
 def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[Receipt]:

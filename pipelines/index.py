@@ -108,10 +108,9 @@ def template_pipeline(
     )
 
 
-def _add(storage: Storage, settings: IndexSettings, task: Task) -> Iterator[Receipt]:
-    template = storage.read_bytes(TEMPLATE_PATH)
+def _add(storage: Storage, settings: IndexSettings, template: Shard, task: Task) -> Iterator[Receipt]:
     parts = (indexed_part(storage, files) for files in task.payload)
-    index = build_index_shard(template, parts, settings.dimension, settings.metric)
+    index = build_index_shard(storage.read_bytes(template), parts, settings.dimension, settings.metric)
     vectors = int(index.ntotal)
     committed = commit_index_shard(storage, shard_path("index", task.number), index)
     yield Receipt(task.number, {"index": Shard.of(committed, task.number, vectors)}, {"indexed": vectors})
@@ -123,8 +122,8 @@ def add_tasks(groups: Sequence[Sequence[ShardFiles]], rows: Sequence[int]) -> li
 
 
 def add_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: IndexSettings
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], settings: IndexSettings, template: Shard
 ) -> beam.PCollection:
     """Add groups of shards to copies of the template."""
-    work = functools.partial(_add, book.storage, settings)
+    work = functools.partial(_add, book.storage, settings, template)
     return pipeline | DealOut(tasks) | "add" >> beam.ParDo(DoTasks(book, work))

@@ -12,11 +12,11 @@ from retrodb.pipelines.runners import make_runner
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
-from retrodb.encoding import EncoderIdentity, choose_device, count_cards
+from retrodb.encoding import DEFAULT_ENCODER, EncoderIdentity, choose_device, count_cards
 from retrodb.errors import InputError
 from retrodb.index import KeyChoice, choose_key
 from retrodb.manifest import STAGE_REPORTS, STAGES, Manifest, fingerprint
-from retrodb.planning.encoders import encoder_size
+from retrodb.planning import Assumed, Effort, encoder_size, plan_build
 from retrodb.planning.figures import BERT_LARGE_CHUNKS_PER_GPU_HOUR, BERT_LARGE_PARAMETERS, MINILM_PARAMETERS
 from retrodb.storage import Storage
 
@@ -50,6 +50,7 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     refuse_foreign(storage)
     manifest = Manifest.recover(storage) or Manifest()
     runner = make_runner(run)
+    runner.check_options()
     ingredients = resolve(config, run)
     scans, exact = _scans(inputs, manifest)
     layout = plan(scans, config.shard_bytes)
@@ -57,6 +58,8 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     vectors = _vectors(manifest, config, ingredients, n_chunks)
     parts = _all_parts(scans, layout, config, ingredients, vectors)
     actions = _actions(storage, manifest, parts, layout, run.until)
+    cost = runner.cost(lambda: _effort(n_chunks, config, vectors, actions))
+    words = {"cost": cost.in_words()} if cost else {}
     return {
         "database": storage.url,
         "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
@@ -65,8 +68,27 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
         "splits": len(layout.splits),
         "shards": layout.shards,
         "index": {"key": vectors.choice.key, "reason": vectors.choice.reason} if vectors else None,
-        "estimates": _estimates(layout, exact, n_chunks, config, run, vectors, actions),
+        "estimates": {**_estimates(layout, exact, n_chunks, config, run, vectors, actions), **words},
+        "cost": cost.as_json() if cost else None,
     }
+
+
+def _effort(n_chunks: int, config: BuildConfig, vectors: _Vectors | None, actions: Sequence[dict[str, Any]]) -> Effort:
+    """What the stages that are to be made take."""
+    assumed = Assumed(
+        tokens=n_chunks * config.chunk_tokens,
+        encoder=encoder_size(config.encoder if vectors else DEFAULT_ENCODER),
+        chunk_tokens=config.chunk_tokens,
+        sequence_tokens=config.sequence_tokens,
+        neighbours=config.neighbours,
+        training_neighbours=config.training_neighbours,
+        metric=config.metric,
+        memory_bytes=config.memory_bytes,
+        index_key=config.index_key,
+        shard_bytes=config.shard_bytes,
+    )
+    made = [action["stage"] for action in actions if action["action"].startswith("make")]
+    return Effort.of(plan_build(assumed), made)
 
 
 def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, n_chunks: int) -> _Vectors | None:

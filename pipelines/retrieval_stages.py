@@ -29,7 +29,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import RECALL_REPORT, REPORT_SHA256, TEMPLATE_NUMBER, TEMPLATE_PATH, StageState, shard_of
+from retrodb.manifest import RECALL_REPORT, REPORT_SHA256, TEMPLATE_NUMBER, StageState, shard_of
 from retrodb.neighbours import from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
@@ -78,7 +78,8 @@ def build_index(builder: Builder) -> None:
     )
     builder.begin("index", parts)
     template = settle_template(builder, parts, rows, choice, settings)
-    data = builder.storage.read_bytes(TEMPLATE_PATH)
+    trained = template.shards["index"]
+    data = builder.storage.read_bytes(trained)
     numbers = sorted(rows)
     vector_bytes = bytes_per_vector(data, settings.dimension, settings.metric)
     groups = group_shards([rows[number] for number in numbers], len(data), vector_bytes, choice.exact)
@@ -92,7 +93,7 @@ def build_index(builder: Builder) -> None:
                 [sum(rows[numbers[at]] for at in group) for group in groups],
             ),
             damaged=damaged - {TEMPLATE_NUMBER},
-            pipeline=lambda pipeline, book, tasks: index_stage.add_pipeline(pipeline, book, tasks, settings),
+            pipeline=lambda pipeline, book, tasks: index_stage.add_pipeline(pipeline, book, tasks, settings, trained),
             unit="vectors",
             small=_SMALL_VECTORS,
         )

@@ -242,12 +242,12 @@ def chunk_stage_parts(builder: Builder) -> dict[str, Any]:
     return stages.chunk_parts(dedup.fingerprint if dedup else "", builder.config, name)
 
 
-def chunk_settings(builder: Builder) -> ChunkSettings:
-    """How workers cut documents."""
+def chunk_settings(builder: Builder, fingerprint: str) -> ChunkSettings:
+    """How workers cut documents; ``fingerprint`` is the tokenizer's."""
     stored = builder.ingredients.tokenizer is None
     return ChunkSettings(
         tokenizer=TRAINED_TOKENIZER if stored else builder.ingredients.tokenizer_spec,
-        stored=stored,
+        stored=fingerprint if stored else "",
         chunk_tokens=builder.config.chunk_tokens,
         keep_text=builder.config.text,
     )
@@ -257,7 +257,7 @@ def build_chunks(builder: Builder) -> None:
     """chunks, and the documents' last columns."""
     parts = chunk_stage_parts(builder)
     tokenizer = settle_tokenizer(builder, builder.book("chunk", parts))
-    settings = chunk_settings(builder)
+    settings = chunk_settings(builder, tokenizer.fingerprint)
     receipts = builder.run_stage(
         StageWork(
             stage="chunk",
@@ -297,7 +297,7 @@ def build_embeddings(builder: Builder) -> None:
         precision=encoder.precision,
         device=builder.run.device,
         own_tokens=builder.config.tokenizer == OWN_TOKENIZER,
-        chunking=chunk_settings(builder),
+        chunking=chunk_settings(builder, builder.manifest.fingerprints["tokenizer"]["fingerprint"]),
     )
     hints = builder.executor.runner.hints("embed")
     receipts = builder.run_stage(

@@ -2,18 +2,42 @@
 
 moto's S3 or gcp-storage-emulator, with every request written to LOG (``METHOD path?query``) once it is answered. Prints
 its port, and ends when its standard input does: with the tests, however those end.
+
+A file LOG.fault makes it fail for as long as it is there: ``down`` hangs up on whoever asks, ``denied METHOD...``
+answers these methods with 403, ``slow SECONDS`` takes its time with each answer.
 """
 
 import logging
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from http.server import HTTPServer
+from pathlib import Path
 from typing import IO, Any
 
 LOOPBACK = "127.0.0.1"
+
+
+def fault_of(log: IO[str]) -> list[str]:
+    """How the store fails at this moment."""
+    try:
+        return Path(f"{log.name}.fault").read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return []
+
+
+def is_down(log: IO[str]) -> bool:
+    """Whether to hang up; takes its time first, if it is to."""
+    fault = fault_of(log)
+    if fault[:1] == ["slow"]:
+        time.sleep(float(fault[1]))
+    return fault == ["down"]
+
+
+S3_DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 def serve_s3(log: IO[str], bucket: str) -> int:
@@ -27,10 +51,22 @@ def serve_s3(log: IO[str], bucket: str) -> int:
         if not environ["PATH_INFO"].startswith("/moto-api"):
             query = environ.get("QUERY_STRING", "")
             log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' if query else ''}{query}\n")
+        if environ["REQUEST_METHOD"] in fault_of(log)[1:]:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(
+                "403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(S3_DENIED)))]
+            )
+            return [S3_DENIED]
         return app(environ, start_response)
 
     class Quiet(WSGIRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def run_wsgi(self) -> None:
+            if is_down(log):
+                self.close_connection = True
+            else:
+                super().run_wsgi()
 
         def log(self, type: str, message: str, *args: Any) -> None:
             pass
@@ -60,6 +96,20 @@ def serve_gs(log: IO[str], bucket: str) -> int:
         def handle_one_request(self) -> None:
             with one_at_a_time:
                 super().handle_one_request()
+
+        def parse_request(self) -> bool:
+            """Whether to go on with a request: not with one that is to fail."""
+            if not super().parse_request():
+                return False
+            if is_down(log):
+                self.close_connection = True
+                return False
+            if self.command in fault_of(log)[1:]:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_error(403, "Forbidden")
+                self.close_connection = True
+                return False
+            return True
 
     class Threaded(socketserver.ThreadingMixIn, HTTPServer):
         daemon_threads = True

@@ -31,6 +31,16 @@ class ObjectStore:
         return self.log.read_text(encoding="utf-8").splitlines()
 
     @contextmanager
+    def failing(self, how: str) -> Iterator[None]:
+        """Meanwhile it fails: ``down``, ``denied METHOD...``, or ``slow SECONDS``."""
+        fault = self.log.with_name(f"{self.log.name}.fault")
+        fault.write_text(how, encoding="utf-8")
+        try:
+            yield
+        finally:
+            fault.unlink()
+
+    @contextmanager
     def counting(self) -> Iterator["collections.Counter[str]"]:
         """Counts the requests meanwhile: GET and PUT of objects, HEAD (what is known of one), LIST, COPY, DELETE."""
         before = len(self.lines())

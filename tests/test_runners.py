@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,17 +29,26 @@ SETTINGS = {"chunk_tokens": 32, "sequence_tokens": 256, "neighbours": 4, "shard_
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+PRISM = Path(__file__).parents[1] / "deploy" / "prism" / "prism"
+"""Beam's runner in Go, where `make prism` puts it."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def started(*module: object, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+def started(*module: object, **environment: str) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
     """A Python module as a process group of its own, all of which is gone afterwards."""
+    return started_program(sys.executable, "-m", *module, **environment)
+
+
+@contextlib.contextmanager
+def started_program(*command: object, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """As `started`, of any program."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, module)],
+        list(map(str, command)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -68,6 +78,21 @@ def job_server() -> Iterator[list[str]]:
     service = started("apache_beam.runners.portability.local_job_service_main", "-p", job_port)
     here = str(Path(__file__).parent)
     with service, started("retrodb.pipelines.pool", "--port", pool_port, PYTHONPATH=here):
+        wait_for_port(job_port)
+        wait_for_port(pool_port)
+        options = [f"job_endpoint=localhost:{job_port}", f"environment_config=localhost:{pool_port}"]
+        yield ["--runner", "portable", *(word for option in options for word in ("--runner-option", option))]
+
+
+@pytest.fixture(scope="module")
+def prism() -> Iterator[list[str]]:
+    """Prism and a pool of workers; the flags that lead there."""
+    program = shutil.which("prism") or PRISM
+    if not Path(program).exists():
+        pytest.skip("prism is not here: `make prism` builds it (Go needed, a few minutes)")
+    job_port, pool_port = free_port(), free_port()
+    served = started_program(program, f"--job_port={job_port}", "--serve_http=false")
+    with served, started("retrodb.pipelines.pool", "--port", pool_port):
         wait_for_port(job_port)
         wait_for_port(pool_port)
         options = [f"job_endpoint=localhost:{job_port}", f"environment_config=localhost:{pool_port}"]
@@ -108,6 +133,19 @@ def test_a_build_on_a_portable_runner_has_the_bytes_of_a_local_one(job_server, s
 
     again = retrodb("build", source, "--out", out, "--encoder", tiny_encoder, *FLAGS, "--json", "--runner", "local")
     assert again.json["done"] == []
+
+
+@pytest.mark.slow
+def test_a_build_on_prism_has_the_bytes_of_a_local_one(prism, source, local, tiny_encoder, tmp_path):
+    out = tmp_path / "db"
+    ran = retrodb("build", source, "--out", out, "--encoder", tiny_encoder, *FLAGS, "--json", *prism)
+    assert ran.code == 0, ran.err
+    assert digests(out) == digests(local)
+    assert strays(out) == []
+    jobs = [job for job in ran.json["jobs"] if job["runner"] == "portable"]
+    assert {job["state"] for job in jobs} == {"DONE"}
+    embedded = next(job for job in jobs if job["stage"] == "embed")
+    assert embedded["counters"]["embeddings.rows"] == ran.json["chunks"]
 
 
 @pytest.mark.slow
@@ -199,7 +237,8 @@ def test_an_unknown_option_is_named_with_what_it_may_have_meant(job_server):
         ("portable", [], "give --runner-option job_endpoint=HOST:PORT"),
         ("portable", ["runner=DirectRunner"], "runner: not an option of yours to set; give --runner"),
         ("flink", [], "needs the cluster's REST address.*make flink-up"),
-        ("flink", ["flink_master=127.0.0.1:1"], "no Flink cluster answers at 127.0.0.1:1"),
+        ("flink", ["flink_master=127.0.0.1:1"], "needs a job server: .*job_endpoint=HOST:PORT"),
+        ("flink", ["flink_master=127.0.0.1:1", "job_endpoint=a:1"], "no Flink cluster answers at 127.0.0.1:1"),
         ("dataflow", ["project=p"], "needs --runner-option region=.*temp_location=.*sdk_container_image="),
         ("dataflow", ["projct=p"], "projct: .*Did you mean project"),
     ],

@@ -5,12 +5,13 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import apache_beam as beam
 from retrodb.pipelines.tasks import original_error
 
 from retrodb.errors import RetrodbError, WorkerError
+from retrodb.planning import Cost, Effort
 
 Tick = Callable[[], None]
 """Called a few times a second while a job runs."""
@@ -54,11 +55,18 @@ class Runner(Protocol):
     is_local: bool
     """Whether the workers are processes of this machine that the runner starts itself."""
 
+    def check_options(self) -> None:
+        """Whether the options are enough, and known as far as can be told without asking anyone.
+
+        Raises:
+            InputError: no.
+        """
+
     def check(self, locations: Sequence[str]) -> None:
-        """Before anything is written: are the options known, and is everything there that it needs?
+        """Before an input is listed and anything is written: is everything there that it needs?
 
         Args:
-            locations: URLs of the database and the inputs, which the workers have to reach.
+            locations: URLs of the database and the inputs, as they were given: the workers have to reach them.
 
         Raises:
             InputError: no.
@@ -69,6 +77,16 @@ class Runner(Protocol):
 
     def describe(self, stage: str) -> dict[str, str]:
         """How a stage would run, for ``--dry-run``."""
+
+    def cost(self, effort: Callable[[], Effort]) -> Cost | None:
+        """What a build would cost there, for ``--dry-run``; None where nobody is billed.
+
+        Args:
+            effort: works out what is to be done, where somebody asks.
+
+        Raises:
+            InputError: a price that was given is none.
+        """
 
     def run(self, job: Job, tick: Tick) -> JobRecord:
         """Run a job to its end; cancels it when interrupted.
@@ -93,6 +111,26 @@ def as_retrodb_error(error: BaseException) -> RetrodbError:
     text = str(error)
     found = original_error(text)
     return found or WorkerError(f"the pipeline failed: {type(error).__name__}: {last_line(text)}")
+
+
+def raised_by_a_worker(messages: Sequence[str]) -> RetrodbError | None:
+    """The last of a runner's error messages that holds what a worker raised, as it was raised there; or None."""
+    return next((found for text in reversed(messages) if (found := original_error(text)) is not None), None)
+
+
+def counters_of(result: Any) -> dict[str, int]:
+    """Beam's counters of a job, each summed over its steps; none where the runner cannot tell, for nothing depends on
+    them, and the job is done."""
+    found: dict[str, int] = {}
+    try:
+        counters = result.metrics().query()["counters"]
+    except Exception as error:  # each runner's client has its own
+        logging.getLogger(__name__).debug("no counters: %s", error)
+        return found
+    for one in counters:
+        name = one.key.metric.name
+        found[name] = found.get(name, 0) + int(one.committed or one.attempted or 0)
+    return found
 
 
 def last_line(text: str) -> str:

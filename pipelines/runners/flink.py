@@ -15,7 +15,7 @@ from apache_beam.runners.portability import job_server
 from apache_beam.runners.portability.flink_runner import FlinkJarJobServer, FlinkRunner
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from retrodb.pipelines.runners.base import Job
-from retrodb.pipelines.runners.options import RunnerOptions, arguments
+from retrodb.pipelines.runners.options import RunnerOptions
 from retrodb.pipelines.runners.portable import WORKER_POOL, FollowedJob, JobServerRunner
 
 from retrodb.errors import InputError
@@ -42,14 +42,21 @@ class FlinkClusterRunner(JobServerRunner):
 
     # -- before a build ------------------------------------------------------------------------------------------------
 
-    def check(self, locations: Sequence[str]) -> None:
+    def check_options(self) -> None:
         for stage in (None, *self.options.stages()):
-            _ask(self._master(stage), "overview")
+            self._master(stage)
+        if self._starts_a_server():
+            self._check_jar()
+            self.options.check_values()
+        else:
+            super().check_options()
+
+    def check(self, locations: Sequence[str]) -> None:
+        self.check_options()
+        for master in {self._master(stage) for stage in (None, *self.options.stages())}:
+            _ask(master, "overview")
         if not self._starts_a_server():
             super().check(locations)
-            return
-        self._check_jar()
-        arguments(self.options.of(None))
 
     def _master(self, stage: str | None) -> str:
         master = self.options.one("flink_master", stage)

@@ -16,8 +16,18 @@ import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
-from retrodb.pipelines.runners.base import Job, JobRecord, Tick, WorkerDiedError, as_retrodb_error, quieten
+from retrodb.pipelines.runners.base import (
+    Job,
+    JobRecord,
+    Tick,
+    WorkerDiedError,
+    as_retrodb_error,
+    counters_of,
+    quieten,
+)
 from retrodb.pipelines.threads import DRIVER_VARIABLE, ONE_THREAD, environment
+
+from retrodb.planning import Cost, Effort
 
 _POLL_SECONDS: Final = 0.25
 _CENSUS_SECONDS: Final = 1.0
@@ -34,6 +44,9 @@ class LocalRunner:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
+    def check_options(self) -> None:
+        """It takes none."""
+
     def check(self, locations: Sequence[str]) -> None:
         """It is always there."""
 
@@ -42,6 +55,9 @@ class LocalRunner:
 
     def describe(self, stage: str) -> dict[str, str]:
         return {"workers": str(self._workers)}
+
+    def cost(self, effort: Callable[[], Effort]) -> Cost | None:
+        return None
 
     def run(self, job: Job, tick: Tick) -> JobRecord:
         started = time.monotonic()
@@ -102,8 +118,7 @@ class _Outcome:
             self._build(pipeline)
             result = pipeline.run()
             result.wait_until_finish()
-            for counter in result.metrics().query()["counters"]:
-                self.counters[counter.key.metric.name] = int(counter.committed)
+            self.counters = counters_of(result)
         except BaseException as error:  # handed to the watching thread
             self.error = error
 

@@ -63,6 +63,15 @@ class RunnerOptions:
         """The last value of an option, or None."""
         return self.of(stage).get(key, [None])[-1]
 
+    def check_values(self, ours: Collection[str] = ()) -> None:
+        """Refuse a value that Beam cannot read, of all stages or of one; ``ours`` are options that it is not given.
+
+        Raises:
+            InputError: a value is not of the option's type.
+        """
+        for stage in (None, *self.stages()):
+            arguments({key: values for key, values in self.of(stage).items() if key not in ours})
+
     def refuse_unknown(self, runner: str, more: Collection[str] = ()) -> None:
         """Refuse what neither Beam nor the runner (``more``) knows.
 
@@ -75,6 +84,15 @@ class RunnerOptions:
                 near = difflib.get_close_matches(key, known, 3)
                 meant = f" Did you mean {', '.join(near)}?" if near else ""
                 raise InputError(f"--runner-option {key}: the runner {runner!r} has no option of this name.{meant}")
+
+
+def pipeline_options(options: Mapping[str, Iterable[str]], job_name: str) -> PipelineOptions:
+    """The options of one job, as Beam has them.
+
+    Raises:
+        InputError: a value is not of the option's type.
+    """
+    return PipelineOptions([*arguments(options), f"--job_name={job_name}"])
 
 
 def arguments(options: Mapping[str, Iterable[str]]) -> list[str]:

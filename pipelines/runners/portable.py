@@ -3,21 +3,29 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineState
-from retrodb.pipelines.runners.base import Job, JobRecord, Tick, WorkerDiedError, last_line, quieten
-from retrodb.pipelines.runners.options import RunnerOptions, arguments
-from retrodb.pipelines.tasks import original_error
+from retrodb.pipelines.runners.base import (
+    Job,
+    JobRecord,
+    Tick,
+    WorkerDiedError,
+    counters_of,
+    last_line,
+    quieten,
+    raised_by_a_worker,
+)
+from retrodb.pipelines.runners.options import RunnerOptions, pipeline_options
 from retrodb.pipelines.threads import ONE_THREAD, environment
 
 from retrodb.errors import InputError, RetrodbError, WorkerError
+from retrodb.planning import Cost, Effort
 
 WORKER_POOL: Final = "localhost:50000"
 """Where a worker of the runner finds Python: a pool beside it (``python -m retrodb.pipelines.pool``)."""
@@ -41,12 +49,16 @@ class JobServerRunner:
 
     # -- before a build ------------------------------------------------------------------------------------------------
 
-    def check(self, locations: Sequence[str]) -> None:
+    def check_options(self) -> None:
         for stage in (None, *self.options.stages()):
-            endpoint = self.endpoint(stage)
+            self.endpoint(stage)
+        self.options.check_values()
+
+    def check(self, locations: Sequence[str]) -> None:
+        self.check_options()
+        for endpoint in {self.endpoint(stage) for stage in (None, *self.options.stages())}:
             with grpc.insecure_channel(endpoint) as channel:
                 self.options.refuse_unknown(self.name, described_options(channel, endpoint))
-            arguments(self.options.of(stage))
 
     def endpoint(self, stage: str | None) -> str:
         """HOST:PORT of the job server.
@@ -68,6 +80,9 @@ class JobServerRunner:
         pool = self.options.one("environment_config", stage) or WORKER_POOL
         return {"job_endpoint": self.endpoint(stage), "workers": pool}
 
+    def cost(self, effort: Callable[[], Effort]) -> Cost | None:
+        return None
+
     # -- a job ---------------------------------------------------------------------------------------------------------
 
     def beam_runner(self) -> PortableRunner:
@@ -88,17 +103,15 @@ class JobServerRunner:
             options.setdefault("environment_config", [WORKER_POOL])
         return options
 
-    def pipeline_options(self, job: Job) -> PipelineOptions:
-        """The options of a job, as Beam has them."""
-        return PipelineOptions([*arguments(self.options_of(job.stage)), f"--job_name={job.name}"])
-
     def run(self, job: Job, tick: Tick) -> JobRecord:
         quieten()
         started = time.monotonic()
         followed = None
         try:
             with environment(ONE_THREAD):  # for workers in this process, where LOOPBACK asks for them
-                pipeline = beam.Pipeline(runner=self.beam_runner(), options=self.pipeline_options(job))
+                pipeline = beam.Pipeline(
+                    runner=self.beam_runner(), options=pipeline_options(self.options_of(job.stage), job.name)
+                )
                 job.build(pipeline)
                 followed = self.submit(pipeline, job)
                 state = followed.to_its_end(tick)
@@ -207,9 +220,8 @@ class FollowedJob:
     def error(self, state: str) -> RetrodbError:
         """Why it did not end well: what a worker raised, or what the runner says."""
         self._reader.join(_LAST_WORDS_SECONDS)
-        for text in reversed(self._errors):
-            if (found := original_error(text)) is not None:
-                return found
+        if (found := raised_by_a_worker(self._errors)) is not None:
+            return found
         if state == PipelineState.CANCELLED:
             return WorkerError(f"{self._job.stage}: job {self.id} was cancelled on the runner; run it again.")
         last = self._errors[-1] if self._errors else ""
@@ -218,8 +230,7 @@ class FollowedJob:
 
     def counters(self) -> dict[str, int]:
         """Beam's counters, as the runner has them."""
-        found = self._result.metrics().query()["counters"]
-        return {one.key.metric.name: int(one.committed or one.attempted or 0) for one in found}
+        return counters_of(self._result)
 
 
 def described_options(channel: grpc.Channel, endpoint: str) -> list[str]:

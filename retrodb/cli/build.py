@@ -112,12 +112,27 @@ def build(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings, run = make_config(read_config_file(config) if config else {}, given)
+    if run.runner != "local":
+        _check_runner(inputs, out, run, dry_run)
     storage = Storage(out)
     listing = _list_inputs(inputs, settings.validation, storage)
     if dry_run:
         _dry_run(listing, storage, settings, run, as_json)
         return
     _build(listing, storage, settings, run, as_json)
+
+
+def _check_runner(inputs: Sequence[str], out: str, run: Any, dry_run: bool) -> None:
+    """What a runner elsewhere lacks is said before an input is listed: on an object store that is a call already."""
+    from retrodb.pipelines.runners import make_runner  # noqa: PLC0415
+
+    runner = make_runner(run)
+    try:
+        runner.check_options()
+        if not dry_run:
+            runner.check([out, *inputs])
+    finally:
+        runner.close()
 
 
 def _list_inputs(inputs: list[str], validation: Sequence[str], storage: Any) -> Any:

@@ -27,7 +27,7 @@ def merge(
     from retrodb.errors import InputError  # noqa: PLC0415
     from retrodb.index import IndexFile  # noqa: PLC0415
     from retrodb.index.merged import merge_index  # noqa: PLC0415
-    from retrodb.manifest import TEMPLATE_PATH  # noqa: PLC0415
+    from retrodb.manifest import TEMPLATE_NUMBER  # noqa: PLC0415
 
     db = open_database(database)
     state = db.manifest.stages.get("index")
@@ -35,10 +35,11 @@ def merge(
         raise InputError(f"{database} has no index yet; run the build to its end.")
     if f"{out.absolute()}/".startswith(f"{db.storage.url}/"):
         raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+    shards = {shard.number: shard for shard in db.manifest.shards("index")}
     merged = merge_index(
         db.storage,
-        db.storage.read_bytes(TEMPLATE_PATH),
-        [IndexFile(shard.path, shard.rows) for shard in db.manifest.shards("index") if shard.number >= 0],
+        db.storage.read_bytes(shards.pop(TEMPLATE_NUMBER)),
+        [IndexFile(shard, shard.rows) for shard in shards.values()],
         int(db.manifest.fingerprints["encoder"]["dimension"]),
         state.details["metric"],
         out,

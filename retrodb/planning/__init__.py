@@ -4,6 +4,7 @@
 them, ``docs/scale.md`` is made from them, and the tests hold them against real builds.
 """
 
+from retrodb.planning.cost import PRICES, Cost, Effort, Machine, Price, estimate_cost, prices_with
 from retrodb.planning.encoders import EncoderSize, encoder_size
 from retrodb.planning.figures import Figure
 from retrodb.planning.markdown import scale_table
@@ -11,12 +12,19 @@ from retrodb.planning.scale import Assumed, Scale, plan_build
 from retrodb.planning.tokens import parse_tokens
 
 __all__ = [
+    "PRICES",
     "Assumed",
+    "Cost",
+    "Effort",
     "EncoderSize",
     "Figure",
+    "Machine",
+    "Price",
     "Scale",
     "encoder_size",
+    "estimate_cost",
     "parse_tokens",
     "plan_build",
+    "prices_with",
     "scale_table",
 ]
