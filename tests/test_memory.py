@@ -60,3 +60,37 @@ def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
     assert done.returncode != 0
     assert "MemoryError" in done.stderr or "realloc failed" in done.stderr  # whose allocation it is that fails: Beam's
+
+
+STAGES = Path(__file__).parent / "stages_under_limit.py"
+LIMITS_MB = {"corpus": 48, "dedup": 32, "chunk": 48}
+
+
+def stages_under_limit(folder, documents, limits):
+    """The stages up to chunk, each allowed so many megabytes beyond what the libraries take."""
+    return subprocess.run(
+        [sys.executable, str(STAGES), str(folder), str(documents), *(f"{name}={mb}" for name, mb in limits.items())],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+def test_stages_that_read_text_fit_limits_below_the_size_of_what_they_read(tmp_path):
+    done = stages_under_limit(tmp_path, 1_000, LIMITS_MB)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["stages"] == list(LIMITS_MB)
+    assert found["megabytes"]["documents"] > 1.2 * max(LIMITS_MB.values()), "the limits are no limits"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+def test_a_limit_below_one_shard_does_stop_a_stage(tmp_path):
+    done = stages_under_limit(tmp_path, 120, {"corpus": 2})
+    assert done.returncode != 0
+    assert "MemoryError" in done.stderr or "malloc" in done.stderr, done.stderr[-2000:]
