@@ -1,6 +1,6 @@
-"""The command line: ``retrodb build | plan | info | verify | query | show | index merge``. One small module a command.
+"""The command line: ``retrodb build | plan | info | verify | query | show | export | index merge``.
 
-Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
+One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.export import export
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show):
+for command in (build, plan, info, verify, query, show, export):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 
