@@ -1,6 +1,7 @@
 """The command line: ``retrodb build | plan | info | verify | query | show | export | index merge``.
 
-One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
+One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that
+``--help`` is immediate.
 """
 
 import contextlib

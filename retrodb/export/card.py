@@ -1,5 +1,6 @@
 """The dataset card of a Hugging Face export: the metadata that tells ``datasets`` which files are which, and a page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,7 +118,7 @@ def _description(column: pa.Field) -> str:
     return (column.metadata or {}).get(b"description", b"").decode()
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [head, tuple("---" for _ in head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
