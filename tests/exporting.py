@@ -36,7 +36,7 @@ def build_small(folder: Path, encoder: Path) -> Path:
         chunk_tokens=M,
         sequence_tokens=N,
         neighbours=K,
-        shard_bytes="2KiB",
+        shard_bytes="4KiB",
     )
     return folder / "db"
 
