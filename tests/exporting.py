@@ -1,21 +1,27 @@
 """A small database for export tests, and its rows as plain Python: what every export is compared with."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from support import build_here, rows_of, write_jsonl
 
-from retrodb.chunking.tokenizer import load_gpt2
+from retrodb.chunking.tokenizer import ChunkTokenizer, load_gpt2
 from retrodb.corpus.quickstart import quickstart_lines
 
 M, N, K = 16, 128, 6
 S = N // M
 
 
+@functools.cache
+def gpt2() -> ChunkTokenizer:
+    return load_gpt2()
+
+
 def exact_text(text: str, tokens: int) -> str:
     """The beginning of a text that has just so many tokens."""
-    tokenizer = load_gpt2()
+    tokenizer = gpt2()
     return next(
         text[:cut] for cut in range(2 * tokens, len(text)) if len(next(tokenizer.tokenize([text[:cut]])).ids) == tokens
     )

@@ -21,7 +21,7 @@ from support import manifest_of, retrodb, save_manifest, sha256, table_of
 from retrodb import export as formats
 from retrodb import open as open_database
 from retrodb.errors import InputError, MismatchError
-from retrodb.export.megatron.sequences import without_own_documents
+from retrodb.export.megatron.sequences import in_sight, without_own_documents
 from retrodb.export.retro_pytorch import Layout, document_rows
 from retrodb.export.rows import ChunkRows, RowNumbers
 
@@ -224,6 +224,10 @@ def test_neighbours_out_of_a_sequences_documents_leave_and_the_others_move_up(se
         stay = [i for i, d in zip(ids[0, slot], near[0, slot], strict=True) if i != -1 and d not in sequence]
         assert kept[0, slot].tolist() == padded(stay, 3, -1)
     assert removed == (ids != -1).sum() - (kept != -1).sum()
+
+
+def test_a_sequence_has_in_sight_its_own_documents_and_the_one_that_its_last_target_is_from():
+    assert in_sight(np.array([4, 4, 5, 6, 7]), 2).tolist() == [[4, 4, 5], [5, 6, 7]]
 
 
 def test_a_batch_larger_than_a_split_and_a_missing_h5py_are_told(small, tmp_path, monkeypatch):

@@ -62,6 +62,11 @@ def document_slots(chunks: ChunkRows, found: NeighbourRows, eod: int, dtype: np.
     return Slots(slots.tokens, slots.documents, ids, documents)
 
 
+def in_sight(documents: Ints, per_sequence: int) -> Ints:
+    """int64 [b, s + 1]: the documents of each sequence's s slots and of the one behind it, out of [b * s + 1] slots."""
+    return np.lib.stride_tricks.sliding_window_view(documents, per_sequence + 1)[::per_sequence]
+
+
 def without_own_documents(documents: Ints, ids: Ints, neighbour_documents: Ints) -> tuple[Ints, int]:
     """The neighbours of sequences, without those whose document is in the sequence or begins behind it.
 
@@ -141,10 +146,9 @@ class SequenceWriter:
             count = (len(slots) - 1) // s
             inside = slots[: count * s]
             self._text[self._order.documents[done : done + count]] = inside.tokens.reshape(count, -1)
-            documents = np.stack([slots.documents[j : j + (count - 1) * s + 1 : s] for j in range(s + 1)], axis=1)
             shape = (count, s, -1)
             kept, removed = without_own_documents(
-                documents, inside.ids.reshape(shape), inside.neighbour_documents.reshape(shape)
+                in_sight(slots.documents, s), inside.ids.reshape(shape), inside.neighbour_documents.reshape(shape)
             )
             waiting[self._order.sample_of[done : done + count]] = self._numbers.of(kept[..., : self._k])
             self.same_sequence += removed
