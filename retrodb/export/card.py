@@ -38,7 +38,7 @@ class TableFiles:
 
 def dataset_card(database: Database, files: list[TableFiles], title: str, licence: str | None) -> DatasetCard:
     """The card. Its first table is the default configuration."""
-    configs = [
+    configs: list[dict[str, Any]] = [
         {
             "config_name": made.table,
             "data_files": [{"split": split, "path": f"{made.table}/{split}-*.parquet"} for split in made.splits],
