@@ -28,6 +28,7 @@ class Snapshot(Storage):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._seen: tuple[int, int, int] | None = None
+        self._named: dict[str, Shard] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, (self.url, self.manifest)
@@ -56,15 +57,14 @@ class Snapshot(Storage):
         if path not in self._recorded:
             return
         stamp = self._stamp()
-        if stamp is not None and stamp == self._seen:
-            return
-        now = Manifest.load(Storage(self.url))
-        if now is None or _by_path(now).get(path) != self._recorded[path]:
+        if stamp is None or stamp != self._seen:
+            now = Manifest.load(Storage(self.url))
+            self._seen, self._named = stamp, {} if now is None else _by_path(now)
+        if self._named.get(path) != self._recorded[path]:
             raise MismatchError(
                 f"{self.describe(path)} is no longer what it was when {self.url} was opened: a build is making it "
                 "anew, or has done so. Open the database again."
             )
-        self._seen = stamp
 
     def _stamp(self) -> tuple[int, int, int] | None:
         """What differs when the manifest was replaced, where that can be told without reading it."""

@@ -1,7 +1,8 @@
-"""The command line, one small module a command: ``retrodb build | plan | info | verify | query | show | index merge``,
-and ``train | retrofit | evaluate | generate`` of the reference model.
+"""The command line, one small module a command: ``retrodb build | plan | info | verify | query | show | export |
+index merge``, and ``train | retrofit | evaluate | generate`` of the reference model.
 
-Only these modules print. Nothing heavy is imported before a command runs, so that ``--help`` is immediate.
+One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that
+``--help`` is immediate.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.evaluate import evaluate
+from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
@@ -37,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show, train, retrofit, evaluate, generate):
+for command in (build, plan, info, verify, query, show, export, train, retrofit, evaluate, generate):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 
