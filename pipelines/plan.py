@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
+from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
 from retrodb.pipelines.integrity import damaged_reports, damaged_shards, recorded_scans
 from retrodb.pipelines.runners import make_runner
@@ -55,8 +56,10 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     scans, exact = _scans(inputs, manifest)
     layout = plan(scans, config.shard_bytes)
     n_chunks = _expected_chunks(manifest, scans, config)
-    vectors = _vectors(manifest, config, ingredients, n_chunks)
-    parts = _all_parts(scans, layout, config, ingredients, vectors)
+    parts = _text_parts(scans, layout, config, ingredients)
+    vectors = _vectors(manifest, config, ingredients, n_chunks - _held_out(manifest, parts))
+    if vectors is not None:
+        parts |= _vector_parts(parts, config, vectors)
     actions = _actions(storage, manifest, parts, layout, run.until)
     cost = runner.cost(lambda: _effort(n_chunks, config, vectors, actions))
     words = {"cost": cost.in_words()} if cost else {}
@@ -91,11 +94,19 @@ def _effort(n_chunks: int, config: BuildConfig, vectors: _Vectors | None, action
     return Effort.of(plan_build(assumed), made)
 
 
-def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, n_chunks: int) -> _Vectors | None:
+def _held_out(manifest: Manifest, parts: Mapping[str, dict[str, Any]]) -> int:
+    """Chunks of validation documents, which are not indexed, where the chunks stay as they are."""
+    chunk = manifest.stages.get("chunk")
+    if chunk is None or chunk.fingerprint != fingerprint(parts["chunk"]):
+        return 0
+    return sum(chunk.details.get(VALIDATION_CHUNKS, {}).values())
+
+
+def _vectors(manifest: Manifest, config: BuildConfig, ingredients: Ingredients, n_vectors: int) -> _Vectors | None:
     if ingredients.encoder is None:
         return None
     encoder = ingredients.encoder.settled(manifest)
-    choice = choose_key(n_chunks, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
+    choice = choose_key(n_vectors, encoder.dimension, config.memory_bytes, config.metric, config.index_key)
     return _Vectors(encoder, choice)
 
 
@@ -125,20 +136,20 @@ def _expected_chunks(manifest: Manifest, scans: Sequence[ScannedFile], config: B
     return max(1, int(sum(scan.length for scan in scans) / _BYTES_PER_TOKEN / config.chunk_tokens))
 
 
-def _all_parts(
-    scans: Sequence[ScannedFile],
-    layout: Plan,
-    config: BuildConfig,
-    ingredients: Ingredients,
-    vectors: _Vectors | None,
+def _text_parts(
+    scans: Sequence[ScannedFile], layout: Plan, config: BuildConfig, ingredients: Ingredients
 ) -> dict[str, dict[str, Any]]:
     tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
     parts = {"corpus": stages.corpus_parts(scans, config, layout.shard_bytes)}
     parts["dedup"] = stages.dedup_parts(fingerprint(parts["corpus"]), config)
     parts["chunk"] = stages.chunk_parts(fingerprint(parts["dedup"]), config, tokenizer)
-    if vectors is None:
-        return parts
-    parts["embed"] = stages.embed_parts(parts["chunk"], vectors.encoder)
+    return parts
+
+
+def _vector_parts(
+    text: Mapping[str, dict[str, Any]], config: BuildConfig, vectors: _Vectors
+) -> dict[str, dict[str, Any]]:
+    parts = {"embed": stages.embed_parts(text["chunk"], vectors.encoder)}
     parts["index"] = stages.index_parts(fingerprint(parts["embed"]), config, vectors.choice)
     parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, vectors.choice)
     parts["training"] = stages.training_parts(fingerprint(parts["neighbours"]), config)

@@ -264,7 +264,7 @@ def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, 
         recalls |= {receipt.details["nprobe"]: receipt.details["recall"] for receipt in receipts.values()}
         if any(recall is None or recall >= builder.config.min_recall for recall in recalls.values()):
             break
-    return choose_nprobe(recalls, builder.config.min_recall, key)
+    return choose_nprobe(recalls, builder.config.min_recall, key, builder.config.index_key is not None)
 
 
 def measured_recall(

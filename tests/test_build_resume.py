@@ -412,6 +412,20 @@ def planned(source: Path, out: Path, encoder: Path, settings: dict[str, Any]) ->
     return {stage["stage"] for stage in plan["stages"] if stage["action"] != "up to date"}
 
 
+def test_a_dry_run_leaves_validation_chunks_out_of_the_index_as_the_build_does(source, tiny_encoder, tmp_path):
+    """There are too few vectors for the lists asked for, and the key is made as small as those that are indexed."""
+    settings = {"validation_fraction": 0.4, "index_key": "IVF64,Flat", "chunk_tokens": 8, "sequence_tokens": 64}
+    again(source, tmp_path, tiny_encoder, **settings)
+    assert "IVF64" not in manifest_of(tmp_path)["stages"]["index"]["made_from"]["key"]
+    assert planned(source, tmp_path, tiny_encoder, settings) == set()
+    assert planned(source, tmp_path, tiny_encoder, {**settings, "neighbours": 5}) == {
+        "neighbours",
+        "training",
+        "report",
+    }
+    assert again(source, tmp_path, tiny_encoder, **settings) == ()
+
+
 def test_a_dry_run_by_the_command_line_writes_nothing_and_tells_the_plan(source, tiny_encoder, tmp_path, database):
     out = tmp_path / "nothing" / "here"
     ran = retrodb(*arguments(source, out, tiny_encoder, "--dry-run"))

@@ -1,6 +1,7 @@
 """The stages are pipelines that any runner can take: pickled, with no shared state, and counted by Beam."""
 
 import json
+import time
 from pathlib import Path
 
 import apache_beam as beam
@@ -69,6 +70,23 @@ def test_a_full_disk_is_told_with_the_shard_and_the_remedy(tmp_path, importable)
     book = ReceiptBook(Storage(str(tmp_path)), "stage", "f" * 64)
     with pytest.raises(WorkerError, match="no space left.*shard 3.*free some space"):
         run_local(lambda p: p | DealOut([Task(3, None)]) | beam.ParDo(DoTasks(book, fail)), processes=2)
+
+
+@pytest.mark.slow
+def test_workers_that_are_told_to_end_one_after_the_other_are_not_taken_for_dead(tmp_path, corpus_files, monkeypatch):
+    """On a busy machine the last one takes seconds longer than the first."""
+    from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler
+    from retrodb.pipelines.runners import local
+
+    def slowly(self, close=GrpcWorkerHandler.close):
+        close(self)
+        time.sleep(2.5)
+
+    monkeypatch.setattr(GrpcWorkerHandler, "close", slowly)
+    monkeypatch.setattr(local, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(local, "_CENSUS_SECONDS", 0.1)
+    book, tasks, _ = corpus_stage(tmp_path, corpus_files)
+    assert run_local(lambda pipeline: corpus_pipeline(pipeline, book, tasks, FieldNames()), processes=2)["in"] == 42
 
 
 def test_text_without_an_error_of_ours_gives_none():

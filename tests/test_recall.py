@@ -112,3 +112,17 @@ def test_a_gate_that_is_not_reached_says_what_was_and_what_would() -> None:
     assert caught.value.exit_code == 5
     for part in ("0.7100", "nprobe 2", "0.9500", "--memory", "--index-key", "IVF4,Flat", "--min-recall"):
         assert part in str(caught.value)
+
+
+def test_what_is_said_to_reach_the_gate_does():
+    """No memory changes a key that was asked for; a rotation cuts dimensions, and HNSW does not find all lists."""
+    with pytest.raises(RecallError, match="'IVF4,Flat'") as caught:
+        choose_nprobe({4: 0.7}, 0.95, "OPQ8_16,IVF4_HNSW8,PQ8x8", requested=True)
+    assert "--memory" not in str(caught.value)
+    for key, reaches in (
+        ("OPQ8_16,IVF4,Flat", "'IVF4,Flat'"),
+        ("IVF4_HNSW8,Flat", "'IVF4,Flat'"),
+        ("IVF4,Flat", "'Flat'"),
+    ):
+        with pytest.raises(RecallError, match=f"--memory .*--index-key {reaches} would"):
+            choose_nprobe({4: 0.7}, 0.95, key)

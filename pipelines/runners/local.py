@@ -32,6 +32,11 @@ from retrodb.planning import Cost, Effort
 _POLL_SECONDS: Final = 0.25
 _CENSUS_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 3.0
+_SILENT_SECONDS: Final = 60.0
+"""A worker that was told to end is missed as well, for as long as the others take to end after it: on a busy machine,
+several seconds each."""
+_WAITING_THREAD: Final = "run_worker"
+"""Beam's thread that waits for a worker process, and raises where its exit code is not 0."""
 _WORKER_MODULE: Final = "retrodb.pipelines.worker"
 
 
@@ -82,11 +87,13 @@ def run_local(build: Callable[[beam.Pipeline], object], processes: int, tick: Ti
     """
     quieten()
     with environment({**ONE_THREAD, "PYTHONWARNINGS": "ignore", DRIVER_VARIABLE: str(os.getpid())}):
+        census = _Census(processes)
+        threading.excepthook = census.hear
         outcome = _Outcome(build, processes)
         thread = threading.Thread(target=outcome.run, name="retrodb-pipeline", daemon=True)
         thread.start()
         try:
-            _watch(thread, outcome, processes, tick)
+            _watch(thread, outcome, census, tick)
         finally:
             if thread.is_alive() or outcome.error is not None:
                 kill_workers()
@@ -123,36 +130,46 @@ class _Outcome:
             self.error = error
 
 
-def _watch(thread: threading.Thread, outcome: _Outcome, processes: int, tick: Callable[[], None]) -> None:
-    census = _Census(processes)
+def _watch(thread: threading.Thread, outcome: _Outcome, census: "_Census", tick: Callable[[], None]) -> None:
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
         tick()
-        if processes > 1 and thread.is_alive() and (error := census.casualty()) is not None:
+        if thread.is_alive() and (error := census.casualty()) is not None:
             outcome.error = error
             return
 
 
 class _Census:
-    """Notices a worker process that is gone while its pipeline still runs: the runner itself would wait for ever."""
+    """Notices a worker process that is gone while its pipeline still runs: the runner itself would wait for ever.
+
+    Workers are told to end one after the other, and the pipeline runs until the last one has. One that was told leaves
+    with exit code 0; of any other Beam's thread for it raises, which is heard here.
+    """
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
         self._started = False
+        self._failed = False
         self._missing_since: float | None = None
         self._next = 0.0
 
+    def hear(self, args: threading.ExceptHookArgs) -> None:
+        """The hook for what threads raise: nothing is shown."""
+        if args.thread is not None and args.thread.name == _WAITING_THREAD:
+            self._failed = True
+
     def casualty(self) -> WorkerDiedError | None:
-        """An error when a worker has been missing for longer than the end of a pipeline takes."""
+        """An error when a worker has been missing for a while, and was not told to end."""
         now = time.monotonic()
-        if now < self._next:
+        if self._processes == 1 or now < self._next:
             return None
         self._next = now + _CENSUS_SECONDS
         alive = len(local_workers())
         self._started = self._started or alive > 0
         missing = self._processes - alive if self._started else 0
         self._missing_since = (self._missing_since or now) if missing > 0 else None
-        if self._missing_since is None or now - self._missing_since <= _GRACE_SECONDS:
+        grace = _GRACE_SECONDS if self._failed else _SILENT_SECONDS
+        if self._missing_since is None or now - self._missing_since <= grace:
             return None
         return WorkerDiedError(f"a worker process died ({missing} of {self._processes}): killed, or out of memory?")
 

@@ -5,6 +5,7 @@ exact search here is numpy's matrix product over the stored vectors; it shares t
 a pair with `retrodb.neighbours`, and nothing with the index.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -124,13 +125,14 @@ def nprobe_ladder(n_lists: int) -> list[int]:
     return [1 << power for power in range((n_lists - 1).bit_length())] + [n_lists]
 
 
-def choose_nprobe(recalls: Mapping[int, float | None], gate: float, key: str) -> int:
+def choose_nprobe(recalls: Mapping[int, float | None], gate: float, key: str, requested: bool = False) -> int:
     """The cheapest nprobe whose measured recall reaches the gate; never one tuned by this machine's latency.
 
     Args:
         recalls: recall@10 after re-scoring by nprobe, some or all of `nprobe_ladder`; None: nothing to find.
         gate: ``--min-recall``.
         key: the index key, for the message.
+        requested: whether it follows from ``--index-key``, which no memory changes.
 
     Raises:
         RecallError: none reaches it; says the best one and what would.
@@ -140,9 +142,10 @@ def choose_nprobe(recalls: Mapping[int, float | None], gate: float, key: str) ->
         if recall is None or recall >= gate:
             return nprobe
     best = max(sorted(recalls), key=lambda nprobe: recalls[nprobe] or 0.0)
-    finer = key.rsplit(",", 1)[0] + ",Flat" if "," in key and not key.endswith(",Flat") else "Flat"
+    lists = re.search(r"IVF\d+", key)  # without a rotation, which may cut dimensions, and with all lists to be probed
+    exhaustive = f"{lists[0]},Flat" if lists and key != f"{lists[0]},Flat" else "Flat"
+    memory = "" if requested else "More --memory lets the index keep finer codes; "
     raise RecallError(
         f"recall@{RECALL_AT} of the index {key} is {recalls[best]:.4f} at best (nprobe {best}), below the gate of "
-        f"{gate:.4f}. More --memory lets the index keep finer codes; --index-key {finer!r} would reach it; or lower "
-        "--min-recall."
+        f"{gate:.4f}. {memory}--index-key {exhaustive!r} would reach it; or lower --min-recall."
     )
