@@ -9,7 +9,7 @@ from pathlib import Path
 from retrodb.pipelines import stages
 from retrodb.pipelines.stages import TokenizerIdentity
 
-from retrodb.chunking import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
+from retrodb.chunking import DEFAULT_TOKENIZER, OWN_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.encoding import (
     DEFAULT_ENCODER,
@@ -27,7 +27,6 @@ from retrodb.lock import LOCK_NAME
 from retrodb.manifest import WORK_FOLDER, Manifest
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
-OWN_TOKENIZER = "encoder"
 _MANY_VECTORS = 1_000_000
 
 

@@ -78,18 +78,8 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
 
 def _effort(n_chunks: int, config: BuildConfig, vectors: _Vectors | None, actions: Sequence[dict[str, Any]]) -> Effort:
     """What the stages that are to be made take."""
-    assumed = Assumed(
-        tokens=n_chunks * config.chunk_tokens,
-        encoder=encoder_size(config.encoder if vectors else DEFAULT_ENCODER),
-        chunk_tokens=config.chunk_tokens,
-        sequence_tokens=config.sequence_tokens,
-        neighbours=config.neighbours,
-        training_neighbours=config.training_neighbours,
-        metric=config.metric,
-        memory_bytes=config.memory_bytes,
-        index_key=config.index_key,
-        shard_bytes=config.shard_bytes,
-    )
+    size = encoder_size(config.encoder if vectors else DEFAULT_ENCODER)
+    assumed = Assumed.of(config, n_chunks * config.chunk_tokens, size)
     made = [action["stage"] for action in actions if action["action"].startswith("make")]
     return Effort.of(plan_build(assumed), made)
 

@@ -12,11 +12,11 @@ from retrodb.pipelines.chunk import VALIDATION_CHUNKS, ChunkSettings, chunk_pipe
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.dedup_stage import dedup_parts
 from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
-from retrodb.pipelines.ingredients import OWN_TOKENIZER
 from retrodb.pipelines.integrity import recorded_scans
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
+from retrodb.chunking import OWN_TOKENIZER
 from retrodb.config import BuildConfig
 from retrodb.corpus import (
     TRAIN,

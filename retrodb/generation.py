@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from retrodb.chunking import OWN_TOKENIZER
 from retrodb.database import Database
 from retrodb.encoding import chunk_texts
 from retrodb.errors import InputError, UsageError
@@ -14,9 +15,6 @@ from retrodb.learning.device import Device
 from retrodb.model.batch import Batch
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
-
-_OWN_TOKENIZER = "encoder"
-"""Name of the tokenizer of a database whose chunks are the encoder's own tokens: those are embedded as they are."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Retriever:
     def __init__(self, database: Database, k: int, encoder: str | None = None) -> None:
         self._database, self._k = database, k
         self._m = int(database.manifest.config["chunk_tokens"])
-        self._own_tokens = database.manifest.fingerprints["tokenizer"]["name"] == _OWN_TOKENIZER
+        self._own_tokens = database.manifest.fingerprints["tokenizer"]["name"] == OWN_TOKENIZER
         self._encoder = database.encoder(encoder)
 
     def find(self, number: int, tokens: Sequence[int]) -> Found:

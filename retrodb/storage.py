@@ -433,6 +433,15 @@ class Storage:
         """Write an array as ``.npy`` (C order)."""
         return self.commit(relative, lambda writer: write_array(writer, array))
 
+    def refuse_inside(self, out: str) -> None:
+        """Refuse to write others' files into this database.
+
+        Raises:
+            InputError: ``out`` is this folder, or lies in it.
+        """
+        if f"{absolute_url(out)}/".startswith(f"{self.url}/"):
+            raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+
     def make_root(self) -> list[str]:
         """Create the folder where the filesystem has folders.
 

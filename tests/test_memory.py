@@ -27,20 +27,29 @@ def test_four_times_the_corpus_takes_no_more_memory(tiny_encoder, tmp_path):
     assert large.worker < 1.2 * small.worker
 
 
-SEARCH = Path(__file__).parent / "search_under_limit.py"
 LIMIT_MB = 96
 
 
-def search_under_limit(folder, chunks, wave_mb):
-    """A search of so many chunks that is allowed `LIMIT_MB` of memory beyond what the libraries take."""
+def under_limit(script, *arguments):
+    """Runs a script of this folder, which allows itself only so much memory beyond what the libraries take."""
     return subprocess.run(
-        [sys.executable, str(SEARCH), str(folder), str(chunks), str(LIMIT_MB), str(wave_mb)],
+        [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def search_under_limit(folder, chunks, wave_mb):
+    """A search of so many chunks that is allowed `LIMIT_MB`."""
+    return under_limit("search_under_limit.py", folder, chunks, LIMIT_MB, wave_mb)
+
+
+def stages_under_limit(folder, documents, limits):
+    """The stages that read text, each allowed so many megabytes."""
+    return under_limit("stages_under_limit.py", folder, documents, *(f"{name}={mb}" for name, mb in limits.items()))
 
 
 @pytest.mark.slow
@@ -62,20 +71,7 @@ def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     assert "MemoryError" in done.stderr or "realloc failed" in done.stderr  # whose allocation it is that fails: Beam's
 
 
-STAGES = Path(__file__).parent / "stages_under_limit.py"
 LIMITS_MB = {"corpus": 48, "dedup": 32, "chunk": 48}
-
-
-def stages_under_limit(folder, documents, limits):
-    """The stages up to chunk, each allowed so many megabytes beyond what the libraries take."""
-    return subprocess.run(
-        [sys.executable, str(STAGES), str(folder), str(documents), *(f"{name}={mb}" for name, mb in limits.items())],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.mark.slow

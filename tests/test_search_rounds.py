@@ -221,6 +221,20 @@ def test_a_build_in_small_waves_or_from_an_object_store_finds_the_same(
     assert rounds[0] <= 8
     assert rounds[1] > rounds[0]
 
+    budgets = set()
+    share = Unfinished.share
+    monkeypatch.setattr(
+        Unfinished, "share", lambda self, budget, *rest: budgets.add(budget) or share(self, budget, *rest)
+    )
+    on_a_cluster = retrieval_stages.search_settings
+    monkeypatch.setattr(
+        retrieval_stages, "search_settings", lambda *given: replace(on_a_cluster(*given), in_memory=False)
+    )
+    shutil.rmtree(db / "neighbours")
+    build_here([topics], db, **settings)
+    assert digests(db, ("neighbours",)) == expected
+    assert budgets == {search.SHARE_BYTES}, "what a runner keeps on its disks is asked for at once"
+
     monkeypatch.setattr(retrieval_stages, "FETCH_ABOVE", 0)
     monkeypatch.setattr(search, "SettleByLooking", None)  # whoever looks up instead, fails
     url = f"memory://rounds-{settings.get('metric', 'l2')}"

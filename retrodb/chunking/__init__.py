@@ -7,6 +7,13 @@ a character. `chunks` cuts one shard's documents into rows of the ``chunks`` tab
 """
 
 from retrodb.chunking.chunks import chunk_documents, token_type_for
-from retrodb.chunking.tokenizer import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
+from retrodb.chunking.tokenizer import DEFAULT_TOKENIZER, OWN_TOKENIZER, ChunkTokenizer, load_tokenizer
 
-__all__ = ["DEFAULT_TOKENIZER", "ChunkTokenizer", "chunk_documents", "load_tokenizer", "token_type_for"]
+__all__ = [
+    "DEFAULT_TOKENIZER",
+    "OWN_TOKENIZER",
+    "ChunkTokenizer",
+    "chunk_documents",
+    "load_tokenizer",
+    "token_type_for",
+]

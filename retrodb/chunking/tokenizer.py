@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from retrodb.errors import InputError, MismatchError
 
 DEFAULT_TOKENIZER: Final = "gpt2"
+OWN_TOKENIZER: Final = "encoder"
+"""The encoder's own: chunks are its tokens, and embedded as they are."""
 GPT2_SHA256: Final = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

@@ -38,7 +38,6 @@ def evaluate(
     """Bits per byte on and off retrieval, by k, N and F, with random neighbours as the control, and by leakage."""
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
-    from retrodb.errors import InputError  # noqa: PLC0415
     from retrodb.evaluation import make_settings  # noqa: PLC0415
 
     given = {
@@ -53,10 +52,7 @@ def evaluate(
     settings = make_settings({name: value for name, value in given.items() if value is not None})
     db = open_database(database)
     target = out or f"{checkpoint[0].rstrip('/')}/reports"
-    from retrodb.storage import Storage  # noqa: PLC0415
-
-    if f"{Storage(target).url}/".startswith(f"{db.storage.url}/"):
-        raise InputError(f"--out {target} lies inside the database, which holds only what its manifest names.")
+    db.storage.refuse_inside(target)
     use_threads(threads)
     from retrodb.evaluation.report import markdown, write_report  # noqa: PLC0415 - imports torch
     from retrodb.evaluation.run import evaluate as run  # noqa: PLC0415

@@ -33,8 +33,7 @@ def merge(
     state = db.manifest.stages.get("index")
     if state is None:
         raise InputError(f"{database} has no index yet; run the build to its end.")
-    if f"{out.absolute()}/".startswith(f"{db.storage.url}/"):
-        raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+    db.storage.refuse_inside(str(out))
     shards = {shard.number: shard for shard in db.manifest.shards("index")}
     merged = merge_index(
         db.storage,

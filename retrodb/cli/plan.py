@@ -47,21 +47,8 @@ def plan(
     }
     size = parse_tokens(tokens)
     config, _ = make_config({}, {name: value for name, value in flags.items() if value is not None})
-    scale = plan_build(
-        Assumed(
-            tokens=size,
-            encoder=encoder_size(config.encoder),
-            chunk_tokens=config.chunk_tokens,
-            sequence_tokens=config.sequence_tokens,
-            neighbours=config.neighbours,
-            training_neighbours=config.training_neighbours,
-            metric=config.metric,
-            memory_bytes=config.memory_bytes,
-            index_key=config.index_key,
-            shard_bytes=config.shard_bytes,
-            document_tokens=document_tokens or DOCUMENT_TOKENS,
-        )
-    )
+    assumed = Assumed.of(config, size, encoder_size(config.encoder), document_tokens or DOCUMENT_TOKENS)
+    scale = plan_build(assumed)
     if as_json:
         echo_json(scale.as_json())
         return

@@ -27,6 +27,7 @@ Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU.
 
 
 def train(
+    context: typer.Context,
     database: Database,
     out: Out,
     config: Config = None,
@@ -51,28 +52,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a RETRO model from scratch on DB's training rows. Run again: it goes on, or does nothing."""
-    flags = {
-        "preset": preset,
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "retrieval": retrieval,
-        "steps": steps,
-        "batch": batch,
-        "accumulate": accumulate,
-        "learning_rate": learning_rate,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "seed": seed,
-        "precision": precision,
-        "save_every": save_every,
-        "log_every": log_every,
-    }
-    _train(database, None, out, config, flags, device, threads, as_json)
+    _train(context, None)
 
 
 def retrofit(
+    context: typer.Context,
     database: Database,
     base: Annotated[
         str, typer.Option("--base", metavar="CKPT", help="A checkpoint without retrieval, or a Hugging Face folder.")
@@ -95,32 +79,15 @@ def retrofit(
     as_json: Json = False,
 ) -> None:
     """Add retrieval to a plain decoder, whose weights stay as they are bit for bit. Run again: it goes on."""
-    flags = {
-        "steps": steps,
-        "batch": batch,
-        "accumulate": accumulate,
-        "learning_rate": learning_rate,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "seed": seed,
-        "precision": precision,
-        "save_every": save_every,
-        "log_every": log_every,
-    }
-    _train(database, base, out, config, flags, device, threads, as_json)
+    _train(context, base)
 
 
-def _train(
-    database: str,
-    base: str | None,
-    out: str,
-    config: Path | None,
-    flags: dict[str, Any],
-    device: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+def _train(context: typer.Context, base: str | None) -> None:
+    """What Typer made of the command line is in ``context``, by the names of the parameters above."""
+    flags: dict[str, Any] = dict(context.params)
+    database, out, config, device = (flags.pop(name) for name in ("database", "out", "config", "device"))
+    threads, as_json = flags.pop("threads"), flags.pop("as_json")
+    flags.pop("base", None)
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
     from retrodb.config import read_config_file  # noqa: PLC0415

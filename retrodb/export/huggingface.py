@@ -64,7 +64,7 @@ def export_huggingface(
         DamagedError, MismatchError: the database is damaged, or was rebuilt meanwhile.
         UnreachableError: the store does not take a file.
     """
-    target = check_target(out, database.storage.url)
+    target = check_target(out, database.storage)
     check_built(database, *TABLES)
     title = name or target.url.rstrip("/").rsplit("/", 1)[-1]
     with _written_whole(target) as (storage, written):

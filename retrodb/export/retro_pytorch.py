@@ -112,7 +112,7 @@ def export_retro_pytorch(
         InputError: ``out`` will not do; a chunk holds ``eos_id``; there are more rows than int32 counts.
         DamagedError, MismatchError: the database is damaged, or was rebuilt meanwhile.
     """
-    final = check_local_target(out, database.storage.url, FORMAT)
+    final = check_local_target(out, database.storage, FORMAT)
     check_built(database, "documents", "chunks", "neighbours")
     layout = _layout(database, neighbours, eos_id, keep_ids)
     _check_rows(database.manifest.rows("chunks") + 2 * layout.per_sequence)

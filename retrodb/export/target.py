@@ -46,27 +46,26 @@ class Exported:
         }
 
 
-def check_target(out: str, database_url: str) -> Storage:
+def check_target(out: str, database: Storage) -> Storage:
     """The folder ``out``, missing or empty, and not inside the database.
 
     Raises:
         InputError: it is a file, holds something, or lies in the database.
     """
     target = Storage(out)
-    if f"{target.url}/".startswith(f"{database_url}/"):
-        raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+    database.refuse_inside(out)
     if target.is_a_file() or not target.is_empty():
         raise InputError(f"{target.url} is there already and not an empty folder; name another with --out.")
     return target
 
 
-def check_local_target(out: str, database_url: str, form: str) -> Path:
+def check_local_target(out: str, database: Storage, form: str) -> Path:
     """As `check_target`, for formats whose readers map files into memory.
 
     Raises:
         InputError: likewise; or ``out`` is not a local folder.
     """
-    target = check_target(out, database_url)
+    target = check_target(out, database)
     if not target.is_local:
         raise InputError(
             f"--to {form} writes files that are mapped into memory: {out} is no local folder. Export to a local folder "

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from retrodb.encoding import cpu_precision
-from retrodb.encoding.encoder import choose_device
+from retrodb.encoding import choose_device, cpu_precision, cuda_precision
 from retrodb.errors import InputError
 
 
@@ -25,8 +24,7 @@ class Device:
             InputError: there is no such device, or it has no bf16 of its own and bf16 was asked for.
         """
         name = choose_device(device)
-        on_card = name.startswith("cuda")
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_card else cpu_precision() == "bf16"
+        native = (cuda_precision() if name.startswith("cuda") else cpu_precision()) == "bf16"
         if precision == "bf16" and not native:
             raise InputError(f"--precision bf16: the device {name} has none of its own, and would be slower. Use fp32.")
         return Device(name, "bf16" if native and precision == "auto" else precision.replace("auto", "fp32"))

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from retrodb.database import Database
-from retrodb.errors import InputError, MismatchError
+from retrodb.errors import MismatchError
 from retrodb.learning.device import Device
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.plot import loss_plot
@@ -102,8 +102,7 @@ def _run(
     device_name: str,
 ) -> Checkpoint:
     device = Device.choose(device_name, settings.precision)
-    if f"{storage.url}/".startswith(f"{database.storage.url}/"):
-        raise InputError(f"--out {storage.url} lies inside the database, which holds only what its manifest names.")
+    database.storage.refuse_inside(storage.url)
     run = {**settings.identity, "precision": device.precision, "base": _base_fingerprint(base)}
     kept = read_checkpoint(storage)
     if kept is None:

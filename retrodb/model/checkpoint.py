@@ -4,6 +4,7 @@ Killed, interrupted or out of space at any moment, a checkpoint is the one befor
 Nothing in it is a pickle.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -151,12 +152,13 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     file = checkpoint.files.get(name)
     if file is None:
         raise DamagedError(f"{storage.describe(CHECKPOINT_NAME)} records no {name}.")
-    if storage.sha256_if_there(file.path) != file.sha256:
+    data = storage.read_if_there(file.path)
+    if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
         raise DamagedError(
             f"{storage.describe(file.path)} is missing, or not what was saved (sha256 {file.sha256[:16]})."
             " Restore it, or train again into another folder."
         )
-    return storage.read_bytes(file.path)
+    return data
 
 
 def read_tensors(storage: Storage, checkpoint: Checkpoint, name: str) -> Tensors:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from retrodb.config import BuildConfig
 from retrodb.corpus import default_shard_bytes
 from retrodb.index import KeyChoice, choose_key, group_shards
 from retrodb.index.engine import Metric, has_exact_codes
@@ -38,6 +39,26 @@ class Assumed:
     record_overhead: float = f.RECORD_OVERHEAD
     token_bytes: int = 2
     exclude: Exclude = "document"
+
+    @staticmethod
+    def of(
+        config: BuildConfig, tokens: int, encoder: EncoderSize, document_tokens: float = f.DOCUMENT_TOKENS
+    ) -> "Assumed":
+        """What a build with these settings makes of so many tokens."""
+        return Assumed(
+            tokens=tokens,
+            encoder=encoder,
+            chunk_tokens=config.chunk_tokens,
+            sequence_tokens=config.sequence_tokens,
+            neighbours=config.neighbours,
+            training_neighbours=config.training_neighbours,
+            metric=config.metric,
+            memory_bytes=config.memory_bytes,
+            index_key=config.index_key,
+            shard_bytes=config.shard_bytes,
+            document_tokens=document_tokens,
+            exclude=config.exclude,
+        )
 
     @property
     def documents(self) -> int:

@@ -52,7 +52,7 @@ def export_megatron(
         DamagedError, MismatchError: the database is damaged, or was rebuilt meanwhile.
     """
     h5py = _h5py()
-    final = check_local_target(out, database.storage.url, FORMAT)
+    final = check_local_target(out, database.storage, FORMAT)
     check_built(database, "documents", "chunks", "neighbours")
     tokenizer = database.manifest.fingerprints["tokenizer"]
     if eos_id is None and tokenizer["name"] != DEFAULT_TOKENIZER:
