@@ -90,6 +90,8 @@ class Builder:
     progress: Progress
     ingredients: Ingredients
     runner: Runner
+    tables: Sequence[str] = TABLES
+    """Those whose folders are this build's to clear: of a later version, its own alone."""
     manifest: Manifest = field(init=False)
     executor: Executor = field(init=False)
     damage: dict[str, set[int]] = field(init=False)
@@ -240,7 +242,7 @@ class Builder:
         self.manifest = replace(
             manifest,
             config=self.config.model_dump(mode="json"),
-            versions=_versions(),
+            software=_software(),
             fingerprints={
                 **manifest.fingerprints,
                 "stages": {name: state.fingerprint for name, state in manifest.stages.items()},
@@ -290,7 +292,7 @@ class Builder:
         """Remove what no finished stage recorded: leftovers of killed writers, of earlier settings, of damage."""
         recorded = {shard.path for shards in self.manifest.tables.values() for shard in shards}
         gone = []
-        for table in TABLES:
+        for table in self.tables:
             gone += [path for path in self.storage.list_below(table) if path not in recorded and is_of_a_table(path)]
         outdated = set(self._outdated_files())
         for folder in ("", REPORTS_FOLDER):
@@ -315,7 +317,7 @@ class Builder:
             yield TRAINED_TOKENIZER
 
 
-def _versions() -> dict[str, str]:
+def _software() -> dict[str, str]:
     found = {"retrodb": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

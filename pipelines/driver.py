@@ -24,7 +24,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, TABLES, WORK_FOLDER, Manifest
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, STAGES, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 
 
@@ -72,8 +72,10 @@ def build(
             new = not mend_manifest(out, progress)
             if new:
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
+            else:
+                _refuse_later_version(out)
             try:
-                return _run_mending(lambda: Builder(inputs, out, config, run, progress, ingredients, runner))
+                return run_mending(lambda: Builder(inputs, out, config, run, progress, ingredients, runner))
             except InputError:
                 forget_scans(out)
                 if new:
@@ -82,6 +84,20 @@ def build(
     finally:
         runner.close()
         out.unmake(made)
+
+
+def _refuse_later_version(out: Storage) -> None:
+    """A build makes a first version: over later ones it would undo what they are.
+
+    Raises:
+        InputError: the database has later versions.
+    """
+    manifest = Manifest.load_whole(out)
+    if manifest is not None and manifest.versions:
+        raise InputError(
+            f"{out.url} has several versions (current: {manifest.version.id}, made by {manifest.version.made_by}): "
+            "a build would undo them. Use `retrodb refresh` for another encoder, or build into another folder."
+        )
 
 
 def _abandon(out: Storage) -> None:
@@ -108,22 +124,22 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
 }
 
 
-def _run_mending(make_builder: Callable[[], Builder]) -> BuildOutcome:
-    """Run all stages; once more from the start where a shard was damaged on the way, which a new builder repairs."""
+def run_mending(make_builder: Callable[[], Builder], first: str = STAGES[0]) -> BuildOutcome:
+    """Run the stages from ``first`` on; once more where a shard was damaged on the way, which a new builder repairs."""
     try:
-        return _run_all(make_builder())
+        return _run_all(make_builder(), first)
     except DamagedError as error:
         builder = make_builder()
         if not builder.damage:
             raise
         builder.progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
-        return _run_all(builder)
+        return _run_all(builder, first)
 
 
-def _run_all(builder: Builder) -> BuildOutcome:
+def _run_all(builder: Builder, first: str) -> BuildOutcome:
     builder.ingredients.prove(builder.manifest, builder.run)
-    for stage, step in _STEPS.items():
-        step(builder)
+    for stage in STAGES[STAGES.index(first) :]:
+        _STEPS[stage](builder)
         if stage == builder.run.until:
             break
     builder.clean_up()

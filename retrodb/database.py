@@ -29,6 +29,7 @@ from retrodb.quality.summary import summarise
 from retrodb.schemas import ID_SHIFT
 from retrodb.snapshot import Snapshot
 from retrodb.storage import Storage
+from retrodb.versions import load_version
 
 if TYPE_CHECKING:
     from retrodb.encoding.encoder import Encoder
@@ -84,16 +85,16 @@ class Database:
         self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_uncached)
 
     @staticmethod
-    def open(url: str) -> "Database":
-        """Open the database at ``url``.
+    def open(url: str, version: int | None = None) -> "Database":
+        """Open the database at ``url``: the version that is current now, or a given one, for as long as it is open.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or no such version.
             MismatchError: it was made by a later schema version.
             DamagedError: its manifest is malformed, or lost.
         """
         storage = Storage(url)
-        manifest = Manifest.load(storage)
+        manifest = load_version(storage, version)
         if manifest is None:
             if Manifest.recover(storage) is not None:
                 raise DamagedError(
@@ -106,6 +107,22 @@ class Database:
     def __repr__(self) -> str:
         rows = ", ".join(f"{self.manifest.rows(table):,} {table}" for table in self.manifest.tables)
         return f"<retrodb database {self.storage.url}: {rows or 'empty'}>"
+
+    def close(self) -> None:
+        """Hold the version no longer: `retrodb gc` may retire it. What is read later may be refused then."""
+        if isinstance(self.storage, Snapshot):
+            self.storage.release()
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def version(self) -> int:
+        """The id of the version that is open: what its answers come from."""
+        return self.manifest.version.id
 
     def summary(self) -> dict[str, Any]:
         """What the database is: counts per stage, fingerprints, recall, sizes (see ``retrodb info --json``).

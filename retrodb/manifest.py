@@ -35,6 +35,8 @@ TABLES: Final = (
 )
 STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 """In the order of the data flow; each depends on those before it, but none on training (`retrodb.pipelines.stages`)."""
+TEXT_STAGES: Final = STAGES[: STAGES.index("embed")]
+"""What all versions share."""
 TRAINED_TOKENIZER: Final = "tokenizer.json"
 """A tokenizer learnt by the build itself."""
 RECALL_REPORT: Final = "reports/recall.json"
@@ -47,6 +49,10 @@ REPORT_SHA256: Final = "report_sha256"
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
+VERSIONED_TABLES: Final = ("embeddings", "index", "neighbours", "training", "leakage")
+"""What a later version has of its own, under ``versions/<n>/``; the text is every version's."""
+FIRST_VERSION: Final = 1
+VERSIONS_FOLDER: Final = "versions"
 WORK_FOLDER: Final = ".build"
 """Where a build keeps its receipts until a stage is recorded."""
 DAMAGE_REPORT: Final = "reports/damage.json"
@@ -68,6 +74,22 @@ def shard_path(table: str, number: int) -> str:
     """Relative path of shard ``number`` of a table: ``chunks/00000.parquet``, ``embeddings/00000.npy``."""
     suffix = {"embeddings": "npy", "index": "faiss"}.get(table, "parquet")
     return f"{table}/{number:05d}.{suffix}"
+
+
+def version_folder(version: int) -> str:
+    """Where a version's own tables lie: the first one's in the database itself."""
+    return "" if version == FIRST_VERSION else f"{VERSIONS_FOLDER}/{version}"
+
+
+def report_path(version: int, stage: str) -> str:
+    """Relative path of what a stage of a version leaves for people to read. Raises KeyError for a stage without one."""
+    folder = "" if stage in TEXT_STAGES else version_folder(version)
+    return f"{folder}/{STAGE_REPORTS[stage]}" if folder else STAGE_REPORTS[stage]
+
+
+def version_path(version: int) -> str:
+    """Relative path of the manifest that a published version keeps."""
+    return f"{VERSIONS_FOLDER}/{version}/{MANIFEST_NAME}"
 
 
 def is_of_a_table(path: str) -> bool:
@@ -145,6 +167,53 @@ class StageState:
         return state
 
 
+@dataclass(frozen=True)
+class Version:
+    """Which version of the database a manifest describes, and what made it.
+
+    ``step`` is the training step of the encoder's checkpoint, ``created`` UTC in ISO 8601 to the second; both null
+    where nobody told (a plain build's manifest depends on its inputs and settings alone).
+    """
+
+    id: int = FIRST_VERSION
+    parent: int | None = None
+    made_by: str = "build"
+    step: int | None = None
+    created: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is true of its vectors: corpus (fingerprint of the text tables), metric, dim, dtype, rows."""
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> "Version":
+        """Raises TypeError for a malformed entry."""
+        version = Version(**entry)
+        numbers = (version.id, version.parent, version.step)
+        if not all(number is None or (type(number) is int and number >= 0) for number in numbers) or not version.id:
+            raise TypeError(f"a version is numbered by something else than whole numbers: {numbers}")
+        if not isinstance(version.facts, dict):
+            raise TypeError("a version's facts are no object")
+        return version
+
+
+@dataclass(frozen=True)
+class KeptVersion:
+    """A published version that can still be opened: where its manifest is, and what it is."""
+
+    version: Version
+    bytes: int
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """Of the version's manifest."""
+        return version_path(self.version.id)
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> "KeptVersion":
+        """Raises KeyError or TypeError for a malformed entry."""
+        return KeptVersion(Version.parse(entry["version"]), int(entry["bytes"]), str(entry["sha256"]))
+
+
 @contextlib.contextmanager
 def taken_from(manifest_path: str) -> Iterator[None]:
     """Inside, something is made of what a manifest says, and of nothing else.
@@ -167,7 +236,10 @@ class Manifest:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     stages: dict[str, StageState] = field(default_factory=dict)
     tables: dict[str, tuple[Shard, ...]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
+    version: Version = field(default_factory=Version)
+    versions: tuple[KeptVersion, ...] = ()
+    """Those that can be opened, this one among them once there are several; empty in a version's own manifest."""
 
     def shards(self, table: str) -> tuple[Shard, ...]:
         """Recorded shards of a table in order of number; empty where the table is not built."""
@@ -209,7 +281,9 @@ class Manifest:
                 for name in TABLES
                 if name in self.tables
             },
-            "versions": self.versions,
+            "software": self.software,
+            "version": asdict(self.version),
+            "versions": [asdict(kept) for kept in self.versions],
         }
         # Of the content as it is read back, where a number that was a key is text, and sorted as such.
         return {**content, "checksum": fingerprint(json.loads(json.dumps(content)))}
@@ -258,7 +332,9 @@ class Manifest:
                     name: tuple(Shard.parse(entry) for entry in table["shards"])
                     for name, table in data["tables"].items()
                 },
-                versions=dict(data["versions"]),
+                software=dict(data["software"]),
+                version=Version.parse(data["version"]),
+                versions=tuple(KeptVersion.parse(entry) for entry in data["versions"]),
             )
         except DamagedError as error:
             raise DamagedError(f"{where}: {error}") from error

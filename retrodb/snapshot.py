@@ -2,7 +2,8 @@
 
 A build takes what it is going to change out of the manifest before it touches a file. So a shard that was opened while
 the manifest still named it is the shard that was meant, and looking at the manifest after each opening is enough:
-readers take no lock and stop no build.
+readers stop no build. A version that a reader has open is held for it (`retrodb.versions.pin`): others may be
+published, and it goes on with its own.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from retrodb.errors import DamagedError, MismatchError
 from retrodb.formats import File, path_of
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
 from retrodb.storage import Storage
+from retrodb.versions import load_version, pin
 
 
 @dataclass
@@ -29,9 +31,16 @@ class Snapshot(Storage):
         super().__post_init__()
         self._seen: tuple[int, int, int] | None = None
         self._named: dict[str, Shard] = {}
+        self._pin = pin(self, self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, (self.url, self.manifest)
+
+    def release(self) -> None:
+        """Hold the version no longer: it may be retired."""
+        if self._pin is not None:
+            self._pin.close()
+            self._pin = None
 
     @cached_property
     def _recorded(self) -> dict[str, Shard]:
@@ -58,13 +67,22 @@ class Snapshot(Storage):
             return
         stamp = self._stamp()
         if stamp is None or stamp != self._seen:
-            now = Manifest.load(Storage(self.url))
+            now = self._now()
             self._seen, self._named = stamp, {} if now is None else _by_path(now)
         if self._named.get(path) != self._recorded[path]:
             raise MismatchError(
                 f"{self.describe(path)} is no longer what it was when {self.url} was opened: a build is making it "
-                "anew, or has done so. Open the database again."
+                "anew, or has done so, or its version was retired. Open the database again."
             )
+
+    def _now(self) -> Manifest | None:
+        """The same version's manifest as it is by now; None where it was retired."""
+        storage, version = Storage(self.url), self.manifest.version.id
+        current = Manifest.load(storage)
+        if current is None or current.version.id == version:
+            return current
+        kept = any(entry.version.id == version for entry in current.versions)
+        return load_version(storage, version) if kept else None
 
     def _stamp(self) -> tuple[int, int, int] | None:
         """What differs when the manifest was replaced, where that can be told without reading it."""

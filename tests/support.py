@@ -173,7 +173,7 @@ def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, 0)
 
 
-def make_tiny_encoder(folder: Path) -> Path:
+def make_tiny_encoder(folder: Path, seed: int = 11) -> Path:
     """A BERT of one layer and 32 dimensions with seeded random weights: vectors in no time, different for each text."""
     import torch
     from transformers import BertConfig, BertModel
@@ -186,7 +186,7 @@ def make_tiny_encoder(folder: Path) -> Path:
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
     with torch.random.fork_rng():
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         card = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         BertModel(card).save_pretrained(folder, safe_serialization=True)
     return folder

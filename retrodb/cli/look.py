@@ -8,16 +8,19 @@ import typer
 from retrodb.cli.echo import echo_json
 
 Database = Annotated[str, typer.Argument(metavar="DB", help="The database: a folder, or any fsspec URL.")]
+OfVersion = Annotated[
+    Optional[int], typer.Option("--version", metavar="N", min=1, help="A kept version. [the current one]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def info(database: Database, as_json: Json = False) -> None:
+def info(database: Database, version: OfVersion = None, as_json: Json = False) -> None:
     """What a database is: counts per stage, fingerprints, recall, sizes, versions."""
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.render import print_info  # noqa: PLC0415
     from retrodb.manifest import taken_from  # noqa: PLC0415
 
-    summary = open_database(database).summary()
+    summary = open_database(database, version=version).summary()
     if as_json:
         echo_json(summary)
         return
@@ -31,6 +34,7 @@ def query(
     k: Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")] = 5,
     metric: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
     encoder: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Embed TEXT with the database's encoder, search, and print the nearest chunks with text, score and source."""
@@ -40,11 +44,11 @@ def query(
 
     if not text.strip():
         raise UsageError("TEXT is blank: nothing to look for.")
-    db = open_database(database)
+    db = open_database(database, version=version)
     found = db.search(text, k, metric=metric, encoder=encoder)
     hits = [_described(db, hit) for hit in found]
     if as_json:
-        answer = {"query": text, "k": k, "metric": db.metric, "neighbours": hits}
+        answer = {"query": text, "k": k, "metric": db.metric, "version": db.version, "neighbours": hits}
         echo_json(answer)
     else:
         print_hits(hits)
@@ -53,13 +57,14 @@ def query(
 def show(
     database: Database,
     chunk_id: Annotated[int, typer.Argument(metavar="CHUNK_ID", help="A chunk's id.")],
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """A chunk, its neighbours and their continuations, side by side."""
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.render import print_chunk  # noqa: PLC0415
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     chunk = db.chunk(chunk_id)
     rows = []
     for neighbour in db.neighbours(chunk_id):
@@ -71,7 +76,8 @@ def show(
                 "continuation": following.text if following else None,
             }
         )
-    shown = {"chunk": {**dataclasses.asdict(chunk), **_place(db, chunk.document_id)}, "neighbours": rows}
+    described = {**dataclasses.asdict(chunk), **_place(db, chunk.document_id)}
+    shown = {"chunk": described, "neighbours": rows, "version": db.version}
     if as_json:
         echo_json(shown)
     else:

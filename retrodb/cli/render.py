@@ -206,7 +206,7 @@ def print_info(facts: Mapping[str, Any]) -> None:
             echo(f"  {kind:<12}{recorded['fingerprint'][:16]}  {recorded['name']}")
     for stage, value in facts["fingerprints"].get("stages", {}).items():
         echo(f"  {stage:<12}{value[:16]}")
-    echo("made with  " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    echo("made with  " + ", ".join(f"{name} {number}" for name, number in facts["software"].items()))
 
 
 def print_hits(hits: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 import typer
 
 from retrodb.cli.echo import echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 
 
 def verify(
@@ -17,6 +17,7 @@ def verify(
     encoder: Annotated[
         Optional[str], typer.Option(help="Where the encoder is now, if not where it was. Refused if it is another.")
     ] = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Prove counts, checksums, joins, continuations, exclusion; exit 4 and the shard's name if anything is off."""
@@ -25,7 +26,7 @@ def verify(
     from retrodb.errors import DamagedError  # noqa: PLC0415
     from retrodb.quality.verify import verify_database  # noqa: PLC0415
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     report = verify_database(db, sample=sample, seed=seed, encoder=encoder)
     if as_json:
         echo_json(report.as_json())

@@ -4,12 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 from retrodb.encoding import EncoderIdentity
 from retrodb.errors import RetrodbError
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
+    FIRST_VERSION,
     MANIFEST_COPY,
     MANIFEST_NAME,
     REPORT_SHA256,
@@ -18,11 +20,15 @@ from retrodb.manifest import (
     TABLES,
     TEMPLATE_NUMBER,
     TEMPLATE_PATH,
+    VERSIONED_TABLES,
+    VERSIONS_FOLDER,
     Manifest,
     Shard,
     fingerprint,
     is_of_a_table,
+    report_path,
     shard_path,
+    version_folder,
 )
 from retrodb.quality.findings import Findings
 from retrodb.quality.scene import STAGE_OF, Scene
@@ -73,13 +79,39 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
         if table not in TABLES:
             findings.add(MANIFEST_NAME, f"records an unknown table {table!r}")
             continue
-        _check_entries(table, shards, findings)
+        _check_entries(table, shards, manifest.version.id, findings)
         if STAGE_OF[table] not in manifest.stages:
             findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
     for table, stage in STAGE_OF.items():
         if stage in manifest.stages and table not in manifest.tables:
             findings.add(MANIFEST_NAME, f"says the stage {stage} is done, but records no table {table}")
     _check_numbers(manifest, findings)
+
+
+def check_versions(storage: Storage, manifest: Manifest, findings: Findings) -> dict[str, Shard]:
+    """Every version that can be opened has the manifest that was published.
+
+    Returns:
+        The shards that other versions than ``manifest`` name, and it does not, by path.
+    """
+    current = Manifest.load(storage) or manifest
+    named = {s.path: s for shards in current.tables.values() for s in shards}
+    if current.versions and current.version.id not in {kept.version.id for kept in current.versions}:
+        findings.add(MANIFEST_NAME, f"does not name its own version {current.version.id} among those there are")
+    for kept in current.versions:
+        with findings.blaming(kept.path):
+            found = Manifest.load_whole(storage, kept.path)
+            if found is None:
+                findings.add(kept.path, "is missing")
+                continue
+            if storage.sha256(kept.path) != kept.sha256 or found.version.id != kept.version.id:
+                findings.add(kept.path, f"is not the manifest that was published as version {kept.version.id}")
+                continue
+            if found.version.id == current.version.id and found != replace(current, versions=()):
+                findings.add(MANIFEST_NAME, f"is not what was published as version {found.version.id} ({kept.path})")
+            named |= {s.path: s for shards in found.tables.values() for s in shards}
+    own = {shard.path for shards in manifest.tables.values() for shard in shards}
+    return {path: shard for path, shard in named.items() if path not in own}
 
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
@@ -110,12 +142,13 @@ def _check_stages(manifest: Manifest, findings: Findings) -> None:
                 findings.add(MANIFEST_NAME, "the encoder's fingerprint is not that of what is recorded of it")
 
 
-def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> None:
+def _check_entries(table: str, shards: Iterable[Shard], version: int, findings: Findings) -> None:
     numbers = Counter(shard.number for shard in shards)
     for shard in shards:
         template = table == "index" and shard.number == TEMPLATE_NUMBER
         expected = TEMPLATE_PATH if template else shard_path(table, shard.number)
-        if shard.path != expected:
+        made_by, path = _maker(shard.path) if table in VERSIONED_TABLES else (FIRST_VERSION, shard.path)
+        if path != expected or made_by > version:
             findings.add(MANIFEST_NAME, f"records shard {shard.number} of {table} as {shard.path!r}, not {expected!r}")
         if numbers[shard.number] > 1:
             findings.add(MANIFEST_NAME, f"records shard {shard.number} of {table} {numbers[shard.number]} times")
@@ -123,6 +156,13 @@ def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> N
             findings.add(MANIFEST_NAME, f"records a shard {shard.number} of {table}")
         if not 0 <= shard.rows < _MOST_ROWS or shard.bytes < 0 or not _SHA256.fullmatch(shard.sha256):
             findings.add(MANIFEST_NAME, f"records {shard.path} with {shard.rows} rows, {shard.bytes} bytes")
+
+
+def _maker(path: str) -> tuple[int, str]:
+    """The version whose build wrote a file, and the file's path inside that version's folder."""
+    folder, _, rest = path.partition("/")
+    number, _, inside = rest.partition("/")
+    return (int(number), inside) if folder == VERSIONS_FOLDER and number.isdigit() else (FIRST_VERSION, path)
 
 
 def _check_numbers(manifest: Manifest, findings: Findings) -> None:
@@ -156,7 +196,9 @@ def _check_numbers(manifest: Manifest, findings: Findings) -> None:
 def check_files(scene: Scene) -> None:
     """Every recorded file: there, of the recorded size and sha256; and nothing else in the table folders."""
     storage, findings = scene.storage, scene.findings
+    others = check_versions(storage, scene.manifest, findings)
     shards = [shard for table in TABLES for shard in scene.manifest.shards(table) if not findings.has(shard.path)]
+    shards += others.values()
     with ThreadPoolExecutor(_THREADS if storage.is_local else _REMOTE_THREADS) as pool:
         for shard, fault in zip(shards, pool.map(lambda shard: _fault(storage, shard), shards), strict=True):
             if fault:
@@ -165,7 +207,7 @@ def check_files(scene: Scene) -> None:
     findings.count("bytes", sum(shard.bytes for shard in shards))
     _check_tokenizer(scene)
     _check_reports(scene)
-    _check_nothing_else(scene)
+    _check_nothing_else(scene, set(others))
 
 
 def _fault(storage: Storage, shard: Shard) -> str | None:
@@ -192,7 +234,8 @@ def _check_tokenizer(scene: Scene) -> None:
 
 def _check_reports(scene: Scene) -> None:
     """The reports of finished stages are those that the build wrote."""
-    for stage, path in STAGE_REPORTS.items():
+    for stage in STAGE_REPORTS:
+        path = report_path(scene.manifest.version.id, stage)
         recorded = scene.manifest.stages[stage].details.get(REPORT_SHA256) if scene.done(stage) else None
         if recorded is None:
             continue
@@ -204,12 +247,17 @@ def _check_reports(scene: Scene) -> None:
                 scene.findings.add(path, "is not the report of this build: its sha256 is another")
 
 
-def _check_nothing_else(scene: Scene) -> None:
-    """No file in a table's folder, at any depth, that is not recorded; but what a running build may have there."""
+def _check_nothing_else(scene: Scene, others: set[str]) -> None:
+    """No file in a table's folder, at any depth, that no version records; but what a running build may have there."""
     locked = scene.storage.size(LOCK_NAME) is not None
     if locked:
         scene.findings.note("a build holds this database, or was killed there: its temporary files were passed over")
-    recorded = {shard.path for shards in scene.manifest.tables.values() for shard in shards}
+    recorded = {shard.path for shards in scene.manifest.tables.values() for shard in shards} | others
+    current = Manifest.load(scene.storage) or scene.manifest
+    for folder in [version_folder(kept.version.id) for kept in current.versions]:
+        for table in VERSIONED_TABLES if folder else ():
+            for path in sorted(set(scene.storage.list_below(f"{folder}/{table}")) - recorded):
+                scene.findings.add(path, "is recorded by no version: `retrodb gc` removes it")
     for table in TABLES:
         if not scene.done(STAGE_OF[table]):
             continue  # what lies there does not exist yet: the build goes on from it, or clears it away

@@ -1,9 +1,10 @@
 """What a database is, in one JSON object: the answer of ``retrodb info --json``."""
 
+from dataclasses import asdict
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256, STAGES, Manifest
+from retrodb.manifest import REPORT_SHA256, STAGES, Manifest, report_path
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
 
@@ -35,7 +36,9 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
             }
             for name, shards in manifest.tables.items()
         },
-        "versions": manifest.versions,
+        "version": asdict(manifest.version),
+        "versions": [asdict(kept.version) for kept in manifest.versions] or [asdict(manifest.version)],
+        "software": manifest.software,
     }
 
 
@@ -108,5 +111,5 @@ def _leakage(manifest: Manifest) -> dict[str, Any] | None:
     return {
         "neighbours": details["neighbours"],
         "splits": {split: distribution(counts) for split, counts in details["histograms"].items()},
-        "report": LEAKAGE_REPORT,
+        "report": report_path(manifest.version.id, "report"),
     }

@@ -106,7 +106,7 @@ def _refuse_changed(db: "Database") -> None:
         now = Manifest.load_whole(db.storage)
     except RetrodbError:
         return  # that is damage
-    if now is not None and now != db.manifest:
+    if now is not None and now.version.id == db.version and now != db.manifest:
         raise MismatchError(
             f"{db.storage.url} was changed while it was verified: a build is at work. Verify it when that is done."
         )

@@ -1,0 +1,134 @@
+"""``refresh --watch``: follow a trainer's exports, publishing a version whenever one is due (realm.md, R5)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.refresh import refresh
+
+from retrodb.config import RunSettings
+from retrodb.errors import InputError, LockedError
+from retrodb.lock import build_lock
+from retrodb.manifest import Manifest
+from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
+from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
+from retrodb.storage import Storage
+from retrodb.versions import KEPT_VERSIONS, collect
+
+POLL_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How a trainer is followed."""
+
+    folder: str
+    schedule: Schedule = field(default_factory=Schedule)
+    limit: StalenessLimit = field(default_factory=StalenessLimit)
+    on_stale: Literal["block", "warn"] = "warn"
+    poll: float = POLL_SECONDS
+    keep: int = KEPT_VERSIONS
+
+
+@dataclass
+class Watch:
+    """One refresher: what it publishes, until the trainer is done."""
+
+    out: Storage
+    settings: WatchSettings
+    run_settings: RunSettings
+    progress: Progress
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        check_exports_folder(self.settings.folder)
+        self.published: list[int] = []
+        self._refused: dict[int, str] = {}
+        self._same: int | None = None
+        self._warned = False
+
+    def run(self) -> None:
+        """Publish what is due, newest first, until the trainer is done and its last export is published.
+
+        An export that cannot be used is said, and left: the next one may do.
+
+        Raises:
+            InputError: the last export of a trainer that is done cannot be used.
+            RetrodbError: as `refresh` does, of anything but an export.
+        """
+        while True:
+            done = is_done(self.settings.folder)  # before the exports: what it names last is there by then
+            exports = list_exports(self.settings.folder)
+            self._tell(exports)
+            export = self._due(exports, last=done)
+            if export is not None:
+                self._publish(export)
+            elif done:
+                hold(self.settings.folder, False)
+                if exports and exports[-1].step in self._refused:
+                    raise InputError(f"the last export cannot be used: {self._refused[exports[-1].step]}")
+                return
+            else:
+                self.sleep(self.settings.poll)
+
+    def _step(self) -> int | None:
+        """The step that what is published is of: also of an export that is the same encoder still."""
+        current = Manifest.load(self.out)
+        steps = [step for step in (current.version.step if current else None, self._same) if step is not None]
+        return max(steps, default=None)
+
+    def _due(self, exports: list[Export], last: bool) -> Export | None:
+        """The newest export that is to be published now. The very last one is, whatever the schedule says."""
+        published = self._step()
+        newer = [e for e in exports if (published is None or e.step > published) and e.step not in self._refused]
+        if last and newer:
+            return newer[-1]
+        return next((e for e in reversed(newer) if self.settings.schedule.is_due(e.step, published)), None)
+
+    def _publish(self, export: Export) -> None:
+        self.progress.note(f"step {export.step}: {export.path}")
+        try:
+            outcome = refresh(self.out, export.path, self.run_settings, self.progress, step=export.step)
+        except LockedError as error:
+            self.progress.note(f"{error} Trying again.")
+            self.sleep(self.settings.poll)
+            return
+        except InputError as error:
+            self._refused[export.step] = str(error)
+            self.progress.note(f"step {export.step} is left out: {error}")
+            return
+        if not outcome.done:
+            self._same = export.step
+            return
+        self.published.append(outcome.version)
+        with build_lock(self.out):
+            collect(self.out, self.settings.keep)
+
+    def _tell(self, exports: list[Export]) -> None:
+        """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
+        current = Manifest.load(self.out)
+        published = self._step()
+        newer = [export for export in exports if export.step > (published or 0)]
+        staleness = Staleness(
+            max((export.step for export in newer), default=published or 0) - (published or 0),
+            max(0.0, time.time() - newer[0].at) if newer else 0.0,
+        )
+        passed = self.settings.limit.is_passed(staleness)
+        if passed and not self._warned:
+            self.progress.note(
+                f"the published version (step {published}) is {staleness.steps} steps and {staleness.seconds:.0f} s "
+                "behind the newest export: more than --max-staleness"
+            )
+        self._warned = passed
+        hold(self.settings.folder, passed and self.settings.on_stale == "block")
+        write_status(
+            self.settings.folder,
+            {
+                "version": current.version.id if current is not None else None,
+                "step": published,
+                "staleness": staleness.as_json(),
+                "stale": passed,
+            },
+        )

@@ -1,0 +1,113 @@
+"""``retrodb refresh`` and ``gc``: versions of a database, made and retired."""
+
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from retrodb.cli.echo import echo, echo_json
+from retrodb.cli.look import Database, Json
+
+
+def refresh(
+    database: Database,
+    encoder: Annotated[
+        Optional[str], typer.Option(metavar="CKPT", help="The new encoder: a folder, or a hub name.")
+    ] = None,
+    step: Annotated[Optional[int], typer.Option(min=0, help="The checkpoint's training step, to be recorded.")] = None,
+    watch: Annotated[
+        Optional[str], typer.Option(metavar="DIR", help="Follow a trainer's exports (DIR/step-<n>) until DIR/done.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar="START-END:EVERY,...", help="With --watch: at which steps. [every export]")
+    ] = "0-:1",
+    max_staleness: Annotated[
+        Optional[str], typer.Option(metavar="N|TIME", help="With --watch: steps, as 1500, or a time, as 10m, or both.")
+    ] = None,
+    on_stale: Annotated[str, typer.Option(help="With --watch: warn, or block (DIR/hold is there meanwhile).")] = "warn",
+    poll: Annotated[float, typer.Option(min=0.05, help="With --watch: seconds between looks.")] = 2.0,
+    keep: Annotated[int, typer.Option(min=3, help="With --watch: so many of the newest versions are kept.")] = 3,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Worker processes. [the cores]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    runner: Annotated[str, typer.Option(help="local, flink, dataflow, portable.")] = "local",
+    runner_option: Annotated[
+        Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="As `build` takes them. [none]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Embed the text with another encoder, and publish that as the next version: readers keep theirs meanwhile."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.config import make_config  # noqa: PLC0415
+    from retrodb.errors import UsageError  # noqa: PLC0415
+    from retrodb.pipelines.refresh import refresh as run_refresh  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    if (encoder is None) == (watch is None):
+        raise UsageError("give --encoder CKPT, or --watch DIR, and not both.")
+    flags: dict[str, Any] = {"device": device, "runner": runner, "runner_option": runner_option or []}
+    _, run = make_config({}, flags if workers is None else {**flags, "workers": workers})
+    storage = Storage(database)
+    progress = make_progress()
+    try:
+        if encoder is not None:
+            outcome = run_refresh(storage, encoder, run, progress, step=step)
+            answer = {"version": outcome.version, "done": list(outcome.done), "published": bool(outcome.done)}
+        else:
+            settings = _watch_settings(watch or "", schedule, max_staleness, on_stale, poll, keep)
+            published = _watch(storage, settings, run, progress)
+            answer = {"published": published}
+    finally:
+        progress.close()
+    if as_json:
+        echo_json(answer)
+
+
+def _watch_settings(
+    folder: str, schedule: str, max_staleness: str | None, on_stale: str, poll: float, keep: int
+) -> Any:
+    from retrodb.errors import UsageError  # noqa: PLC0415
+    from retrodb.pipelines.watch import WatchSettings  # noqa: PLC0415
+    from retrodb.refreshing import Schedule, StalenessLimit  # noqa: PLC0415
+
+    kinds: dict[str, Literal["block", "warn"]] = {"block": "block", "warn": "warn"}
+    if on_stale not in kinds:
+        raise UsageError(f"--on-stale {on_stale}: give block or warn.")
+    limit = StalenessLimit.parse(max_staleness) if max_staleness else StalenessLimit()
+    return WatchSettings(folder, Schedule.parse(schedule), limit, kinds[on_stale], poll, keep)
+
+
+def _watch(storage: Any, settings: Any, run: Any, progress: Any) -> list[int]:
+    from retrodb.pipelines.watch import Watch  # noqa: PLC0415
+
+    watch = Watch(storage, settings, run, progress)
+    watch.run()
+    return watch.published
+
+
+def gc(
+    database: Database,
+    keep: Annotated[int, typer.Option(min=3, help="So many of the newest versions are kept.")] = 3,
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Hours that a version stays on an object store, where readers are unseen.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Retire old versions, never one in use, and remove files that no version names."""
+    from retrodb.cli.render import size_text  # noqa: PLC0415
+    from retrodb.lock import build_lock  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+    from retrodb.versions import collect  # noqa: PLC0415
+
+    storage = Storage(database)
+    with build_lock(storage):
+        done = collect(storage, keep, grace * 3600, dry_run=dry_run)
+    if as_json:
+        echo_json(
+            {"retired": list(done.retired), "in_use": list(done.in_use), "files": done.files, "bytes": done.bytes}
+        )
+        return
+    what = ", ".join(map(str, done.retired)) or "none"
+    verb = "would be removed" if dry_run else "removed"
+    echo(f"versions retired: {what}; {done.files:,} files, {size_text(done.bytes)} {verb}")
+    if done.in_use:
+        echo(f"kept, since they are in use: {', '.join(map(str, done.in_use))}")

@@ -1,0 +1,86 @@
+"""A trainer's side of the refresh: the newest version, and a wait where it is too stale (realm.md, R5, R7)."""
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Final, Literal
+
+from retrodb.database import Database
+from retrodb.manifest import Manifest
+from retrodb.refreshing.schedule import Staleness, StalenessLimit
+from retrodb.storage import Storage
+
+_POLL_SECONDS: Final = 0.5
+
+
+class Follower:
+    """The database as a trainer reads it while a refresher, another process, publishes versions of it.
+
+    At each step `at` gives the newest version, opened. A version stays open, and is kept, until a newer one is taken:
+    what was looked up in one stays true of it.
+
+    Args:
+        url: the database.
+        limit: how stale the version may be at most, in steps between it and the trainer's, and in seconds since the
+            trainer has asked for something newer.
+        on_stale: ``block`` waits for the refresher, ``warn`` says so once a version and goes on.
+        timeout: seconds to wait at most; None for ever.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limit: StalenessLimit | None = None,
+        on_stale: Literal["block", "warn"] = "warn",
+        timeout: float | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._limit = limit or StalenessLimit()
+        self._on_stale = on_stale
+        self._timeout = timeout
+        self._sleep = sleep
+        self._storage = Storage(url)
+        self.database = Database.open(url)
+        self._taken = time.monotonic()
+        self._warned: int | None = None
+
+    def staleness(self, step: int) -> Staleness:
+        """Of the version that is open, at training step ``step``; a version of no step counts from 0."""
+        return Staleness(
+            max(0, step - (self.database.manifest.version.step or 0)),
+            time.monotonic() - self._taken if step > (self.database.manifest.version.step or 0) else 0.0,
+        )
+
+    def at(self, step: int) -> Database:
+        """The newest version; waits, or warns, where it is staler than it may be at training step ``step``.
+
+        Raises:
+            TimeoutError: it was waited for longer than ``timeout``.
+        """
+        self._take_newest()
+        started = time.monotonic()
+        while self._limit.is_passed(staleness := self.staleness(step)):
+            version = self.database.version
+            if self._on_stale == "warn":
+                if self._warned != version:
+                    self._warned = version
+                    warnings.warn(
+                        f"version {version} of {self._storage.url} is {staleness.steps} steps and "
+                        f"{staleness.seconds:.0f} s behind: is the refresher running?",
+                        stacklevel=2,
+                    )
+                break
+            if self._timeout is not None and time.monotonic() - started > self._timeout:
+                raise TimeoutError(
+                    f"version {version} of {self._storage.url} is still {staleness.steps} steps and "
+                    f"{staleness.seconds:.0f} s behind after {self._timeout:.0f} s: is the refresher running?"
+                )
+            self._sleep(_POLL_SECONDS)
+            self._take_newest()
+        return self.database
+
+    def _take_newest(self) -> None:
+        found = Manifest.load(self._storage)
+        if found is not None and found.version.id != self.database.version:
+            self.database = Database.open(self._storage.url)
+            self._taken = time.monotonic()

@@ -1,0 +1,337 @@
+"""Versions of a database: the same text under other vectors, each opened whole, switched by one pointer.
+
+``manifest.json`` at the top describes the *current* version and names all that can be opened. A later version's own
+tables, manifest, reports and receipts lie under ``versions/<n>/``; the text tables are shared. To publish is to replace
+``manifest.json``, atomically: a kill leaves the old version or the new one, and what was not published does not exist.
+Realm's refresh (Guu et al. 2020, section 3.3) is one use of it; `docs/versions.md` tells the others.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO, Any, Final
+
+from retrodb.errors import DamagedError, InputError
+from retrodb.formats import Committed, File, HashingWriter, path_of
+from retrodb.manifest import (
+    FIRST_VERSION,
+    MANIFEST_NAME,
+    REPORTS_FOLDER,
+    TABLES,
+    VERSIONED_TABLES,
+    VERSIONS_FOLDER,
+    WORK_FOLDER,
+    KeptVersion,
+    Manifest,
+    fingerprint,
+    is_of_a_table,
+    version_folder,
+    version_path,
+)
+from retrodb.storage import Storage
+
+KEPT_VERSIONS: Final = 3
+"""The newest so many versions are kept, always."""
+GRACE_SECONDS: Final = 24 * 3600
+"""On an object store nobody can tell who still reads: a version is kept so long after another took its place."""
+
+_CONTROL: Final = (MANIFEST_NAME, REPORTS_FOLDER, WORK_FOLDER)
+
+
+@dataclass
+class VersionStorage(Storage):
+    """The database as a build of version ``version`` sees it: what it writes goes to that version's folder.
+
+    Recorded files are read where they are recorded, of whatever version; tables that a version has of its own are
+    *written* below ``versions/<n>/``, and its manifest, reports and receipts lie there. Text tables are everyone's.
+    """
+
+    version: int = field(default=FIRST_VERSION)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VersionStorage, (self.url, self.version)
+
+    def _own(self, relative: str, folders: Sequence[str]) -> str:
+        folder = version_folder(self.version)
+        return f"{folder}/{relative}" if folder and relative.split("/", 1)[0] in folders else relative
+
+    def path(self, relative: str) -> str:
+        return super().path(self._own(relative, _CONTROL))
+
+    def describe(self, file: File) -> str:
+        return super().describe(self._own(path_of(file), _CONTROL))
+
+    def commit(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
+        """As `Storage.commit`; what it returns has the path where the file lies."""
+        return super().commit(self._own(relative, VERSIONED_TABLES), write)
+
+    def list_files(self, relative: str) -> list[str]:
+        return super().list_files(self._own(relative, VERSIONED_TABLES))
+
+    def list_folders(self, relative: str) -> list[str]:
+        return super().list_folders(self._own(relative, VERSIONED_TABLES))
+
+    def list_below(self, folder: str) -> list[str]:
+        return super().list_below(self._own(folder, VERSIONED_TABLES))
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def load_version(storage: Storage, version: int | None) -> Manifest | None:
+    """The manifest of a version; None takes the current one. None where there is no database.
+
+    Raises:
+        InputError: there is no such version; names those there are.
+        DamagedError: its manifest is lost or malformed.
+    """
+    current = Manifest.load(storage)
+    if current is None or version is None or version == current.version.id:
+        return current
+    kept = {entry.version.id: entry for entry in current.versions}
+    if version not in kept:
+        there = ", ".join(map(str, sorted(kept))) or str(current.version.id)
+        raise InputError(f"{storage.url} has no version {version}; there are: {there} (current: {current.version.id}).")
+    data = storage.read_json(kept[version].path)
+    if data is None:
+        raise DamagedError(f"{storage.describe(kept[version].path)} is missing: version {version} cannot be opened.")
+    return Manifest.parse(data, storage.describe(kept[version].path))
+
+
+def pin(storage: Storage, manifest: Manifest) -> IO[bytes] | None:
+    """Hold a version, so that `collect` leaves it, for as long as the answer is open; None where that cannot be.
+
+    A shared ``flock`` on the version's manifest: it needs no write permission, and ends with the process.
+    """
+    if not storage.is_local:
+        return None
+    with contextlib.suppress(OSError):
+        # A first version has no manifest of its own before there is a second one: that one is this very file then.
+        path = version_path(manifest.version.id) if manifest.versions else MANIFEST_NAME
+        file = open(storage.path(path), "rb")  # noqa: SIM115 - open for as long as the reader is
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        return file
+    return None
+
+
+def _is_pinned(storage: Storage, version: int) -> bool:
+    if not storage.is_local:
+        return False
+    try:
+        with open(storage.path(version_path(version)), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+# -- publishing --------------------------------------------------------------------------------------------------------
+
+
+def now() -> str:
+    """UTC in ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def next_version(current: Manifest) -> int:
+    """An id that no version of the database has had."""
+    return max([current.version.id, *(kept.version.id for kept in current.versions)]) + 1
+
+
+def corpus_fingerprint(manifest: Manifest) -> str:
+    """What the vectors of a version are of: the recorded chunk shards."""
+    return fingerprint({shard.path: shard.sha256 for shard in manifest.shards("chunks")})
+
+
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """What a version records of its vectors (`Version.facts`).
+
+    Raises:
+        DamagedError: there is not one vector a chunk: such a version is never published.
+    """
+    rows, chunks = manifest.rows("embeddings"), manifest.rows("chunks")
+    if rows != chunks:
+        raise DamagedError(f"there are {rows:,} vectors for {chunks:,} chunks: this version is not published.")
+    encoder = manifest.fingerprints["encoder"]
+    return {
+        "corpus": corpus_fingerprint(manifest),
+        "encoder": encoder["fingerprint"],
+        "metric": manifest.stages["index"].made_from["metric"],
+        "dim": encoder["dimension"],
+        "dtype": "float16",
+        "rows": rows,
+    }
+
+
+def publish(storage: Storage, made: Manifest) -> Manifest:
+    """Make a finished version the current one. Needs the build lock.
+
+    Args:
+        storage: the database.
+        made: its manifest, with its `Version`.
+
+    Returns:
+        What ``manifest.json`` says now.
+
+    Raises:
+        DamagedError: it lacks vectors (`facts_of`), or there is no current version to follow.
+    """
+    current = Manifest.load_whole(storage)
+    if current is None:
+        raise DamagedError(f"{storage.url} has no {MANIFEST_NAME} to publish beside.")
+    own = replace(made, version=replace(made.version, facts=facts_of(made)), versions=())
+    kept = list(current.versions) or [_keep_first(storage, current)]
+    written = storage.commit_bytes(version_path(own.version.id), own.as_bytes())
+    kept.append(KeptVersion(own.version, written.bytes, written.sha256))
+    published = replace(own, versions=tuple(kept))
+    published.save(storage)
+    return published
+
+
+def switch(storage: Storage, version: int) -> Manifest:
+    """Make a kept version the current one again: one pointer. Needs the build lock.
+
+    Raises:
+        InputError: there is no such version.
+        DamagedError: its manifest is lost, or not what was published.
+    """
+    current = Manifest.load_whole(storage)
+    found = load_version(storage, version)
+    if current is None or found is None:
+        raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+    if version == current.version.id:
+        return current
+    switched = replace(found, versions=current.versions)
+    kept = next(entry for entry in current.versions if entry.version.id == version)
+    if storage.sha256(kept.path) != kept.sha256:
+        raise DamagedError(f"{storage.describe(kept.path)} is not what was published: version {version} is refused.")
+    switched.save(storage)
+    return switched
+
+
+def _keep_first(storage: Storage, current: Manifest) -> KeptVersion:
+    """Give the first version a manifest of its own: the same file, so that whoever holds it holds the version."""
+    place = version_path(current.version.id)
+    data = current.as_bytes()
+    storage.delete(place)  # of a publication that was killed here
+    if storage.is_local:
+        target = storage.path(place)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with contextlib.suppress(OSError):  # no hard links here: a copy is what readers from now on hold
+            os.link(storage.path(MANIFEST_NAME), target)
+    if storage.size(place) is None:
+        storage.commit_bytes(place, data)
+    version = replace(current.version, created=current.version.created or _written(storage), facts=facts_of(current))
+    return KeptVersion(version, len(data), storage.sha256(place))
+
+
+def _written(storage: Storage) -> str:
+    """When the first version's manifest was written, as far as that can be told: a plain build does not say."""
+    seconds = os.stat(storage.path(MANIFEST_NAME)).st_mtime if storage.is_local else None
+    at = (
+        datetime.datetime.now(datetime.UTC)
+        if seconds is None
+        else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    )
+    return at.isoformat(timespec="seconds")
+
+
+# -- retiring ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` did: versions that went, files and bytes that went with them, and who was kept though old."""
+
+    retired: tuple[int, ...]
+    in_use: tuple[int, ...]
+    files: int
+    bytes: int
+
+
+def collect(
+    storage: Storage, keep: int = KEPT_VERSIONS, grace: float = GRACE_SECONDS, *, dry_run: bool = False
+) -> Collected:
+    """Retire old versions: all but the newest ``keep``, the current one, and those in use. Needs the build lock.
+
+    A version leaves the manifest before a file of it goes, so that a kill in between leaves files that nobody names,
+    which the next call removes. Files that a kept version names stay, whoever made them.
+
+    Args:
+        storage: the database.
+        keep: so many of the newest stay, at least `KEPT_VERSIONS`.
+        grace: seconds that a version stays on an object store, where nobody can tell who reads it.
+        dry_run: say it, and do nothing.
+
+    Raises:
+        InputError: ``keep`` is too small.
+    """
+    if keep < KEPT_VERSIONS:
+        raise InputError(f"keep {keep}: the newest {KEPT_VERSIONS} versions are always kept.")
+    current = Manifest.load_whole(storage)
+    if current is None:
+        raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+    newest = {entry.version.id for entry in sorted(current.versions, key=lambda kept: kept.version.id)[-keep:]}
+    stay, retired, in_use = [], [], []
+    for entry in current.versions:
+        number = entry.version.id
+        if number in newest or number == current.version.id:
+            stay.append(entry)
+        elif _is_pinned(storage, number) or _is_recent(storage, current, number, grace):
+            stay.append(entry)
+            in_use.append(number)
+        else:
+            retired.append(entry)
+    manifests = [current] + [found for entry in stay if (found := load_version(storage, entry.version.id)) is not None]
+    named = {shard.path for manifest in manifests for shards in manifest.tables.values() for shard in shards}
+    numbers = {entry.version.id for entry in stay}
+    gone = list(_unnamed(storage, named, numbers, current.version.id)) if current.versions else []
+    gone += [path for entry in retired for path in _own_files(storage, entry.version.id, named)]
+    gone = sorted(set(gone))
+    size = sum(storage.size(path) or 0 for path in gone)
+    if not dry_run:
+        if retired:
+            replace(current, versions=tuple(stay)).save(storage)
+        storage.delete(*gone)
+        for entry in retired:
+            if not storage.list_below(f"{VERSIONS_FOLDER}/{entry.version.id}"):
+                storage.delete_folder(f"{VERSIONS_FOLDER}/{entry.version.id}")
+    return Collected(tuple(entry.version.id for entry in retired), tuple(in_use), len(gone), size)
+
+
+def _is_recent(storage: Storage, current: Manifest, number: int, grace: float) -> bool:
+    """Whether an object store's version was replaced less than ``grace`` seconds ago."""
+    if storage.is_local:
+        return False
+    followers = [k.version.created for k in current.versions if k.version.id > number and k.version.created]
+    if not followers:
+        return True
+    replaced = datetime.datetime.fromisoformat(min(followers))
+    return (datetime.datetime.now(datetime.UTC) - replaced).total_seconds() < grace
+
+
+def _own_files(storage: Storage, number: int, named: set[str]) -> Iterator[str]:
+    """What a retired version leaves: in its folder, and, of the first one, in the tables' own folders."""
+    folder = version_folder(number)
+    if folder:
+        yield from (path for path in storage.list_below(folder) if path not in named)
+    else:
+        yield version_path(number)
+
+
+def _unnamed(storage: Storage, named: set[str], kept: set[int], current: int) -> Iterator[str]:
+    """Files of tables that no kept version names: of retired ones, or of a collection that was killed."""
+    for table in TABLES:
+        yield from (path for path in storage.list_below(table) if path not in named and is_of_a_table(path))
+    for name in storage.list_folders(VERSIONS_FOLDER):
+        if name.isdigit() and int(name) not in kept and int(name) < current:
+            yield from (path for path in storage.list_below(f"{VERSIONS_FOLDER}/{name}") if path not in named)

@@ -1,0 +1,590 @@
+"""Versions of a database: refreshed beside the readers, published by one pointer, retired when nobody reads them.
+
+The labels R1 to R7 are those of the requirements of REALM mode.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import (
+    Progress,
+    Running,
+    build_here,
+    make_tiny_encoder,
+    manifest_of,
+    retrodb,
+    save_manifest,
+    stamps,
+    strays,
+    table_of,
+)
+
+import retrodb as package
+from retrodb.config import RunSettings
+from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.database import Database
+from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
+from retrodb.lock import build_lock
+from retrodb.manifest import Manifest
+from retrodb.quality.verify import verify_database
+from retrodb.refreshing import Follower, Schedule, Staleness, StalenessLimit
+from retrodb.storage import Storage
+from retrodb.versions import collect, publish, switch
+
+QUERY = "how are names bound"
+TABLES_OF_A_VERSION = ("embeddings", "neighbours", "training", "leakage")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five encoders: what a trainer exports, one after the other."""
+    folder = tmp_path_factory.mktemp("exports")
+    return [make_tiny_encoder(folder / f"step-{step}", seed=step) for step in range(5)]
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text: four topics of the Python language reference."""
+    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][:4]
+    path = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(topics: Path, encoders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of one version. Do not change it."""
+    out = tmp_path_factory.mktemp("db") / "db"
+    build_here([topics], out, encoder=str(encoders[0]), shard_bytes="8KiB")
+    return out
+
+
+@pytest.fixture
+def database(first: Path, tmp_path: Path) -> Path:
+    """A copy of `first` to be changed."""
+    shutil.copytree(first, tmp_path / "db")
+    return tmp_path / "db"
+
+
+def refreshed(database: Path, encoder: Path, step: int | None = None) -> int:
+    """Refresh in this process; the current version's id."""
+    from retrodb.pipelines.refresh import refresh
+
+    return refresh(Storage(str(database)), str(encoder), RunSettings(workers=1), Progress(), step).version
+
+
+def answers(db: Database) -> list[tuple[int, float]]:
+    return [(hit.chunk_id, hit.distance) for hit in db.search(QUERY, k=5)]
+
+
+def problems(database: Path, version: int | None = None) -> list[str]:
+    return [found.path for found in verify_database(package.open(str(database), version=version), 1.0).problems]
+
+
+# -- R1, R2, R6, R7: refresh -------------------------------------------------------------------------------------------
+
+
+def test_refresh_R1_readers_keep_their_answers_while_a_version_is_made_beside_theirs(
+    database: Path, encoders: list[Path]
+) -> None:
+    reader = package.open(str(database))
+    before, neighbours = answers(reader), reader.neighbours(0)
+    seen = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append((answers(reader), reader.neighbours(0)))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert refreshed(database, encoders[1]) == 2
+    done.set()
+    thread.join()
+    assert len(seen) > 1
+    assert all(one == (before, neighbours) for one in seen)
+    assert answers(reader) == before  # and after the switch, with nothing cached
+    assert reader.embeddings(0).tobytes() == package.open(str(database), version=1).embeddings(0).tobytes()
+    assert answers(package.open(str(database))) != before
+
+
+def test_refresh_R1_a_version_is_what_a_build_with_that_encoder_would_be(
+    database: Path, topics: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    text = {table: stamps(database / table) for table in ("documents", "chunks", "duplicates", "quarantine")}
+    refreshed(database, encoders[1])
+    build_here([topics], tmp_path / "other", encoder=str(encoders[1]), shard_bytes="8KiB")
+    for table in TABLES_OF_A_VERSION:
+        if table != "embeddings":
+            assert table_of(database, table).equals(table_of(tmp_path / "other", table)), table
+        assert {shard["path"].split("/")[0] for shard in manifest_of(database)["tables"][table]["shards"]} == {
+            "versions"
+        }
+    assert text == {table: stamps(database / table) for table in text}, "the text is every version's"
+    assert problems(database) == problems(database, version=1) == []
+
+
+def test_publish_R2_a_version_records_what_it_is(database: Path, encoders: list[Path]) -> None:
+    refreshed(database, encoders[1], step=500)
+    manifest = manifest_of(database)
+    version = manifest["version"]
+    assert (version["id"], version["parent"], version["made_by"], version["step"]) == (2, 1, "refresh", 500)
+    rows = sum(shard["rows"] for shard in manifest["tables"]["chunks"]["shards"])
+    facts = version["facts"]
+    assert (facts["metric"], facts["dim"], facts["dtype"], facts["rows"]) == ("l2", 32, "float16", rows)
+    assert facts["encoder"] == manifest["fingerprints"]["encoder"]["fingerprint"]
+    kept = {entry["version"]["id"]: entry["version"] for entry in manifest["versions"]}
+    assert set(kept) == {1, 2}
+    assert kept[1]["facts"]["corpus"] == facts["corpus"], "the same text"
+    assert kept[1]["facts"]["encoder"] != facts["encoder"]
+    assert kept[1]["created"] <= kept[2]["created"]
+
+
+def test_publish_R2_a_version_without_a_vector_for_each_chunk_is_never_published(
+    database: Path, encoders: list[Path]
+) -> None:
+    refreshed(database, encoders[1])
+    storage = Storage(str(database))
+    whole = Manifest.load_whole(storage)
+    assert whole is not None
+    short = whole.tables["embeddings"][1:]
+    broken = replace(
+        whole, tables={**whole.tables, "embeddings": short}, version=replace(whole.version, id=3), versions=()
+    )
+    with pytest.raises(DamagedError, match=r"vectors for .* chunks: this version is not published"):
+        publish(storage, broken)
+    assert manifest_of(database)["version"]["id"] == 2
+
+
+def test_refresh_R6_the_same_encoder_is_nothing_to_do(database: Path, encoders: list[Path]) -> None:
+    before = stamps(database)
+    assert refreshed(database, encoders[0], step=7) == 1
+    assert stamps(database) == before
+    refreshed(database, encoders[1])
+    before = stamps(database)
+    assert refreshed(database, encoders[1]) == 2
+    assert stamps(database) == before
+
+
+def test_refresh_R7_answers_carry_the_version(database: Path, encoders: list[Path]) -> None:
+    refreshed(database, encoders[1])
+    assert package.open(str(database)).version == 2
+    for version, flags in ((2, ()), (1, ("--version", 1))):
+        assert retrodb("query", database, QUERY, "--json", *flags).json["version"] == version
+        assert retrodb("show", database, 0, "--json", *flags).json["version"] == version
+        info = retrodb("info", database, "--json", *flags).json
+        assert info["version"]["id"] == version
+    ran = retrodb("query", database, QUERY, "--version", 9)
+    assert ran.code == 3
+    assert "has no version 9; there are: 1, 2 (current: 2)" in ran.err
+
+
+def test_a_refresh_of_what_is_no_finished_database_is_refused(
+    topics: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is not a retrodb database"):
+        refreshed(tmp_path / "nothing", encoders[1])
+    build_here([topics], tmp_path / "db", encoder=str(encoders[0]), until="chunk")
+    with pytest.raises(InputError, match="is not finished: run its build to the end"):
+        refreshed(tmp_path / "db", encoders[1])
+
+
+def test_a_refresh_from_damaged_text_is_refused_and_publishes_nothing(database: Path, encoders: list[Path]) -> None:
+    path = database / manifest_of(database)["tables"]["chunks"]["shards"][0]["path"]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(DamagedError, match=r"chunks/00000\.parquet .*damaged"):
+        refreshed(database, encoders[1])
+    assert manifest_of(database)["version"]["id"] == 1
+
+
+def test_a_refresh_to_no_encoder_leaves_the_database_as_it_was(database: Path, tmp_path: Path) -> None:
+    before = stamps(database)
+    (tmp_path / "empty").mkdir()
+    for encoder in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(InputError):
+            refreshed(database, encoder)
+    assert stamps(database) == before
+
+
+def test_another_process_building_is_named(database: Path, encoders: list[Path]) -> None:
+    with build_lock(Storage(str(database))), pytest.raises(LockedError):
+        refreshed(database, encoders[1])
+
+
+def test_a_build_over_several_versions_is_refused(database: Path, topics: Path, encoders: list[Path]) -> None:
+    refreshed(database, encoders[1])
+    before = stamps(database)
+    with pytest.raises(InputError, match=r"has several versions \(current: 2, made by refresh\)"):
+        build_here([topics], database, encoder=str(encoders[0]), shard_bytes="8KiB")
+    assert stamps(database) == before
+
+
+def test_an_earlier_version_is_current_again_by_one_pointer(database: Path, encoders: list[Path]) -> None:
+    before = answers(package.open(str(database)))
+    refreshed(database, encoders[1])
+    after = answers(package.open(str(database)))
+    storage = Storage(str(database))
+    for version, expected in ((1, before), (2, after), (1, before)):
+        with build_lock(storage):
+            switch(storage, version)
+        db = package.open(str(database))
+        assert (db.version, answers(db)) == (version, expected)
+        assert problems(database) == []
+    assert refreshed(database, encoders[2]) == 3, "an id is never used again"
+
+
+# -- R3: killed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["embeddings", "index", "neighbours", "training", "manifest"])
+def test_publish_R3_killed_leaves_one_version(database: Path, encoders: list[Path], moment: str) -> None:
+    before = answers(package.open(str(database)))
+    running = Running.start("refresh", database, "--encoder", encoders[1], "--workers", 1)
+    folder = database / "versions" / "2"
+    places = {"manifest": database / "versions" / "1", "index": folder / "index"}
+    running.wait_for(places.get(moment, folder / moment).exists)
+    running.kill()
+    db = package.open(str(database))
+    assert db.version in (1, 2)
+    if db.version == 1:
+        assert answers(db) == before
+    assert problems(database) == []
+    ran = retrodb("refresh", database, "--encoder", encoders[1], "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["version"] == 2
+    assert problems(database) == []
+    assert [name for name in strays(database) if not name.endswith("manifest.json")] == leftovers_of_first(database)
+    assert not (folder / ".build").exists()
+
+
+def leftovers_of_first(database: Path) -> list[str]:
+    """What the first version still has, and the second names no more."""
+    first = json.loads((database / "versions/1/manifest.json").read_text(encoding="utf-8"))
+    named = {shard["path"] for table in manifest_of(database)["tables"].values() for shard in table["shards"]}
+    own = {shard["path"] for table in first["tables"].values() for shard in table["shards"]}
+    reports = {str(p.relative_to(database)) for p in (database / "versions").rglob("reports/*.json")}
+    return sorted((own - named) | {path for path in reports if not path.endswith("manifest.json")})
+
+
+def test_refresh_R3_what_a_killed_refresh_to_another_encoder_left_is_not_taken(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(database, tmp_path / "same")
+    running = Running.start("refresh", database, "--encoder", encoders[1], "--workers", 1)
+    running.wait_for((database / "versions/2/neighbours").exists)
+    running.kill()
+    assert manifest_of(database)["version"]["id"] == 1
+    refreshed(database, encoders[2])
+    refreshed(tmp_path / "same", encoders[2])
+    for table in ("neighbours", "training"):
+        assert table_of(database, table).equals(table_of(tmp_path / "same", table))
+    assert problems(database) == []
+
+
+def test_refresh_R3_a_killed_refresh_goes_on_from_what_it_had(database: Path, encoders: list[Path]) -> None:
+    running = Running.start("refresh", database, "--encoder", encoders[1], "--workers", 1)
+    running.wait_for((database / "versions/2/index").exists)
+    running.kill()
+    vectors = stamps(database / "versions/2/embeddings")
+    assert refreshed(database, encoders[1]) == 2
+    assert stamps(database / "versions/2/embeddings") == vectors
+
+
+# -- R4: retired -------------------------------------------------------------------------------------------------------
+
+
+def test_collect_R4_the_newest_three_and_those_in_use_stay(database: Path, encoders: list[Path]) -> None:
+    storage = Storage(str(database))
+    reader = package.open(str(database))
+    before = answers(reader)
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    done = collect(storage)
+    assert (done.retired, done.in_use) == ((2,), (1,))
+    assert not (database / "versions/2").exists()
+    del reader.__dict__["_searcher"]  # nothing kept in memory: all is read anew
+    assert answers(reader) == before
+    assert problems(database) == []
+    reader.close()
+    assert collect(storage).retired == (1,)
+    assert not (database / "embeddings").exists() or not list((database / "embeddings").iterdir())
+    assert [entry["version"]["id"] for entry in manifest_of(database)["versions"]] == [3, 4, 5]
+    for version in (3, 4, 5):
+        assert problems(database, version=version) == []
+    with pytest.raises(InputError, match="has no version 1; there are: 3, 4, 5"):
+        package.open(str(database), version=1)
+    assert collect(storage) == type(done)((), (), 0, 0), "a second time there is nothing to do"
+
+
+def test_collect_R4_a_reader_in_another_process_holds_its_version(database: Path, encoders: list[Path]) -> None:
+    code = (
+        "import retrodb, sys; db = retrodb.open(sys.argv[1]); print(db.version, flush=True); sys.stdin.read(); "
+        f"print([hit.chunk_id for hit in db.search({QUERY!r}, k=5)])"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, str(database)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "1\n"
+    expected = [chunk_id for chunk_id, _ in answers(package.open(str(database)))]
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    ran = retrodb("gc", database, "--json")
+    assert ran.json["in_use"] == [1]
+    out, _ = reader.communicate("\n", timeout=60)
+    assert json.loads(out) == expected
+    assert retrodb("gc", database, "--json").json["retired"] == [1]
+
+
+def test_collect_R4_fewer_than_three_cannot_be_asked_for(database: Path) -> None:
+    with pytest.raises(InputError, match="the newest 3 versions are always kept"):
+        collect(Storage(str(database)), keep=2)
+    assert retrodb("gc", database, "--keep", 2).code == 2
+
+
+def test_collect_R4_what_a_killed_collection_left_goes_with_the_next(database: Path, encoders: list[Path]) -> None:
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    storage = Storage(str(database))
+    kept = shutil.copytree(database / "versions/2", database.parent / "aside")
+    collect(storage)
+    shutil.copytree(kept, database / "versions/2", dirs_exist_ok=True)
+    assert collect(storage, dry_run=True).files > 0
+    assert (database / "versions/2").exists()
+    collect(storage)
+    assert not list((database / "versions/2").rglob("*.npy"))
+
+
+def test_a_retired_version_is_refused_in_words_not_mixed(database: Path, encoders: list[Path]) -> None:
+    reader = package.open(str(database))
+    reader.close()
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    assert collect(Storage(str(database))).retired == (1, 2)
+    with pytest.raises((MismatchError, DamagedError)):
+        reader.embeddings(0)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_verify_names_a_damaged_shard_of_any_version(database: Path, encoders: list[Path], of: int) -> None:
+    refreshed(database, encoders[1])
+    own = json.loads((database / f"versions/{of}/manifest.json").read_text(encoding="utf-8"))
+    path = own["tables"]["embeddings"]["shards"][0]["path"]
+    data = bytearray((database / path).read_bytes())
+    data[-1] ^= 1
+    (database / path).write_bytes(data)
+    assert problems(database) == [path]
+
+
+def test_verify_names_a_version_whose_manifest_is_not_what_was_published(database: Path, encoders: list[Path]) -> None:
+    refreshed(database, encoders[1])
+    path = database / "versions/1/manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"shard_bytes"', b'"shard_bytez"'))
+    assert "versions/1/manifest.json" in problems(database)
+    with pytest.raises(DamagedError):
+        switch(Storage(str(database)), 1)
+    path.unlink()
+    assert "versions/1/manifest.json" in problems(database)
+
+
+def test_a_manifest_that_numbers_versions_by_nonsense_is_damaged_not_a_traceback(
+    database: Path, encoders: list[Path]
+) -> None:
+    refreshed(database, encoders[1])
+    whole = manifest_of(database)
+    for nonsense in ({"id": "x"}, {"id": -1}, {"id": None}, [], "2", {"id": 2, "facts": []}, {"unknown": 1}):
+        save_manifest(database, {**whole, "version": nonsense})
+        with pytest.raises(DamagedError):
+            package.open(str(database))
+    save_manifest(database, {**whole, "versions": [{"version": {"id": 1}, "bytes": "x", "sha256": 1}]})
+    with pytest.raises(DamagedError):
+        package.open(str(database))
+
+
+# -- R5: following a trainer -------------------------------------------------------------------------------------------
+
+
+def test_schedule_R5_says_at_which_steps_a_refresh_is_due() -> None:
+    schedule = Schedule.parse("0-2000:500,3000-:1000")
+    assert schedule.is_due(0, None)
+    assert schedule.is_due(500, 0)
+    assert not schedule.is_due(499, 0)
+    assert not schedule.is_due(2500, 1500), "in a gap nothing is due"
+    assert not schedule.is_due(3000, 2001)
+    assert schedule.is_due(3001, 2001)
+    for wrong in ("", "500", "0-100", "0-100:0", "100-50:5", "0-:5,10-:5", "a-b:c"):
+        with pytest.raises(UsageError, match="--schedule"):
+            Schedule.parse(wrong)
+
+
+def test_staleness_R5_is_told_in_steps_and_in_seconds() -> None:
+    assert StalenessLimit.parse("1500") == StalenessLimit.parse("1500steps") == StalenessLimit(1500, None)
+    assert StalenessLimit.parse("10m") == StalenessLimit(None, 600.0)
+    assert StalenessLimit.parse("2000,1.5h") == StalenessLimit(2000, 5400.0)
+    assert StalenessLimit(10, None).is_passed(Staleness(11, 0.0))
+    assert not StalenessLimit(10, 60.0).is_passed(Staleness(10, 60.0))
+    assert StalenessLimit(None, 60.0).is_passed(Staleness(0, 61.0))
+    for wrong in ("", "x", "1.5steps", "-3", "5 parsecs"):
+        with pytest.raises(UsageError, match="--max-staleness"):
+            StalenessLimit.parse(wrong)
+
+
+def export(folder: Path, encoder: Path, step: int) -> None:
+    """As a trainer does it: written elsewhere, then named."""
+    folder.mkdir(exist_ok=True)
+    shutil.copytree(encoder, folder / f".writing-{step}")
+    (folder / f".writing-{step}").rename(folder / f"step-{step:06d}")
+
+
+def watch(database: Path, folder: Path, **settings: object) -> tuple[list[int], list[str]]:
+    """Follow `folder` in this process; the versions that were published, and what was said."""
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    progress = Progress()
+    watching = Watch(
+        Storage(str(database)), WatchSettings(str(folder), poll=0.05, **settings), RunSettings(workers=1), progress
+    )
+    watching.run()
+    return watching.published, progress.lines
+
+
+def test_watch_R5_starts_with_no_export_sleeps_publishes_and_ends_on_the_done_marker(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports"
+    running = Running.start("refresh", database, "--watch", folder, "--poll", 0.1, "--workers", 1)
+    time.sleep(3)
+    assert running.process.poll() is None, running.err
+    export(folder, encoders[1], 100)
+    assert running.wait_for(lambda: manifest_of(database)["version"]["id"] == 2)
+    (folder / ".writing-200").mkdir()  # an export under way is none
+    export(folder, encoders[2], 300)
+    assert running.wait_for(lambda: manifest_of(database)["version"]["id"] == 3)
+    (folder / "done").touch()
+    assert running.end() == 0, running.err
+    assert [e["version"]["step"] for e in manifest_of(database)["versions"]] == [None, 100, 300]
+    status = json.loads((folder / "refresher.json").read_text(encoding="utf-8"))
+    assert (status["version"], status["step"], status["staleness"]["steps"]) == (3, 300, 0)
+
+
+def test_watch_R5_takes_the_newest_that_is_due_and_the_last_one_always(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports"
+    for step, encoder in zip((100, 500, 900), encoders[1:], strict=False):
+        export(folder, encoder, step)
+    (folder / "done").touch()
+    published, _ = watch(database, folder, schedule=Schedule.parse("0-:500"))
+    assert published == [2]
+    assert manifest_of(database)["version"]["step"] == 900
+
+
+def test_watch_R5_a_second_refresher_goes_on_where_the_first_one_died(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 100)
+    running = Running.start("refresh", database, "--watch", folder, "--workers", 1)
+    running.wait_for((database / "versions/2/embeddings").exists)
+    running.kill()
+    (folder / "done").touch()
+    published, _ = watch(database, folder)
+    assert published in ([2], [])  # the kill may have come a moment after the switch
+    assert manifest_of(database)["version"]["step"] == 100
+    assert watch(database, folder)[0] == []
+
+
+def test_watch_R5_an_export_that_is_no_encoder_is_said_and_left_out(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports"
+    (folder / "step-50").mkdir(parents=True)
+    (folder / "step-50" / "model.safetensors").write_bytes(b"no weights")
+    (folder / "done").touch()
+    with pytest.raises(InputError, match="the last export cannot be used"):
+        watch(database, folder)
+    export(folder, encoders[1], 100)
+    published, _ = watch(database, folder)
+    assert published == [2]
+    export(folder, encoders[1], 150)  # the same weights: no new version, and no end of trying
+    assert watch(database, folder)[0] == []
+    assert manifest_of(database)["version"]["step"] == 100
+
+
+def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 400)
+    held = []
+
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    settings = WatchSettings(
+        str(folder), Schedule.parse("0-:1000"), StalenessLimit.parse("300"), on_stale="block", poll=0.01
+    )
+    refreshed(database, encoders[2], step=1)  # published: step 1; the export of step 400 is not due
+    progress = Progress()
+
+    def sleep(seconds: float) -> None:
+        held.append((folder / "hold").exists())
+        (folder / "done").touch()
+
+    Watch(Storage(str(database)), settings, RunSettings(workers=1), progress, sleep).run()
+    assert held == [True]
+    assert any("399 steps" in line and "more than --max-staleness" in line for line in progress.lines)
+    assert not (folder / "hold").exists(), "published at the end, and nobody has to wait"
+    assert manifest_of(database)["version"]["step"] == 400
+
+
+def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Path, encoders: list[Path]) -> None:
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        refreshed(database, encoders[len(waits)], step=500 * len(waits))
+
+    follower = Follower(str(database), StalenessLimit.parse("600"), "block", sleep=sleep)
+    assert follower.at(600).version == 1
+    assert not waits
+    assert follower.at(1_100).version == 2
+    assert len(waits) == 1
+    assert follower.staleness(1_100).steps == 600
+    warning = Follower(str(database), StalenessLimit.parse("600"), "warn")
+    with pytest.warns(UserWarning, match="version 2 of .* is 4500 steps"):
+        assert warning.at(5_000).version == 2
+    with pytest.raises(TimeoutError, match="is the refresher running"):
+        Follower(str(database), StalenessLimit.parse("1"), "block", timeout=0.0, sleep=lambda _: None).at(9_999)
+
+
+def test_the_command_line_of_refresh_refuses_what_cannot_be_meant(database: Path, encoders: list[Path]) -> None:
+    for flags, code, said in (
+        ((), 2, "give --encoder CKPT, or --watch DIR"),
+        (("--encoder", encoders[1], "--watch", database), 2, "not both"),
+        (("--watch", database / "manifest.json"), 3, "a file; name the folder"),
+        (("--watch", database.parent, "--schedule", "often"), 2, "--schedule"),
+        (("--watch", database.parent, "--max-staleness", "old"), 2, "--max-staleness"),
+        (("--watch", database.parent, "--on-stale", "shout"), 2, "give block or warn"),
+    ):
+        ran = retrodb("refresh", database, *flags)
+        assert (ran.code, said in ran.err) == (code, True), ran.err
+
+
+def test_vectors_of_a_version_are_read_by_numpy_alone(database: Path, encoders: list[Path]) -> None:
+    refreshed(database, encoders[1])
+    manifest = manifest_of(database)
+    for chunks, vectors in zip(
+        manifest["tables"]["chunks"]["shards"], manifest["tables"]["embeddings"]["shards"], strict=True
+    ):
+        assert np.load(database / vectors["path"]).shape == (chunks["rows"], 32)
