@@ -4,6 +4,8 @@ The labels R1 to R7 are those of the requirements of REALM mode.
 """
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -579,6 +581,25 @@ def test_the_command_line_of_refresh_refuses_what_cannot_be_meant(database: Path
     ):
         ran = retrodb("refresh", database, *flags)
         assert (ran.code, said in ran.err) == (code, True), ran.err
+
+
+def test_the_guide_to_versions_runs(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "versions.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-db").symlink_to(database)
+    (tmp_path / "step-500").symlink_to(encoders[1])
+    export(tmp_path / "exports", encoders[2], 600)
+    (tmp_path / "exports" / "done").touch()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        ran = retrodb(*shlex.split(line, comments=True)[1:])
+        assert ran.code == 0, (line, ran.err)
+    assert [entry["version"]["step"] for entry in manifest_of(database)["versions"]] == [None, None, 600]
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_vectors_of_a_version_are_read_by_numpy_alone(database: Path, encoders: list[Path]) -> None:

@@ -1,0 +1,176 @@
+"""The whole model: how it begins, what it computes, and the encoder that a database takes from it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from retrodb.encoding import EncoderFiles, resolve_encoder
+from retrodb.errors import InputError
+from retrodb.model.realm.config import RealmConfig
+from retrodb.model.realm.objective import Marginal, marginalise
+from retrodb.model.realm.packing import Texts
+from retrodb.model.realm.reader import Reader
+from retrodb.model.realm.retriever import Retriever
+
+_COPIED: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class MaskedQueries:
+    """A batch of masked queries with their candidates.
+
+    Attributes:
+        queries: n of them, masked, at most 96 tokens each.
+        positions, targets, wanted: int64, int64, bool [n, M]: the masked tokens (see `Reader.log_likelihood`).
+        titles, bodies: n * c texts: the candidates of query 0, then of query 1, ..; slot 0 is the null document.
+        valid: bool [n, c].
+    """
+
+    queries: Texts
+    positions: torch.Tensor
+    targets: torch.Tensor
+    wanted: torch.Tensor
+    titles: Texts
+    bodies: Texts
+    valid: torch.Tensor
+
+
+class Realm(nn.Module):
+    """Retriever and reader."""
+
+    def __init__(self, config: RealmConfig, retriever: nn.Module, reader: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.retriever = Retriever(retriever, config)
+        self.reader = Reader(reader, config)
+
+    @staticmethod
+    def start(encoder: str, dimension: int = 128, seed: int = 0) -> "Realm":
+        """From a BERT's weights: both parts begin as it, the heads at random.
+
+        Args:
+            encoder: as ``build --encoder``; a BERT.
+            dimension: of the vectors.
+            seed: of what is random.
+
+        Raises:
+            InputError: there is no such encoder, or it is no BERT.
+        """
+        files = resolve_encoder(encoder)
+        config = RealmConfig(bert=_bert_card(files), dimension=dimension, **_special_tokens(files))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Realm(config, _bert(files), _bert(files))
+
+    @staticmethod
+    def blank(config: RealmConfig) -> "Realm":
+        """Of a checkpoint's sizes, with weights to be loaded."""
+        from transformers import BertConfig, BertModel  # noqa: PLC0415 - seconds
+
+        card = BertConfig(**config.bert)
+        return Realm(config, *(BertModel(card, add_pooling_layer=False) for _ in range(2)))
+
+    def scores(self, batch: MaskedQueries) -> torch.Tensor:
+        """float [n, c]: f(x, z) of each query with its candidates, with live weights on both sides."""
+        n, slots = batch.valid.shape
+        queries = self.retriever.queries(batch.queries)
+        blocks = self.retriever.blocks(batch.titles, batch.bodies).view(n, slots, -1)
+        return torch.einsum("nd,ncd->nc", queries, blocks)
+
+    def forward(self, batch: MaskedQueries) -> Marginal:
+        """The marginal likelihood of each query's masked tokens."""
+        n, slots = batch.valid.shape
+        likelihood = self.reader.log_likelihood(
+            batch.queries.repeated(slots),
+            batch.bodies,
+            *(part.repeat_interleave(slots, 0) for part in (batch.positions, batch.targets, batch.wanted)),
+        )
+        return marginalise(self.scores(batch), likelihood.view(n, slots), batch.valid)
+
+    def export(self, folder: Path, tokenizer: EncoderFiles) -> None:
+        """Write the retriever as an encoder's folder: a BERT, [CLS], the projection; nothing normalises.
+
+        It has its name only when it is whole, as a refresher asks of an export.
+
+        Args:
+            folder: what it is to be called.
+            tokenizer: the encoder whose tokenizer the model reads with.
+        """
+        writing = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        self.retriever.bert.save_pretrained(writing, safe_serialization=True)  # type: ignore[operator]
+        for name in _COPIED:
+            if (tokenizer.transformer / name).exists():
+                shutil.copy(tokenizer.transformer / name, writing / name)
+        width = int(self.config.bert["hidden_size"])
+        kind = "sentence_transformers.models"
+        (writing / "1_Pooling").mkdir()
+        (writing / "2_Dense").mkdir()
+        modules: list[dict[str, Any]] = [
+            {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Dense", "type": f"{kind}.Dense"},
+        ]
+        _write_json(writing / "modules.json", modules)
+        pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        _write_json(writing / "1_Pooling" / "config.json", pooling)
+        dense = {
+            "in_features": width,
+            "out_features": self.config.dimension,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        _write_json(writing / "2_Dense" / "config.json", dense)
+        weight = self.retriever.projection.weight.detach().cpu().contiguous()
+        save_file({"linear.weight": weight}, writing / "2_Dense" / "model.safetensors")
+        writing.rename(folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _bert_card(files: EncoderFiles) -> dict[str, Any]:
+    from transformers import BertConfig  # noqa: PLC0415
+
+    try:
+        found = json.loads((files.transformer / "config.json").read_text(encoding="utf-8"))
+        if found.get("model_type") != "bert":
+            raise InputError(f"the encoder {files.name!r} is a {found.get('model_type')!r}: REALM starts from a BERT.")
+        card: dict[str, Any] = BertConfig(**found).to_diff_dict()
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"the encoder {files.name!r} has no readable config.json: {error}.") from error
+    full = BertConfig(**card)
+    return {**card, "hidden_size": full.hidden_size, "vocab_size": full.vocab_size}
+
+
+def _bert(files: EncoderFiles) -> nn.Module:
+    from transformers import BertModel  # noqa: PLC0415
+
+    try:
+        model: nn.Module = BertModel.from_pretrained(
+            files.transformer, add_pooling_layer=False, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the encoder {files.name!r} cannot be loaded: {error}") from error
+    return model.float()
+
+
+def _special_tokens(files: EncoderFiles) -> dict[str, int]:
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    path = files.transformer / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"the encoder {files.name!r} has no tokenizer.json.")
+    tokenizer = Tokenizer.from_file(str(path))
+    found = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "mask")}
+    if missing := sorted(name for name, number in found.items() if number is None):
+        raise InputError(f"the tokenizer of {files.name!r} has no [{missing[0].upper()}] token: REALM needs it.")
+    return {name: int(number) for name, number in found.items() if number is not None}
