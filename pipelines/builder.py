@@ -26,6 +26,7 @@ from retrodb.manifest import (
     DEDUP_REPORT,
     LEAKAGE_REPORT,
     RECALL_REPORT,
+    REPORT_PATH,
     REPORT_SHA256,
     REPORTS_FOLDER,
     STAGE_REPORTS,
@@ -236,7 +237,9 @@ class Builder:
         if report is not None:
             before = self.manifest
             self.manifest = before.with_stage(stage, state, tables)  # what the report is made from
-            state = replace(state, details={**details, REPORT_SHA256: report(state)})
+            where = self.storage.placed(STAGE_REPORTS[stage])
+            elsewhere = {REPORT_PATH: where} if where != STAGE_REPORTS[stage] else {}
+            state = replace(state, details={**details, **elsewhere, REPORT_SHA256: report(state)})
             self.manifest = before
         manifest = replace(self.manifest.with_stage(stage, state, tables), **changes)
         self.manifest = replace(

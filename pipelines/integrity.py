@@ -99,11 +99,15 @@ def recorded_scans(manifest: Manifest) -> dict[str, ScannedFile]:
 def damaged_reports(storage: Storage, manifest: Manifest) -> set[str]:
     """The finished stages whose report is missing or not what was recorded."""
     recorded = {
-        stage: manifest.stages[stage].details[REPORT_SHA256]
+        stage: manifest.stages[stage]
         for stage in STAGE_REPORTS
         if stage in manifest.stages and REPORT_SHA256 in manifest.stages[stage].details
     }
-    return {stage for stage, sha256 in recorded.items() if storage.sha256_if_there(STAGE_REPORTS[stage]) != sha256}
+    return {
+        stage
+        for stage, state in recorded.items()
+        if storage.sha256_if_there(state.report(stage)) != state.details[REPORT_SHA256]
+    }
 
 
 def _suspected(storage: Storage) -> set[str]:

@@ -29,7 +29,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import RECALL_REPORT, REPORT_SHA256, TEMPLATE_NUMBER, StageState, shard_of
+from retrodb.manifest import RECALL_REPORT, TEMPLATE_NUMBER, StageState, shard_of
 from retrodb.neighbours import from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
@@ -193,8 +193,7 @@ def build_neighbours(builder: Builder) -> None:
 
 def write_recall_report(builder: Builder, state: StageState) -> str:
     """Commit ``reports/recall.json``, which is what is recorded of the stage; its sha256."""
-    told = {name: value for name, value in state.details.items() if name != REPORT_SHA256}
-    return builder.storage.commit_json(RECALL_REPORT, told).sha256
+    return builder.storage.commit_json(RECALL_REPORT, state.facts).sha256
 
 
 _CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")

@@ -12,7 +12,7 @@ A `Database` reads the manifest once and follows it: it keeps the picture of the
 a build has changed it since (`retrodb.snapshot`). It runs no code from the database and follows no path out of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrodb.chunking.tokenizer import ChunkTokenizer, load_tokenizer, tokenizer_from_json
+from retrodb.deletions import Deletions
 from retrodb.encoding import EncoderIdentity, chunk_texts, identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of, taken_from
@@ -143,26 +144,36 @@ class Database:
         for shard in self.manifest.shards(name):
             yield self.storage.read_table(shard, list(columns) if columns else None)
 
+    @cached_property
+    def deletions(self) -> Deletions:
+        """What is deleted, and still in the tables' files: everything here but `tables` passes over it."""
+        return Deletions.of(self.storage, self.manifest)
+
     def documents(self) -> Iterator[Document]:
-        """All documents, in order."""
+        """All documents, in order, but the deleted ones."""
         for table in self.tables("documents"):
-            for batch in table.to_batches(max_chunksize=256):
+            there = table.filter(~self.deletions.of_documents(table["document_id"].to_numpy()))
+            for batch in there.to_batches(max_chunksize=256):
                 yield from (_document(row) for row in batch.to_pylist())
 
     def chunks(self) -> Iterator[pa.Table]:
-        """The ``chunks`` table, shard by shard."""
-        return self.tables("chunks")
+        """The ``chunks`` table, shard by shard, but those of deleted documents."""
+        for table in self.tables("chunks"):
+            gone = self.deletions.of_chunks(table["chunk_id"].to_numpy())
+            yield table.filter(~gone) if gone.any() else table
 
     def embeddings(self, shard: int) -> np.ndarray:
         """float16 [rows, d]: the vectors of chunk shard number ``shard``, memory-mapped."""
         return self.storage.read_array(self._shard("embeddings", shard))
 
     def document(self, document_id: int) -> Document:
-        """One document. Raises InputError when it does not exist."""
+        """One document. Raises InputError when it does not exist, or is deleted."""
+        self._refuse_deleted(document_id, self.deletions.of_documents)
         return _document(self._row("documents", document_id))
 
     def chunk(self, chunk_id: int) -> Chunk:
-        """One chunk with its text. Raises InputError when it does not exist."""
+        """One chunk with its text. Raises InputError when it does not exist, or is deleted."""
+        self._refuse_deleted(chunk_id, self.deletions.of_chunks)
         row = self._row("chunks", chunk_id)
         tokens = tuple(row["tokens"][: row["n_tokens"]])
         text = self._chunk_text(row, tokens)
@@ -177,10 +188,13 @@ class Database:
         return following if following.document_id == self._row("chunks", chunk_id)["document_id"] else None
 
     def neighbours(self, chunk_id: int) -> list[Neighbour]:
-        """The stored neighbours of a chunk, best first. Raises InputError when there is no such chunk."""
+        """The stored neighbours of a chunk, best first, but deleted ones. Raises InputError as `chunk` does."""
+        self._refuse_deleted(chunk_id, self.deletions.of_chunks)
         row = self._row("neighbours", chunk_id)
         columns = (row["neighbour_ids"], row["neighbour_document_ids"], row["distances"])
-        return [Neighbour(*cells) for cells in zip(*columns, strict=True) if cells[0] is not None]
+        found = [Neighbour(*cells) for cells in zip(*columns, strict=True) if cells[0] is not None]
+        gone = self.deletions.of_chunks(np.array([one.chunk_id for one in found], dtype=np.int64))
+        return [one for one, deleted in zip(found, gone, strict=True) if not deleted]
 
     def training(self, split: str | None = "train", **options: Any) -> "TrainingDataset":
         """A PyTorch iterable dataset over the training sequences: see `retrodb.training.dataset`.
@@ -310,6 +324,10 @@ class Database:
         return chunk_texts(text.encode(), *bounds)[0]
 
     # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _refuse_deleted(self, identifier: int, of: Callable[[np.ndarray], np.ndarray]) -> None:
+        if len(self.deletions) and bool(of(np.array([identifier], dtype=np.int64))[0]):
+            raise InputError(f"{identifier} was deleted from {self.storage.url} (version {self.version}).")
 
     def _shard(self, table: str, number: int) -> Shard:
         for shard in self.manifest.shards(table):

@@ -32,6 +32,7 @@ TABLES: Final = (
     "neighbours",
     "training",
     "leakage",
+    "deleted",
 )
 STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 """In the order of the data flow; each depends on those before it, but none on training (`retrodb.pipelines.stages`)."""
@@ -46,6 +47,8 @@ STAGE_REPORTS: Final = {"dedup": DEDUP_REPORT, "neighbours": RECALL_REPORT, "rep
 """What a stage leaves for people to read."""
 REPORT_SHA256: Final = "report_sha256"
 """Key of a stage's details: the checksum of its report."""
+REPORT_PATH: Final = "report_path"
+"""Key of a stage's details: where its report lies, if a later version wrote it."""
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
@@ -79,12 +82,6 @@ def shard_path(table: str, number: int) -> str:
 def version_folder(version: int) -> str:
     """Where a version's own tables lie: the first one's in the database itself."""
     return "" if version == FIRST_VERSION else f"{VERSIONS_FOLDER}/{version}"
-
-
-def report_path(version: int, stage: str) -> str:
-    """Relative path of what a stage of a version leaves for people to read. Raises KeyError for a stage without one."""
-    folder = "" if stage in TEXT_STAGES else version_folder(version)
-    return f"{folder}/{STAGE_REPORTS[stage]}" if folder else STAGE_REPORTS[stage]
 
 
 def version_path(version: int) -> str:
@@ -155,6 +152,15 @@ class StageState:
     made_from: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def report(self, stage: str) -> str:
+        """Relative path of what the stage left for people to read. Raises KeyError for a stage without a report."""
+        return checked_relative(str(self.details.get(REPORT_PATH, STAGE_REPORTS[stage])))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The details without what is recorded of the report's file."""
+        return {name: value for name, value in self.details.items() if name not in (REPORT_SHA256, REPORT_PATH)}
 
     @staticmethod
     def parse(entry: Mapping[str, Any]) -> "StageState":

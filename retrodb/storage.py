@@ -117,6 +117,10 @@ class Storage:
             raise DamagedError(f"{self.describe(relative)} is a link, a folder or a device, not a file: refused.")
         return path
 
+    def placed(self, relative: str) -> str:
+        """Where a table's file, or a report, of this relative path is written: here, under that very path."""
+        return relative
+
     def describe(self, file: File) -> str:
         """A file as a person would name it, for messages."""
         return posixpath.join(self.url, path_of(file))

@@ -21,7 +21,6 @@ from retrodb.manifest import (
     MANIFEST_NAME,
     REPORTS_FOLDER,
     TABLES,
-    VERSIONED_TABLES,
     VERSIONS_FOLDER,
     WORK_FOLDER,
     KeptVersion,
@@ -45,8 +44,8 @@ _CONTROL: Final = (MANIFEST_NAME, REPORTS_FOLDER, WORK_FOLDER)
 class VersionStorage(Storage):
     """The database as a build of version ``version`` sees it: what it writes goes to that version's folder.
 
-    Recorded files are read where they are recorded, of whatever version; tables that a version has of its own are
-    *written* below ``versions/<n>/``, and its manifest, reports and receipts lie there. Text tables are everyone's.
+    Recorded files are read where they are recorded, of whatever version; what is *written* goes below
+    ``versions/<n>/``, where the version's manifest, reports and receipts lie too.
     """
 
     version: int = field(default=FIRST_VERSION)
@@ -58,6 +57,9 @@ class VersionStorage(Storage):
         folder = version_folder(self.version)
         return f"{folder}/{relative}" if folder and relative.split("/", 1)[0] in folders else relative
 
+    def placed(self, relative: str) -> str:
+        return self._own(relative, (*TABLES, REPORTS_FOLDER))
+
     def path(self, relative: str) -> str:
         return super().path(self._own(relative, _CONTROL))
 
@@ -66,16 +68,16 @@ class VersionStorage(Storage):
 
     def commit(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
         """As `Storage.commit`; what it returns has the path where the file lies."""
-        return super().commit(self._own(relative, VERSIONED_TABLES), write)
+        return super().commit(self._own(relative, TABLES), write)
 
     def list_files(self, relative: str) -> list[str]:
-        return super().list_files(self._own(relative, VERSIONED_TABLES))
+        return super().list_files(self._own(relative, TABLES))
 
     def list_folders(self, relative: str) -> list[str]:
-        return super().list_folders(self._own(relative, VERSIONED_TABLES))
+        return super().list_folders(self._own(relative, TABLES))
 
     def list_below(self, folder: str) -> list[str]:
-        return super().list_below(self._own(folder, VERSIONED_TABLES))
+        return super().list_below(self._own(folder, TABLES))
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

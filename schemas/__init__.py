@@ -125,6 +125,18 @@ def duplicates() -> pa.Schema:
     )
 
 
+def deleted() -> pa.Schema:
+    """One row a deleted document whose rows are still in the other tables: readers pass over them."""
+    return _schema(
+        "deleted",
+        [
+            ("document_id", pa.int64(), "the document"),
+            ("first_chunk_id", pa.int64(), "its first chunk; null where it has none"),
+            ("n_chunks", pa.int32(), "so many chunks from that one on are gone with it"),
+        ],
+    )
+
+
 def training(sequence_tokens: int, chunk_tokens: int, neighbours: int, token_type: str) -> pa.Schema:
     """One row a sequence of n = ``sequence_tokens`` tokens: n/m chunks with k' = ``neighbours`` neighbours each."""
     slots = sequence_tokens // chunk_tokens

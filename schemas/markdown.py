@@ -14,6 +14,7 @@ _TITLES = {
     "leakage": schemas.leakage(),
     "quarantine": schemas.quarantine(),
     "duplicates": schemas.duplicates(),
+    "deleted": schemas.deleted(),
 }
 
 

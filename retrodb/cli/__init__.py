@@ -1,5 +1,5 @@
-"""The command line, one small module a command: ``retrodb build | refresh | gc | plan | info | verify | query | show |
-export | index merge``, and ``train | retrofit | evaluate | generate`` of the reference model.
+"""The command line, one small module a command: ``retrodb build | refresh | delete | gc | plan | info | verify |
+query | show | export | index merge``, and ``train | retrofit | evaluate | generate`` of the reference model.
 
 One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that
 ``--help`` is immediate.
@@ -24,6 +24,7 @@ from retrodb.cli.evaluate import evaluate
 from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
+from retrodb.cli.living import delete
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
 from retrodb.cli.train import retrofit, train
@@ -40,7 +41,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, refresh, gc, plan, info, verify, query, show, export, train, retrofit, evaluate, generate):
+for command in (
+    build,
+    refresh,
+    delete,
+    gc,
+    plan,
+    info,
+    verify,
+    query,
+    show,
+    export,
+    train,
+    retrofit,
+    evaluate,
+    generate,
+):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 

@@ -112,6 +112,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
             f"{documents['quarantined']:,} quarantined"
             + (f"; {documents['validation']:,} for validation" if documents["validation"] else "")
         )
+        if documents["deleted"]:
+            lines.append(f"deleted     {documents['deleted']:,} documents, masked until the database is compacted")
         near = documents["near_duplicates"]
         if near and near["clusters"]:
             lines.append(f"duplicates  {near['in']:,} documents in {near['clusters']:,} near-duplicate clusters")
@@ -196,6 +198,11 @@ def print_info(facts: Mapping[str, Any]) -> None:
         echo(f"  {line}")
     if not facts["complete"]:
         echo(f"  not complete: {', '.join(facts['stages']) or 'no stage'} done; run the build again to go on")
+    if len(facts["versions"]) > 1:
+        echo(f"version {facts['version']['id']} of:")
+        for version in facts["versions"]:
+            step = "" if version["step"] is None else f", step {version['step']:,}"
+            echo(f"  {version['id']:<6}{version['made_by']:<10}{version['created'] or ''}{step}")
     echo("tables")
     for name, table in facts["tables"].items():
         echo(f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}")

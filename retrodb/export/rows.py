@@ -69,11 +69,16 @@ class NeighbourRows:
 
 
 def check_built(database: Database, *tables: str) -> None:
-    """Refuse a database that is not built as far as these tables, or has nothing in them.
+    """Refuse a database that is not built as far as these tables, has nothing in them, or deleted documents.
 
     Raises:
         InputError: naming the table.
     """
+    if len(database.deletions):
+        raise InputError(
+            f"{database.storage.url} holds {len(database.deletions):,} deleted documents, which other formats cannot "
+            "mask: run `retrodb compact` first."
+        )
     for table in tables:
         if table not in database.manifest.tables:
             raise InputError(f"{database.storage.url} has no {table} yet; run the build to its end.")

@@ -4,6 +4,7 @@ from typing import Final
 
 import numpy as np
 
+from retrodb.deletions import Deletions
 from retrodb.errors import InputError, MismatchError
 from retrodb.index import GroupedIndex, IndexFile, has_exact_codes
 from retrodb.manifest import Manifest
@@ -27,6 +28,7 @@ class Searcher:
         self.metric = state.details["metric"]
         self.dimension = int(manifest.fingerprints["encoder"]["dimension"])
         tuned = manifest.stages.get("neighbours")
+        self._deletions = Deletions.of(storage, manifest)
         chunks = {shard.number: shard for shard in manifest.shards("chunks")}
         self._documents = StoredDocuments(storage, chunks)
         embeddings = {shard.number: shard for shard in manifest.shards("embeddings")}
@@ -43,7 +45,7 @@ class Searcher:
         )
 
     def search(self, queries: np.ndarray, k: int, metric: str | None = None) -> Neighbours:
-        """The ``k`` nearest chunks of each query.
+        """The ``k`` nearest chunks of each query, deleted ones passed over.
 
         Args:
             queries: [q, d], rounded to the float16 that stored vectors have.
@@ -66,7 +68,7 @@ class Searcher:
         return find_neighbours(
             np.full(len(queries), -1, dtype=np.int64),
             rounded,
-            Exclusion.of_nothing(len(queries)),
+            Exclusion.of_nothing(len(queries), self._deletions if len(self._deletions) else None),
             self._index,
             vectors=self._vectors,
             documents=self._documents,

@@ -39,6 +39,7 @@ def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
         "quarantine": schemas.quarantine(),
         "duplicates": schemas.duplicates(),
         "leakage": schemas.leakage(),
+        "deleted": schemas.deleted(),
     }
     if facts.chunk_tokens:
         found["chunks"] = schemas.chunks(facts.chunk_tokens, facts.token_type)

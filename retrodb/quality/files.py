@@ -20,13 +20,11 @@ from retrodb.manifest import (
     TABLES,
     TEMPLATE_NUMBER,
     TEMPLATE_PATH,
-    VERSIONED_TABLES,
     VERSIONS_FOLDER,
     Manifest,
     Shard,
     fingerprint,
     is_of_a_table,
-    report_path,
     shard_path,
     version_folder,
 )
@@ -80,7 +78,7 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
             findings.add(MANIFEST_NAME, f"records an unknown table {table!r}")
             continue
         _check_entries(table, shards, manifest.version.id, findings)
-        if STAGE_OF[table] not in manifest.stages:
+        if table in STAGE_OF and STAGE_OF[table] not in manifest.stages:
             findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
     for table, stage in STAGE_OF.items():
         if stage in manifest.stages and table not in manifest.tables:
@@ -147,7 +145,7 @@ def _check_entries(table: str, shards: Iterable[Shard], version: int, findings: 
     for shard in shards:
         template = table == "index" and shard.number == TEMPLATE_NUMBER
         expected = TEMPLATE_PATH if template else shard_path(table, shard.number)
-        made_by, path = _maker(shard.path) if table in VERSIONED_TABLES else (FIRST_VERSION, shard.path)
+        made_by, path = _maker(shard.path)
         if path != expected or made_by > version:
             findings.add(MANIFEST_NAME, f"records shard {shard.number} of {table} as {shard.path!r}, not {expected!r}")
         if numbers[shard.number] > 1:
@@ -235,10 +233,11 @@ def _check_tokenizer(scene: Scene) -> None:
 def _check_reports(scene: Scene) -> None:
     """The reports of finished stages are those that the build wrote."""
     for stage in STAGE_REPORTS:
-        path = report_path(scene.manifest.version.id, stage)
-        recorded = scene.manifest.stages[stage].details.get(REPORT_SHA256) if scene.done(stage) else None
-        if recorded is None:
+        state = scene.manifest.stages[stage] if scene.done(stage) else None
+        recorded = state.details.get(REPORT_SHA256) if state is not None else None
+        if state is None or recorded is None:
             continue
+        path = state.report(stage)
         with scene.findings.blaming(path):
             found = scene.storage.sha256_if_there(path)
             if found is None:
@@ -255,11 +254,11 @@ def _check_nothing_else(scene: Scene, others: set[str]) -> None:
     recorded = {shard.path for shards in scene.manifest.tables.values() for shard in shards} | others
     current = Manifest.load(scene.storage) or scene.manifest
     for folder in [version_folder(kept.version.id) for kept in current.versions]:
-        for table in VERSIONED_TABLES if folder else ():
+        for table in TABLES if folder else ():
             for path in sorted(set(scene.storage.list_below(f"{folder}/{table}")) - recorded):
                 scene.findings.add(path, "is recorded by no version: `retrodb gc` removes it")
     for table in TABLES:
-        if not scene.done(STAGE_OF[table]):
+        if table in STAGE_OF and not scene.done(STAGE_OF[table]):
             continue  # what lies there does not exist yet: the build goes on from it, or clears it away
         chunking = table == "documents" and not scene.done("chunk")
         for path in scene.storage.list_below(table):

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
-from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
+from retrodb.manifest import MANIFEST_NAME, STAGES, TABLES, Manifest, Shard
 from retrodb.neighbours import Exclude, clusters_of
 from retrodb.quality.findings import Findings
 from retrodb.recent import Recent
@@ -168,7 +168,7 @@ class Scene:
     _trusted: dict[str, dict[int, Shard]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._trusted = {table: {s.number: s for s in self.manifest.shards(table)} for table in STAGE_OF}
+        self._trusted = {table: {s.number: s for s in self.manifest.shards(table)} for table in TABLES}
         self._ids = Recent(self._load_ids, lambda ids: ids.nbytes, _ID_CACHE_BYTES)
         self._tokens = Recent(self._load_tokens, lambda tokens: tokens.nbytes, _TOKEN_CACHE_BYTES)
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import REPORT_SHA256, STAGES, Manifest, report_path
+from retrodb.manifest import STAGES, Manifest
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
 
@@ -61,6 +61,7 @@ def _documents(manifest: Manifest) -> dict[str, Any] | None:
         },
         "quarantined": counts.get("quarantined", 0),
         "validation": counts.get("validation", 0),
+        "deleted": manifest.rows("deleted"),
         "near_duplicates": _near_duplicates(manifest),
     }
 
@@ -88,8 +89,7 @@ def _neighbours(manifest: Manifest) -> dict[str, Any] | None:
     if "neighbours" not in manifest.stages:
         return None
     state = manifest.stages["neighbours"]
-    details = {name: value for name, value in state.details.items() if name != REPORT_SHA256}
-    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **details, **state.counts}
+    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **state.facts, **state.counts}
 
 
 def _training(manifest: Manifest) -> dict[str, Any] | None:
@@ -107,9 +107,10 @@ def _training(manifest: Manifest) -> dict[str, Any] | None:
 def _leakage(manifest: Manifest) -> dict[str, Any] | None:
     if "report" not in manifest.stages:
         return None
-    details = manifest.stages["report"].details
+    state = manifest.stages["report"]
+    details = state.details
     return {
         "neighbours": details["neighbours"],
         "splits": {split: distribution(counts) for split, counts in details["histograms"].items()},
-        "report": report_path(manifest.version.id, "report"),
+        "report": state.report("report"),
     }

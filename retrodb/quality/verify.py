@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from retrodb.errors import MismatchError, RetrodbError
 from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
+from retrodb.quality.deletion_content import check_deleted
 from retrodb.quality.duplicate_content import check_duplicates
 from retrodb.quality.files import check_files, check_manifest, check_saved
 from retrodb.quality.findings import Findings, Problem, VerifyReport
@@ -83,6 +84,7 @@ def _check_all(scene: Scene) -> None:
     check_neighbours(scene)
     check_training(scene)
     check_leakage(scene)
+    check_deleted(scene)
 
 
 def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: str | None) -> None:

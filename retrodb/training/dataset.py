@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from retrodb.deletions import Deletions, mask_training
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import Manifest, Shard, fingerprint
 from retrodb.schemas import SPLITS
@@ -53,6 +54,9 @@ class TrainingDataset(IterableDataset[Sample]):
     [n/m, k', 2, m] (the neighbour, then its continuation); ``neighbour_lengths`` [n/m, k', 2]; ``neighbour_ids``
     [n/m, k'] (-1 where missing). Samples are views into a few rows that were converted together: ``clone`` what is
     kept for long.
+
+    What is deleted is masked (`retrodb.deletions.mask_training`): a row of deleted documents alone has no token, and
+    keeps its place until the database is compacted.
 
     Ranks and workers get contiguous parts of the stream whose sizes differ by at most one; some get none where there
     are fewer rows than consumers. `shortest` is what every rank has at least, for those who need equal steps.
@@ -105,6 +109,7 @@ class TrainingDataset(IterableDataset[Sample]):
         if not shards:
             raise InputError(f"{storage.url} has no training shards. Finish it: retrodb build ... --out {storage.url}")
         self._storage, self._shards, self._neighbours = storage, shards, neighbours
+        self._deletions = Deletions.of(storage, manifest)
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pool = seed, shuffle, shuffle_row_groups if shuffle else 1
         self.shape = self._probe(shards[0])
@@ -288,7 +293,8 @@ class TrainingDataset(IterableDataset[Sample]):
                     opened.get(int(blocks.shard[block])).read(int(blocks.first[block]), int(blocks.rows[block]))
                     for block in range(pool.low, pool.high)
                 ]
-                yield (parts[0] if len(parts) == 1 else concatenated(parts)), pool.rows
+                columns = parts[0] if len(parts) == 1 else concatenated(parts)
+                yield mask_training(columns, self._deletions) if len(self._deletions) else columns, pool.rows
 
 
 def _split_ranges(storage: Storage, manifest: Manifest, split: str | None) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from retrodb.deletions import Deletions, mask_training
 from retrodb.errors import DamagedError, InputError
 from retrodb.formats import HashingWriter
 from retrodb.manifest import Manifest, fingerprint
@@ -134,6 +135,7 @@ class TrainingTable(Dataset[Sample]):
         self._neighbour_ids = arrays["neighbour_ids"]
         check_neighbours(neighbours, stored=self._neighbour_ids.shape[1])
         self._neighbours = neighbours
+        self._deletions = Deletions.of(storage, manifest)
         self._sequences, self._sequence_ids = arrays["sequences"], arrays["sequence_ids"]
         self._validation = arrays["validation"]
         wanted = np.ones(len(self._sequences), dtype=bool) if split is None else self._validation
@@ -148,15 +150,15 @@ class TrainingTable(Dataset[Sample]):
         return self._chunks
 
     def retrievable(self) -> npt.NDArray[np.int64]:
-        """int64: the ids of all chunks that may be a neighbour of something: those of the training split."""
+        """int64: the ids of all chunks that may be a neighbour of something: training ones that are not deleted."""
         ids = self._sequences[~self._validation].reshape(-1)
-        return ids[ids >= 0]
+        return ids[(ids >= 0) & ~self._deletions.of_chunks(ids)]
 
     def sequences(self, numbers: Sequence[int]) -> Arrays:
         """Sequences by number as arrays of ``[len(numbers), ..]`` of the stored types. Raises IndexError."""
         rows = self._rows[np.asarray(numbers, dtype=np.int64)]
         joined = join_on_the_fly(self._chunks, self._neighbour_ids, self._sequences[rows], self._neighbours)
-        return {"sequence_id": self._sequence_ids[rows], **joined}
+        return {"sequence_id": self._sequence_ids[rows], **mask_training(joined, self._deletions)}
 
     def __getitem__(self, number: int) -> Sample:
         return self.__getitems__([number])[0]

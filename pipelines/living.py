@@ -1,0 +1,98 @@
+"""A database that lives: documents given up, and, step by step, taken in, as new versions beside the old ones."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from retrodb.pipelines.integrity import mend_manifest
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.runners.leftover import end_leftover_job
+
+from retrodb import schemas
+from retrodb.corpus.selection import Selection
+from retrodb.deletions import Deletions
+from retrodb.errors import InputError, UsageError
+from retrodb.lock import build_lock
+from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, Version, shard_of, shard_path, version_folder
+from retrodb.storage import Storage
+from retrodb.versions import VersionStorage, next_version, now, publish
+
+_ROW_GROUP = 1 << 16
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What a deletion came to: the current version, and the documents and chunks that it took away."""
+
+    version: int
+    documents: int
+    chunks: int
+
+
+def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
+    """Delete documents for every reader at once: one small shard, and a new version that names it.
+
+    Nothing else is written, so the cost is that of finding the documents; their rows leave the tables when the database
+    is compacted. What was deleted before is not deleted again; where nothing is left to delete, nothing is changed.
+
+    Args:
+        out: the database.
+        selection: which documents.
+        progress: is told what happens.
+
+    Raises:
+        UsageError: nothing was asked for.
+        InputError: there is no database, its index is not built yet, or an id or key does not exist.
+        LockedError: another process changes it.
+    """
+    if selection.is_empty:
+        raise UsageError("say which documents: --ids, --keys, --source or --where.")
+    if Manifest.recover(out) is None:
+        out.check_bucket()
+        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+    with build_lock(out):
+        end_leftover_job(out, progress)
+        mend_manifest(out, progress)
+        current = Manifest.load_whole(out)
+        if current is None or "index" not in current.stages:
+            raise InputError(f"{out.url} has no index yet: run its build to the end before documents are deleted.")
+        rows = _rows_of(out, current, selection)
+        if not rows.num_rows:
+            progress.note("no document to delete: nothing was changed")
+            return Deleted(current.version.id, 0, 0)
+        chunks = int(np.sum(rows["n_chunks"].to_numpy()))
+        view = VersionStorage(out.url, next_version(current))
+        view.delete_folder(version_folder(view.version))  # of a deletion that was killed before it was published
+        before = current.shards("deleted")
+        number = max((shard.number for shard in before), default=-1) + 1
+        committed = view.commit_table(shard_path("deleted", number), rows, _ROW_GROUP)
+        shard = Shard.of(committed, number, rows.num_rows)
+        made = replace(
+            current,
+            tables={**current.tables, "deleted": (*before, shard)},
+            version=Version(view.version, current.version.id, "delete", current.version.step, now()),
+            versions=(),
+        )
+        published = publish(out, made)
+        progress.note(f"{rows.num_rows:,} documents, {chunks:,} chunks deleted: version {published.version.id}")
+        return Deleted(published.version.id, rows.num_rows, chunks)
+
+
+def _rows_of(out: Storage, current: Manifest, selection: Selection) -> pa.Table:
+    """The rows of ``deleted`` for what is not deleted yet, by ascending id."""
+    gone = Deletions.of(out, current)
+    chunks = {shard.number: shard for shard in current.shards("chunks")}
+    parts = []
+    for found in selection.find(out, current):
+        table = found.filter(~gone.of_documents(found["document_id"].to_numpy()))
+        if not table.num_rows:
+            continue
+        ids, counts = table["document_id"].to_numpy(), table["n_chunks"].to_numpy()
+        stored = out.read_table(chunks[shard_of(int(ids[0]))], ["chunk_id", "document_id"])
+        owners, at = np.unique(stored["document_id"].to_numpy(), return_index=True)
+        some = counts > 0
+        first = np.zeros(len(ids), dtype=np.int64)
+        first[some] = stored["chunk_id"].to_numpy()[at[np.searchsorted(owners, ids[some])]]
+        columns = [pa.array(ids), pa.array(first, mask=~some), pa.array(counts)]
+        parts.append(pa.table(columns, schema=schemas.deleted()))
+    return pa.concat_tables(parts).sort_by("document_id") if parts else schemas.deleted().empty_table()

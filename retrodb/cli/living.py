@@ -1,0 +1,56 @@
+"""``retrodb delete``: documents given up."""
+
+from typing import Annotated, Optional
+
+import typer
+
+from retrodb.cli.echo import echo_json
+from retrodb.cli.look import Database, Json
+
+
+def delete(
+    database: Database,
+    ids: Annotated[Optional[str], typer.Option(metavar="ID,..", help="Document ids.")] = None,
+    keys: Annotated[
+        Optional[list[str]], typer.Option("--keys", "--key", metavar="KEY", help="A key; may be given again.")
+    ] = None,
+    source: Annotated[
+        Optional[list[str]], typer.Option(metavar="GLOB", help="All documents of a source; may be given again.")
+    ] = None,
+    where: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="CONDITION", help="As lang=de, year>=2020, 'title ~ ^List'; several must all hold."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Delete documents, at once for every reader: search, neighbours, training stream. `compact` returns the space."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.corpus.selection import Condition, Selection  # noqa: PLC0415
+    from retrodb.pipelines.living import delete as run_delete  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    selection = Selection(
+        ids=_numbers(ids or ""),
+        keys=tuple(keys or ()),
+        sources=tuple(source or ()),
+        where=tuple(Condition.parse(text) for text in where or ()),
+    )
+    progress = make_progress()
+    try:
+        done = run_delete(Storage(database), selection, progress)
+    finally:
+        progress.close()
+    if as_json:
+        echo_json({"version": done.version, "documents": done.documents, "chunks": done.chunks})
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from retrodb.errors import UsageError  # noqa: PLC0415
+
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = (-1,)
+    if any(not 0 <= number < 1 << 63 for number in found):
+        raise UsageError(f"--ids {text!r}: write document ids, as 12 or 12,4294967296.")
+    return found

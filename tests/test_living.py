@@ -1,0 +1,280 @@
+"""A database that lives: what is deleted is gone for every reader at once, and other versions are as they were.
+
+The labels C1 and C2 are those of the requirements of REALM mode.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Progress, build_here, manifest_of, retrodb, rows_of, save_manifest, stamps, table_of
+
+import retrodb as package
+from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.corpus.selection import Condition, Selection
+from retrodb.database import Database
+from retrodb.deletions import Deletions
+from retrodb.errors import InputError, LockedError, UsageError
+from retrodb.lock import build_lock
+from retrodb.quality.verify import verify_database
+from retrodb.storage import Storage
+from retrodb.training.table import TrainingTable
+
+
+@pytest.fixture(scope="module")
+def first(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten topics of real text in several shards, with languages and years to select by. Do not change it."""
+    folder = tmp_path_factory.mktemp("living")
+    lines = [json.loads(line) for line in quickstart_lines() if 2_000 < len(line) < 8_000][:10]
+    with (folder / "topics.jsonl").open("w", encoding="utf-8") as file:
+        for at, line in enumerate(lines):
+            language, year = ("de", 2010 + at) if at % 3 == 0 else ("en", 2000 + at)
+            file.write(json.dumps({**line, "id": f"topic-{at}", "lang": language, "year": year}) + "\n")
+    out = folder / "db"
+    build_here(
+        [folder / "topics.jsonl"],
+        out,
+        encoder=str(tiny_encoder),
+        shard_bytes="16KiB",
+        sequence_tokens=256,
+        neighbours=4,
+    )
+    return out
+
+
+@pytest.fixture
+def database(first: Path, tmp_path: Path) -> Path:
+    """A copy of `first` to be changed."""
+    shutil.copytree(first, tmp_path / "db")
+    return tmp_path / "db"
+
+
+def deleted(database: Path, **selection: object) -> tuple[int, int, int]:
+    """Delete in this process: (version, documents, chunks)."""
+    from retrodb.pipelines.living import delete
+
+    done = delete(Storage(str(database)), Selection(**selection), Progress())
+    return done.version, done.documents, done.chunks
+
+
+def problems(database: Path, version: int | None = None) -> list[str]:
+    report = verify_database(package.open(str(database), version=version), 1.0)
+    return [f"{found.path}: {found.what}" for found in report.problems]
+
+
+def keys_of(db: Database) -> list[str]:
+    return [document.key for document in db.documents()]
+
+
+def brute_force(database: Path, query: np.ndarray, gone: set[int], k: int) -> list[int]:
+    """Chunk ids by distance with nothing of retrodb, without those of deleted documents."""
+    chunks = table_of(database, "chunks")
+    ids = chunks["chunk_id"].to_numpy()
+    vectors = np.concatenate(
+        [np.load(database / shard["path"]) for shard in manifest_of(database)["tables"]["embeddings"]["shards"]]
+    ).astype(np.float32)
+    there = ~np.isin(chunks["document_id"].to_numpy(), sorted(gone))
+    distances = ((vectors[there] - query.astype(np.float16).astype(np.float32)) ** 2).sum(1)
+    return ids[there][np.lexsort((ids[there], distances))][:k].tolist()
+
+
+# -- deletion ----------------------------------------------------------------------------------------------------------
+
+
+def test_delete_C2_masks_search_neighbours_documents_and_chunks_at_once(database: Path) -> None:
+    db = package.open(str(database))
+    victim = next(db.documents())
+    old = {chunk: db.neighbours(chunk) for chunk in table_of(database, "chunks")["chunk_id"].to_pylist()}
+    query = db.embeddings(0)[0]
+    assert db.search(query, k=1)[0].document_id == victim.document_id
+
+    assert deleted(database, ids=(victim.document_id,)) == (2, 1, victim.n_chunks)
+    now = package.open(str(database))
+    assert now.version == 2
+    assert victim.key not in keys_of(now)
+    assert len(keys_of(now)) == len(keys_of(db)) - 1
+    found = [hit.chunk_id for hit in now.search(query, k=30)]
+    assert found == brute_force(database, query, {victim.document_id}, 30)
+    gone = [row["chunk_id"] for row in rows_of(database, "chunks") if row["document_id"] == victim.document_id]
+    for chunk, before in old.items():
+        if chunk in gone:
+            for look in (now.chunk, now.neighbours):
+                with pytest.raises(InputError, match=r"was deleted .*version 2"):
+                    look(chunk)
+        else:
+            assert now.neighbours(chunk) == [one for one in before if one.document_id != victim.document_id]
+    assert sum(table.num_rows for table in now.chunks()) == len(old) - len(gone)
+    with pytest.raises(InputError, match="was deleted"):
+        now.document(victim.document_id)
+    assert db.search(query, k=1)[0].document_id == victim.document_id, "who reads version 1 goes on with it"
+    assert problems(database) == problems(database, version=1) == []
+
+
+def test_delete_C2_masks_the_training_stream_at_once(database: Path, tmp_path: Path) -> None:
+    whole = list(package.open(str(database)).training(split="train"))
+    victims = {row["document_id"] for row in rows_of(database, "documents")[::3]}
+    deleted(database, ids=tuple(victims))
+    db = package.open(str(database))
+    masked = list(db.training(split="train"))
+    table = TrainingTable(db.storage, db.manifest, str(tmp_path / "cache"), neighbours=2)
+    assert len(masked) == len(whole) == len(table)
+    owner = {row["chunk_id"]: row["document_id"] for row in rows_of(database, "chunks")}
+    for at, (before, after) in enumerate(zip(whole, masked, strict=True)):
+        kept = [slot for slot, of in enumerate(before["document_ids"].tolist()) if of >= 0 and of not in victims]
+        n = len(kept)
+        assert after["chunk_ids"].tolist() == before["chunk_ids"][kept].tolist() + [-1] * (4 - n)
+        assert after["document_ids"].tolist() == before["document_ids"][kept].tolist() + [-1] * (4 - n)
+        assert after["chunk_lengths"].tolist() == before["chunk_lengths"][kept].tolist() + [0] * (4 - n)
+        assert int(after["n_tokens"]) == int(after["chunk_lengths"].sum())
+        assert after["tokens"].view(4, 64)[:n].equal(before["tokens"].view(4, 64)[kept])
+        assert not after["tokens"].view(4, 64)[n:].any()
+        for slot, old in enumerate(kept):
+            near = [j for j, of in enumerate(before["neighbour_ids"][old].tolist()) if owner.get(of) not in victims]
+            near = [j for j in near if before["neighbour_ids"][old][j] >= 0]
+            v = len(near)
+            assert int(after["n_valid"][slot]) == v
+            assert after["neighbour_ids"][slot].tolist() == before["neighbour_ids"][old][near].tolist() + [-1] * (2 - v)
+            assert after["neighbour_tokens"][slot][:v].equal(before["neighbour_tokens"][old][near])
+            assert after["neighbour_lengths"][slot][:v].equal(before["neighbour_lengths"][old][near])
+            assert not after["neighbour_tokens"][slot][v:].any()
+            assert not after["neighbour_lengths"][slot][v:].any()
+        for name, value in table[at].items():
+            assert value.equal(after[name]), name
+
+
+def test_delete_writes_one_small_file_and_a_manifest(database: Path) -> None:
+    before = stamps(database)
+    deleted(database, ids=(0,))
+    after = stamps(database)
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed == {
+        "manifest.json",
+        "reports/manifest.json",
+        "versions/1/manifest.json",
+        "versions/2/deleted/00000.parquet",
+        "versions/2/manifest.json",
+    }
+
+
+def test_deletions_add_up_and_nothing_is_deleted_twice(database: Path) -> None:
+    ids = [row["document_id"] for row in rows_of(database, "documents")]
+    deleted(database, ids=(ids[0],))
+    version, documents, _ = deleted(database, ids=(ids[0], ids[4]))
+    assert (version, documents) == (3, 1)
+    before = stamps(database)
+    assert deleted(database, ids=(ids[0],)) == (3, 0, 0)
+    assert stamps(database) == before
+    db = package.open(str(database))
+    assert db.deletions.document_ids.tolist() == sorted([ids[0], ids[4]])
+    assert db.summary()["documents"]["deleted"] == 2
+    assert problems(database) == []
+    assert len(list(package.open(str(database), version=2).documents())) == len(ids) - 1
+
+
+def test_everything_can_be_deleted(database: Path) -> None:
+    deleted(database, sources=("*",))
+    db = package.open(str(database))
+    assert keys_of(db) == []
+    assert db.search("anything", k=3) == []
+    assert all(int(sample["n_tokens"]) == 0 for sample in db.training(split=None))
+    assert problems(database) == []
+
+
+def test_a_position_in_the_stream_holds_when_documents_are_deleted(database: Path) -> None:
+    dataset = package.open(str(database)).training(split="train")
+    stream = iter(dataset)
+    first = [next(stream) for _ in range(2)]
+    state = dataset.state_dict()
+    last_document = rows_of(database, "documents")[-1]["document_id"]
+    deleted(database, ids=(last_document,))
+    resumed = package.open(str(database)).training(split="train")
+    resumed.load_state_dict(state)
+    rest = [int(sample["sequence_id"]) for sample in resumed]
+    every = [int(sample["sequence_id"]) for sample in package.open(str(database)).training(split="train")]
+    assert [int(sample["sequence_id"]) for sample in first] + rest == every
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--key", "topic-1", "--key", "topic-2"), {1, 2}),
+        (("--where", "lang=de"), {0, 3, 6, 9}),
+        (("--where", "lang = de", "--where", "year >= 2013"), {3, 6, 9}),
+        (("--where", "year<2005"), {1, 2, 4}),
+        (("--where", "key ~ ^topic-[78]$"), {7, 8}),
+        (("--where", "lang != de", "--where", "key!=topic-1"), {2, 4, 5, 7, 8}),
+        (("--source", "*nowhere*"), set()),
+    ],
+)
+def test_documents_are_selected_by_what_they_say(database: Path, flags: tuple[str, ...], expected: set[int]) -> None:
+    ran = retrodb("delete", database, *flags, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["documents"] == len(expected)
+    left = {int(key.removeprefix("topic-")) for key in keys_of(package.open(str(database)))}
+    assert left == set(range(10)) - expected
+
+
+def test_a_deletion_of_what_is_not_there_changes_nothing(database: Path) -> None:
+    before = stamps(database)
+    for flags, code, said in (
+        ((), 2, "say which documents"),
+        (("--ids", "0,999"), 3, "has no document 999: nothing was changed"),
+        (("--key", "nobody"), 3, "has no document 'nobody'"),
+        (("--ids", "x"), 2, "write document ids"),
+        (("--where", "lang"), 2, "write FIELD OP VALUE"),
+        (("--where", "title ~ ("), 2, "is no regular expression"),
+    ):
+        ran = retrodb("delete", database, *flags)
+        assert (ran.code, said in ran.err) == (code, True), ran.err
+    with build_lock(Storage(str(database))), pytest.raises(LockedError):
+        deleted(database, ids=(0,))
+    with pytest.raises(UsageError):
+        deleted(database)
+    assert stamps(database) == before
+    assert retrodb("delete", database.parent / "nothing", "--ids", 1).code == 3
+
+
+def test_conditions_compare_numbers_as_numbers_and_know_what_is_missing() -> None:
+    assert Condition.parse("year >= 9").holds(10)
+    assert Condition.parse("year >= 9").holds("10")
+    assert Condition.parse("name >= 9").holds("abc"), "what is no number is compared as text"
+    assert not Condition.parse("year = 5").holds(None)
+    assert Condition.parse("year != 5").holds(None)
+    assert Condition.parse("tags ~ b").holds(["a", "b"])
+
+
+def test_intervals_of_deleted_chunks_are_exact() -> None:
+    gone = Deletions(np.array([3, 9]), np.array([40, 10]), np.array([42, 13]))
+    assert gone.of_chunks(np.array([-1, 9, 10, 12, 13, 39, 40, 41, 42])).tolist() == [
+        False, False, True, True, False, False, True, True, False,
+    ]  # fmt: skip
+    assert gone.of_documents(np.array([[3, 4], [9, -1]])).tolist() == [[True, False], [True, False]]
+    nothing = Deletions(*(np.empty(0, np.int64),) * 3)
+    assert not nothing.of_chunks(np.array([0, 5])).any()
+
+
+def test_exports_refuse_what_they_cannot_mask(database: Path, tmp_path: Path) -> None:
+    deleted(database, ids=(0,))
+    ran = retrodb("export", database, "--to", "huggingface", "--out", tmp_path / "out")
+    assert ran.code == 3
+    assert "1 deleted documents" in ran.err
+
+
+def test_verify_names_a_table_of_deleted_documents_that_is_wrong(database: Path) -> None:
+    deleted(database, ids=(0,))
+    import pyarrow.parquet as pq
+    from support import sha256
+
+    path = database / "versions/2/deleted/00000.parquet"
+    table = pq.read_table(path)
+    columns = {"document_id": [0], "first_chunk_id": [1], "n_chunks": [2]}
+    pq.write_table(type(table).from_pydict(columns, schema=table.schema), path)
+    manifest = manifest_of(database)
+    entry = manifest["tables"]["deleted"]["shards"][0]
+    entry |= {"sha256": sha256(path), "bytes": path.stat().st_size}
+    save_manifest(database, manifest)
+    named = [problem for problem in problems(database) if problem.startswith("versions/2/deleted/00000.parquet")]
+    assert any("n_chunks" in problem for problem in named)
+    assert any("first chunk" in problem for problem in named)
