@@ -16,6 +16,7 @@ from retrodb.encoding import EncoderFiles, chunk_texts, own_device, resolve_enco
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
+from retrodb.training.columns import lists, scalars
 
 if TYPE_CHECKING:
     from retrodb.encoding.encoder import Encoder
@@ -64,9 +65,14 @@ def shard_texts(storage: Storage, item: EmbedInput, chunking: ChunkSettings) -> 
 def _token_bytes(storage: Storage, item: EmbedInput, chunking: ChunkSettings) -> list[bytes]:
     """The bytes of every chunk from its tokens: the text itself, since the tokenizer is lossless."""
     tokenizer = open_tokenizer(storage.url, chunking.tokenizer, chunking.stored)
+    return [tokenizer.decode(tokens.tolist()) for tokens in _tokens(storage, item)]
+
+
+def _tokens(storage: Storage, item: EmbedInput) -> Iterator[np.ndarray]:
+    """Each chunk's tokens, those that are valid."""
     chunks = storage.read_table(item.chunks, ["tokens", "n_tokens"])
-    rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
-    return [tokenizer.decode(tokens[:n_tokens]) for tokens, n_tokens in rows]
+    for tokens, n_tokens in zip(lists(chunks, "tokens"), scalars(chunks, "n_tokens"), strict=True):
+        yield tokens[:n_tokens]
 
 
 def _read(storage: Storage, settings: EmbedSettings, task: Task) -> "Featurised":
@@ -74,9 +80,7 @@ def _read(storage: Storage, settings: EmbedSettings, task: Task) -> "Featurised"
     encoder = _load_encoder(settings)
     if not settings.own_tokens:
         return encoder.featurise(shard_texts(storage, task.payload, settings.chunking))
-    chunks = storage.read_table(task.payload.chunks, ["tokens", "n_tokens"])
-    rows = zip(chunks["tokens"].to_pylist(), chunks["n_tokens"].to_pylist(), strict=True)
-    return encoder.featurise_own_tokens([tokens[:n_tokens] for tokens, n_tokens in rows])
+    return encoder.featurise_own_tokens(_tokens(storage, task.payload))
 
 
 def _embed(storage: Storage, settings: EmbedSettings, task: Task, rows: "Featurised") -> Iterator[Receipt]:

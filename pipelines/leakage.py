@@ -1,12 +1,12 @@
-"""report: what every chunk has in common with its neighbours (see `retrodb.pipelines.shuffle`)."""
+"""report: what every chunk has in common with its neighbours (see `retrodb.pipelines.join`)."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import apache_beam as beam
+from retrodb.pipelines.join import FromAnswers, NeighbourSource, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import validation_chunks
-from retrodb.pipelines.shuffle import FromAnswers, read_chunks, shuffle_pipeline, wanted_neighbours
 from retrodb.pipelines.tasks import Task
 
 from retrodb.manifest import Shard, shard_path
@@ -21,11 +21,11 @@ WORST_PAIRS: Final = 20
 class Compare(FromAnswers):
     """Writes the overlaps of the query's shard; their histograms and the worst pairs go into the receipt."""
 
-    def make(self, task: Task, messages: Iterable[bytes]) -> Receipt:
+    def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
         chunks = read_chunks(self._storage, task.payload.chunks)
         validation = validation_chunks(self._storage, task.payload, chunks.document_ids)
-        wanted = wanted_neighbours(self._storage, task.payload, self._neighbours)
-        table = leakage_table(chunks, wanted, map(Answer.from_bytes, messages), task.number)
+        wanted = self._wanted(task.payload)
+        table = leakage_table(chunks, wanted, answers, task.number)
         committed = self._storage.commit_table(shard_path("leakage", task.number), table, LEAKAGE_ROW_GROUP)
         overlap = table["overlap"].to_numpy()
         worst = worst_rows(overlap, chunks.chunk_ids, chunks.document_ids, WORST_PAIRS)
@@ -39,7 +39,7 @@ class Compare(FromAnswers):
 
 
 def leakage_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], neighbours: int
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], source: NeighbourSource
 ) -> beam.PCollection:
     """Compare the chunks of query shards with their neighbours."""
-    return shuffle_pipeline(pipeline, book, tasks, neighbours, Compare(book, neighbours))
+    return join_pipeline(pipeline, book, tasks, source, Compare(book, source))

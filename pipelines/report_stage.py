@@ -5,9 +5,10 @@ from typing import Any, Final
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
+from retrodb.pipelines.join import join_tasks
 from retrodb.pipelines.leakage import WORST_PAIRS, leakage_pipeline
+from retrodb.pipelines.retrieval_stages import neighbour_source
 from retrodb.pipelines.shards import shard_files
-from retrodb.pipelines.shuffle import join_tasks, join_waves
 
 from retrodb.database import Database, Document
 from retrodb.manifest import LEAKAGE_REPORT
@@ -20,18 +21,16 @@ def build_report(builder: Builder) -> None:
     """The leakage table, and ``reports/leakage.json``."""
     parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
     neighbours = parts["neighbours"]
-    token_bytes = 2 if builder.manifest.fingerprints["tokenizer"]["token_type"] == "uint16" else 4
-    bytes_a_chunk = neighbours * 2 * builder.config.chunk_tokens * token_bytes
+    source = neighbour_source(builder, neighbours)
     receipts = builder.run_stage(
         StageWork(
             stage="report",
             parts=parts,
             tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks")),
             damaged=builder.damage.get("leakage", set()),
-            pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, neighbours),
+            pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, source),
             unit="chunks",
             small=_SMALL_COMPARE_CHUNKS,
-            waves=join_waves(bytes_a_chunk),
         )
     )
     if receipts is None:

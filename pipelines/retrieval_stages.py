@@ -11,13 +11,13 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
+from retrodb.pipelines.join import NeighbourSource, join_tasks
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.search import search_pipeline, search_waves
 from retrodb.pipelines.searching import SearchSettings, search_tasks
 from retrodb.pipelines.shards import shard_files
-from retrodb.pipelines.shuffle import join_tasks, join_waves
-from retrodb.pipelines.training import JoinSettings, training_pipeline
+from retrodb.pipelines.training import training_pipeline
 
 from retrodb.errors import RecallError
 from retrodb.index import (
@@ -299,23 +299,27 @@ def refuse_low_recall(details: Mapping[str, Any], gate: float, key: str) -> None
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+def neighbour_source(builder: Builder, neighbours: int) -> NeighbourSource:
+    """Where the tokens of each chunk's nearest neighbours come from."""
+    chunks = {shard.number: shard for shard in builder.manifest.shards("chunks")}
+    return NeighbourSource(chunks, neighbours, looked_up=builder.runner.is_local)
+
+
 def build_training(builder: Builder) -> None:
     """Sequences joined with their neighbours' tokens."""
     config = builder.config
     parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, config)
-    settings = JoinSettings(config.sequence_tokens // config.chunk_tokens, config.training_neighbours)
-    token_bytes = 2 if builder.manifest.fingerprints["tokenizer"]["token_type"] == "uint16" else 4
-    bytes_a_chunk = config.training_neighbours * 2 * config.chunk_tokens * token_bytes
+    source = neighbour_source(builder, config.training_neighbours)
+    slots = config.sequence_tokens // config.chunk_tokens
     receipts = builder.run_stage(
         StageWork(
             stage="training",
             parts=parts,
             tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks")),
             damaged=builder.damage.get("training", set()),
-            pipeline=lambda pipeline, book, tasks: training_pipeline(pipeline, book, tasks, settings),
+            pipeline=lambda pipeline, book, tasks: training_pipeline(pipeline, book, tasks, source, slots),
             unit="chunks",
             small=_SMALL_JOIN_CHUNKS,
-            waves=join_waves(bytes_a_chunk),
         )
     )
     if receipts is None:

@@ -25,6 +25,10 @@ class Recent(Generic[Kept]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, number: int) -> bool:
+        """Whether it is here, and need not be loaded."""
+        return number in self._kept
+
     def get(self, number: int) -> Kept:
         """What ``number`` stands for, loaded if it is not here any more. Raises what ``load`` does."""
         if number in self._kept:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from support import (
 import retrodb as retrodb_package
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import DamagedError
+from retrodb.manifest import Shard
 from retrodb.quality import leakage
 from retrodb.quality.leakage import (
     best_neighbours,
@@ -278,16 +280,36 @@ def test_one_worker_or_two_give_the_same_table_and_report(source, whole, tiny_en
 
 
 @pytest.mark.slow
-def test_the_size_of_waves_and_blocks_changes_no_byte(source, whole, tiny_encoder, tmp_path, monkeypatch):
-    from retrodb.pipelines import shuffle
+@pytest.mark.parametrize("looked_up", [True, False])
+def test_neither_a_shuffle_nor_the_size_of_answers_and_blocks_changes_a_byte(
+    source, whole, tiny_encoder, tmp_path, monkeypatch, looked_up
+):
+    """As on a cluster, or as on one machine: there chunk shards come and go."""
+    from retrodb.pipelines import join
+    from retrodb.pipelines.runners import LocalRunner
 
-    monkeypatch.setattr(shuffle, "WAVE_BYTES", 1 << 16)
+    monkeypatch.setattr(LocalRunner, "is_local", looked_up)
+    monkeypatch.setattr(join, "ANSWER_ROWS", 5)
+    monkeypatch.setattr(join, "NEIGHBOUR_CACHE_BYTES", 1)
+    read: Counter[int] = Counter()
+    original = join.NeighbourSource.read
+
+    def counted(self, storage, shard):
+        assert isinstance(self.chunks[shard], Shard), "with the checksum that is recorded of it"
+        read[shard] += 1
+        return original(self, storage, shard)
+
+    monkeypatch.setattr(join.NeighbourSource, "read", counted)
     monkeypatch.setattr(leakage, "_GATHERED_PAIRS", 7)
     monkeypatch.setattr(leakage, "_BLOCK_CELLS", 64 * 5)
     build(source, tmp_path / "db", tiny_encoder)
     assert digests(tmp_path / "db", ["training", "leakage", "reports"]) == digests(
         whole, ["training", "leakage", "reports"]
     )
+    shards = len(shards_of(whole, "chunks"))
+    assert len(read) == shards > 1
+    if not looked_up:
+        assert set(read.values()) == {2}, "each stage reads a shard once"
 
 
 @pytest.mark.slow

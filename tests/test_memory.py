@@ -27,6 +27,7 @@ def test_four_times_the_corpus_takes_no_more_memory(tiny_encoder, tmp_path):
     assert large.worker < 1.2 * small.worker
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
 LIMIT_MB = 96
 
 
@@ -38,7 +39,7 @@ def under_limit(script, *arguments):
         text=True,
         check=False,
         timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
     )
 
 
@@ -47,13 +48,14 @@ def search_under_limit(folder, chunks, wave_mb):
     return under_limit("search_under_limit.py", folder, chunks, LIMIT_MB, wave_mb)
 
 
-def stages_under_limit(folder, documents, limits):
-    """The stages that read text, each allowed so many megabytes."""
-    return under_limit("stages_under_limit.py", folder, documents, *(f"{name}={mb}" for name, mb in limits.items()))
+def stages_under_limit(folder, corpus, documents, limits):
+    """Stages from text to vectors, each allowed so many megabytes."""
+    named = (f"{name}={mb}" for name, mb in limits.items())
+    return under_limit("stages_under_limit.py", folder, corpus, documents, *named)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+@on_linux
 def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
     done = search_under_limit(tmp_path / "waves", 40_000, wave_mb=2)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -63,7 +65,7 @@ def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+@on_linux
 def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     """What shows that the limit bites, and that waves are what keeps a search below it."""
     done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
@@ -75,9 +77,9 @@ LIMITS_MB = {"corpus": 48, "dedup": 32, "chunk": 48}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+@on_linux
 def test_stages_that_read_text_fit_limits_below_the_size_of_what_they_read(tmp_path):
-    done = stages_under_limit(tmp_path, 1_000, LIMITS_MB)
+    done = stages_under_limit(tmp_path, "scans", 1_000, LIMITS_MB)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["stages"] == list(LIMITS_MB)
@@ -85,8 +87,44 @@ def test_stages_that_read_text_fit_limits_below_the_size_of_what_they_read(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all private memory on Linux alone")
+@on_linux
 def test_a_limit_below_one_shard_does_stop_a_stage(tmp_path):
-    done = stages_under_limit(tmp_path, 120, {"corpus": 2})
+    done = stages_under_limit(tmp_path, "scans", 120, {"corpus": 2})
+    assert done.returncode != 0
+    assert "MemoryError" in done.stderr or "malloc" in done.stderr, done.stderr[-2000:]
+
+
+EMBED_LIMIT_MB = 16
+
+
+@pytest.mark.slow
+@on_linux
+def test_embedding_fits_a_limit_below_the_size_of_the_text(tmp_path):
+    """Without the code that oneDNN keeps for each shape of a batch, up to 100 MB: here for sixteen shapes alone."""
+    done = stages_under_limit(tmp_path, "words", 350, {"embed": EMBED_LIMIT_MB})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["stages"][-1] == "embed"
+    assert found["text_mb"] > 1.2 * EMBED_LIMIT_MB, "the limit is no limit"
+
+
+JOIN_LIMIT_MB = 32
+
+
+@pytest.mark.slow
+@on_linux
+def test_the_join_and_the_report_fit_a_limit_below_the_size_of_the_neighbours_tokens(tmp_path):
+    done = under_limit("join_under_limit.py", tmp_path / "db", 30, JOIN_LIMIT_MB, "lookup")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["pairs"] == {"training": 600_000, "report": 600_000}
+    assert found["tokens_mb"] > 4 * JOIN_LIMIT_MB, "the limit is no limit"
+
+
+@pytest.mark.slow
+@on_linux
+def test_the_same_tokens_in_a_shuffle_do_not_fit(tmp_path):
+    """What shows that the limit bites, and that looking up is what keeps a machine below it."""
+    done = under_limit("join_under_limit.py", tmp_path / "db", 30, JOIN_LIMIT_MB, "shuffle")
     assert done.returncode != 0
     assert "MemoryError" in done.stderr or "malloc" in done.stderr, done.stderr[-2000:]

@@ -95,6 +95,7 @@ def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
     source, settings, tiny_encoder, tmp_path, monkeypatch
 ):
     from retrodb.pipelines import retrieval_stages, search
+    from retrodb.pipelines.runners import LocalRunner
 
     from retrodb.training.messages import Answer, Request
 
@@ -110,6 +111,7 @@ def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
 
         monkeypatch.setattr(kind, "to_bytes", to_bytes)
 
+    monkeypatch.setattr(LocalRunner, "is_local", False)  # neighbours' tokens are shuffled, as on a cluster
     counted(Request, "joined")
     counted(Answer, "joined")
     monkeypatch.setattr(retrieval_stages, "TOGETHER_BELOW", 0)  # candidates are shuffled, as those of a large index

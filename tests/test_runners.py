@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from failing_work import fail, linger
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.runners import Job, make_runner
+from retrodb.pipelines.runners.options import pipeline_options
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from support import Running, build_here, digests, retrodb, strays, write_jsonl
 
@@ -239,6 +241,13 @@ def test_an_unknown_option_is_named_with_what_it_may_have_meant(job_server):
         ("flink", [], "needs the cluster's REST address.*make flink-up"),
         ("flink", ["flink_master=127.0.0.1:1"], "needs a job server: .*job_endpoint=HOST:PORT"),
         ("flink", ["flink_master=127.0.0.1:1", "job_endpoint=a:1"], "no Flink cluster answers at 127.0.0.1:1"),
+        ("flink", ["flink_master=local host:8081", "job_endpoint=a:1"], "no Flink cluster answers at local host:8081"),
+        ("portable", ["job_endpoint=a:1", "environment_type=EXTRENAL"], "Unknown environment type: EXTRENAL. Kinds"),
+        (
+            "portable",
+            ["job_endpoint=a:1", "embed.environment_type=PROCESS", "environment_config={x"],
+            "environment_conf",
+        ),
         ("dataflow", ["project=p"], "needs --runner-option region=.*temp_location=.*sdk_container_image="),
         ("dataflow", ["projct=p"], "projct: .*Did you mean project"),
     ],
@@ -257,7 +266,7 @@ def test_a_job_server_that_is_not_there_is_named(monkeypatch):
 @pytest.fixture
 def answering_cluster(monkeypatch):
     """A Flink cluster as far as the checks before a build see one."""
-    monkeypatch.setattr("retrodb.pipelines.runners.flink._ask", lambda master, what: {})
+    monkeypatch.setattr("retrodb.pipelines.runners.flink._ask", lambda master, what: {"flink-version": "1.19.3"})
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,61 @@ def test_a_job_server_jar_needs_java(answering_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no java is on the PATH. Install a JRE"):
         checked("flink", "flink_master=127.0.0.1:1", f"flink_job_server_jar={tmp_path / 'server.jar'}")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.0 200 OK\r\n\r\n[]", b"HTTP/1.0 200 OK\r\n\r\nhi"]
+)
+def test_what_answers_and_is_no_flink_cluster_is_told(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def once() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        threading.Thread(target=once, daemon=True).start()
+        with pytest.raises(InputError, match=f"{address} .flink_master."):
+            checked("flink", f"flink_master={address}", "job_endpoint=a:1")
+
+
+def test_an_unknown_option_is_refused_where_the_job_server_is_yet_to_be_started(answering_cluster, tmp_path):
+    (tmp_path / "server.jar").touch()
+    (tmp_path / "java").touch(mode=0o755)
+    jar = f"flink_job_server_jar={tmp_path / 'server.jar'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        checked("flink", "flink_master=127.0.0.1:1", jar, "parallelism=2")
+        with pytest.raises(InputError, match="paralelism: .*'flink' has no option.*Did you mean parallelism"):
+            checked("flink", "flink_master=127.0.0.1:1", jar, "embed.paralelism=2")
+
+
+def test_an_option_given_twice_counts_as_it_was_given_last():
+    runner = make_runner(RunSettings(runner="flink", runner_option=("job_endpoint=a:1", "job_endpoint=b:1")))
+    assert runner.endpoint("embed") == "b:1"
+    options = pipeline_options(runner.options_of("embed"), "job").get_all_options()
+    assert options["job_endpoint"] == "b:1"
+
+
+def test_workers_come_from_a_pool_unless_another_kind_is_named():
+    def workers(*options: str) -> str:
+        run = RunSettings(runner="portable", runner_option=("job_endpoint=a:1", *options))
+        return make_runner(run).describe("embed")["workers"]
+
+    assert workers() == workers("environment_type=EXTERNAL") == "localhost:50000"
+    assert workers("embed.environment_config=gpu:1") == "gpu:1"
+    assert workers("environment_type=DOCKER", "environment_config=an/image:1") == "DOCKER an/image:1"
+
+
+@pytest.mark.slow
+def test_a_pool_that_is_not_there_is_named(job_server, source, tmp_path):
+    flags = ["--until", "corpus", *job_server[:4], "--runner-option", f"environment_config=localhost:{free_port()}"]
+    ran = retrodb("build", source, "--out", tmp_path / "db", *flags)
+    assert ran.code == 1
+    assert f"found no workers: does a pool listen at {flags[-1].split('=')[1]} (environment_config)" in ran.err
+    assert "Traceback" not in ran.err
 
 
 def test_a_refused_runner_leaves_nothing_behind(source, tmp_path):

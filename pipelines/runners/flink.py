@@ -1,5 +1,6 @@
 """Jobs on a Flink cluster, through Beam's Flink job server: one that runs already, or one started from its jar."""
 
+import http.client
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ from apache_beam.runners.portability.flink_runner import FlinkJarJobServer, Flin
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from retrodb.pipelines.runners.base import Job
 from retrodb.pipelines.runners.options import RunnerOptions
-from retrodb.pipelines.runners.portable import WORKER_POOL, FollowedJob, JobServerRunner
+from retrodb.pipelines.runners.portable import FollowedJob, JobServerRunner
 
 from retrodb.errors import InputError
 
@@ -47,15 +48,18 @@ class FlinkClusterRunner(JobServerRunner):
             self._master(stage)
         if self._starts_a_server():
             self._check_jar()
-            self.options.check_values()
+            self.check_values()
         else:
             super().check_options()
 
     def check(self, locations: Sequence[str]) -> None:
         self.check_options()
-        for master in {self._master(stage) for stage in (None, *self.options.stages())}:
-            _ask(master, "overview")
-        if not self._starts_a_server():
+        for master in sorted({self._master(stage) for stage in (None, *self.options.stages())}):
+            if "flink-version" not in _ask(master, "overview"):
+                raise InputError(f"what answers at {master} (flink_master) is no Flink cluster; correct the address.")
+        if self._starts_a_server():
+            self.options.refuse_unknown(self.name)  # the server, which may know more, is started by the first job
+        else:
             super().check(locations)
 
     def _master(self, stage: str | None) -> str:
@@ -93,9 +97,8 @@ class FlinkClusterRunner(JobServerRunner):
         where = {
             key: given[key][-1] for key in ("job_endpoint", "flink_master", "flink_job_server_jar") if key in given
         }
-        pool = self.options.one("environment_config", stage) or WORKER_POOL
         parallelism = self.options_of(stage).get("parallelism", ["the cluster's default"])[-1]
-        return {**where, "workers": pool, "parallelism": parallelism}
+        return {**where, "workers": self.workers(stage), "parallelism": parallelism}
 
     # -- a job ---------------------------------------------------------------------------------------------------------
 
@@ -188,6 +191,6 @@ def _ask(master: str, what: str, method: str = "GET") -> Any:
         request = urllib.request.Request(f"{url.rstrip('/')}/{what}", method=method)
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
             return json.load(answer)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last one of what speaks no HTTP
         reason = getattr(error, "reason", error)
         raise InputError(f"no Flink cluster answers at {master} (flink_master): {reason}.") from error

@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import apache_beam as beam
 import grpc
+from apache_beam.options.pipeline_options import PortableOptions
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineState
+from apache_beam.transforms.environments import Environment
 from retrodb.pipelines.runners.base import (
     Job,
     JobRecord,
@@ -29,6 +31,10 @@ from retrodb.planning import Cost, Effort
 
 WORKER_POOL: Final = "localhost:50000"
 """Where a worker of the runner finds Python: a pool beside it (``python -m retrodb.pipelines.pool``)."""
+
+_POOL: Final = "EXTERNAL"
+_NOBODY: Final = ("UNAVAILABLE", "Connection refused", "failed to connect")
+"""In the words of gRPC, in Python and in Java."""
 
 _ANSWER_SECONDS: Final = 15.0
 _LOST_SECONDS: Final = 30.0
@@ -52,7 +58,24 @@ class JobServerRunner:
     def check_options(self) -> None:
         for stage in (None, *self.options.stages()):
             self.endpoint(stage)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Refuse values that Beam cannot read, and kinds of workers that it does not have.
+
+        Raises:
+            InputError: there is one.
+        """
         self.options.check_values()
+        for stage in (None, *self.options.stages()):
+            given = pipeline_options(self.options_of(stage or ""), "retrodb")
+            try:
+                Environment.from_options(given.view_as(PortableOptions))
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(
+                    f"--runner-option environment_type, environment_config: {error}. Kinds of workers are EXTERNAL (a "
+                    "pool at HOST:PORT, the default), DOCKER (an image), PROCESS and LOOPBACK."
+                ) from error
 
     def check(self, locations: Sequence[str]) -> None:
         self.check_options()
@@ -77,8 +100,12 @@ class JobServerRunner:
         return {}
 
     def describe(self, stage: str) -> dict[str, str]:
-        pool = self.options.one("environment_config", stage) or WORKER_POOL
-        return {"job_endpoint": self.endpoint(stage), "workers": pool}
+        return {"job_endpoint": self.endpoint(stage), "workers": self.workers(stage)}
+
+    def workers(self, stage: str) -> str:
+        """Where a stage's workers come from, for people."""
+        options = self.options_of(stage)
+        return self.pool(stage) or " ".join([*options["environment_type"], *options.get("environment_config", [])])
 
     def cost(self, effort: Callable[[], Effort]) -> Cost | None:
         return None
@@ -98,10 +125,14 @@ class JobServerRunner:
     def options_of(self, stage: str) -> dict[str, list[str]]:
         """What a job of a stage is given; a worker pool beside each worker where no environment is named."""
         options = self.options.of(stage)
-        if "environment_type" not in options:
-            options["environment_type"] = ["EXTERNAL"]
+        if options.setdefault("environment_type", [_POOL])[-1] == _POOL:
             options.setdefault("environment_config", [WORKER_POOL])
         return options
+
+    def pool(self, stage: str) -> str | None:
+        """Where a job's workers come from, if it is a pool."""
+        options = self.options_of(stage)
+        return options["environment_config"][-1] if options["environment_type"][-1] == _POOL else None
 
     def run(self, job: Job, tick: Tick) -> JobRecord:
         quieten()
@@ -132,7 +163,7 @@ class JobServerRunner:
             WorkerError: it does not take it.
         """
         try:
-            followed = FollowedJob(pipeline.run(), job)
+            followed = FollowedJob(pipeline.run(), job, self.pool(job.stage))
         except (grpc.RpcError, grpc.FutureTimeoutError, RuntimeError) as error:
             raise WorkerError(f"{job.stage}: the job server did not take the job: {last_line(str(error))}") from error
         self.submitted(job, followed.id)
@@ -158,11 +189,12 @@ class FollowedJob:
     """A submitted job: its state and messages, asked for rather than waited for, since streams of messages stay open
     for long after a job's end."""
 
-    def __init__(self, result: Any, job: Job) -> None:
+    def __init__(self, result: Any, job: Job, pool: str | None) -> None:
         # Beam shows neither a portable job's id nor its messages before the end in any public way.
         self.id: str = result._job_id
         self._result = result
         self._job = job
+        self._pool = pool
         self._errors: list[str] = []
         self._reader = threading.Thread(
             target=self._read, args=(result._message_stream,), name="retrodb-messages", daemon=True
@@ -225,6 +257,12 @@ class FollowedJob:
         if state == PipelineState.CANCELLED:
             return WorkerError(f"{self._job.stage}: job {self.id} was cancelled on the runner; run it again.")
         last = self._errors[-1] if self._errors else ""
+        if self._pool is not None and any(word in last for word in _NOBODY):
+            return WorkerError(
+                f"{self._job.stage}: job {self.id} found no workers: does a pool listen at {self._pool} "
+                "(environment_config), as the runner's own workers see it? Start one with "
+                "python -m retrodb.pipelines.pool --port PORT, or correct the address."
+            )
         message = f"{self._job.stage}: job {self.id} ended in state {state}: {last_line(last)}"
         return WorkerError(message) if "Traceback (most recent call last)" in last else WorkerDiedError(message)
 

@@ -1,7 +1,7 @@
 """The frozen encoder: texts in, float16 vectors out. Imports torch; `source` does not."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,7 +70,7 @@ class Encoder:
         asked = [prompt + text for text in texts] if prompt else texts
         return tokenised(self.featuriser.tokenize, asked, self.place.slab_rows, self._tokenizers())
 
-    def featurise_own_tokens(self, chunks: Sequence[Sequence[int]]) -> Featurised:
+    def featurise_own_tokens(self, chunks: Iterable[Sequence[int] | np.ndarray]) -> Featurised:
         """The same for chunks that the encoder's own tokenizer made."""
         rows = [self.featuriser.wrap(ids) for ids in chunks]
         step = self.place.slab_rows or max(1, len(rows))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 
@@ -43,10 +44,10 @@ class Featuriser:
         """Token ids of each text, truncated as sentence-transformers truncates."""
         return self.tokenizer(list(texts)) if texts else []
 
-    def wrap(self, ids: Sequence[int]) -> list[int]:
-        """A chunk of the encoder's own tokens between its special tokens."""
+    def wrap(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """A chunk of the encoder's own tokens between its special tokens, int32 [n]."""
         room = self.max_length - len(self.prefix) - len(self.suffix)
-        return [*self.prefix, *(int(token) for token in ids[:room]), *self.suffix]
+        return np.concatenate([np.asarray(part, dtype=np.int32) for part in (self.prefix, ids[:room], self.suffix)])
 
 
 def _around(ids: Sequence[int], special_mask: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

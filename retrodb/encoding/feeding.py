@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from retrodb.encoding.batches import length_batches
@@ -30,7 +31,8 @@ _FLOATS_A_TOKEN: Final = 40
 """Activations that live at once, in multiples of the width: the feed-forward layer's eight, attention's, and room."""
 _PIECE_TEXTS: Final = 512
 
-Rows = list[list[int]]
+Rows = list[npt.NDArray[np.int32]]
+"""Token ids, an array a row: as lists of numbers, those of a shard would be the largest thing a worker holds."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -47,12 +49,12 @@ class Batch:
     full: bool
 
     @staticmethod
-    def padded(rows: Sequence[Sequence[int]], padding_id: int) -> "Batch":
-        lengths = np.array([len(row) for row in rows])
+    def padded(rows: Sequence[npt.ArrayLike], padding_id: int) -> "Batch":
+        lengths = np.array([np.size(row) for row in rows])
         longest = int(lengths.max())
         mask = np.arange(longest)[None, :] < lengths[:, None]
         ids = np.full(mask.shape, padding_id, dtype=np.int64)
-        ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        ids[mask] = np.concatenate(rows)
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), bool(mask.all()))
 
     def on(self, device: str) -> "Batch":
@@ -108,14 +110,21 @@ class Featurised:
 
 
 def tokenised(
-    tokenize: Callable[[Sequence[str]], Rows], texts: Sequence[str], slab_rows: int | None, pool: Executor | None
+    tokenize: Callable[[Sequence[str]], list[list[int]]],
+    texts: Sequence[str],
+    slab_rows: int | None,
+    pool: Executor | None,
 ) -> Featurised:
     """The token ids of texts: by ``pool`` ahead of their use, which begins at once; else when they are used."""
-    if slab_rows is None or pool is None:
-        return Featurised(len(texts), (tokenize(part) for part in [texts] if texts))
+
+    def piece(start: int) -> Rows:
+        return [np.array(row, dtype=np.int32) for row in tokenize(texts[start : start + _PIECE_TEXTS])]
+
     starts = range(0, len(texts), _PIECE_TEXTS)
+    if slab_rows is None or pool is None:
+        return Featurised(len(texts), ([row for start in starts for row in piece(start)] for _ in range(bool(texts))))
     each = max(1, slab_rows // _PIECE_TEXTS)
-    pieces = _ahead(lambda start: tokenize(texts[start : start + _PIECE_TEXTS]), starts, pool, 2 * each)
+    pieces = _ahead(piece, starts, pool, 2 * each)
 
     def slabs() -> Iterator[Rows]:
         while slab := [row for piece in itertools.islice(pieces, each) for row in piece]:

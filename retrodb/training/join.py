@@ -75,6 +75,11 @@ class ChunkArrays:
         return len(self.chunk_ids)
 
     @property
+    def nbytes(self) -> int:
+        """Of the arrays together."""
+        return sum(array.nbytes for array in (self.chunk_ids, self.document_ids, self.tokens, self.n_tokens))
+
+    @property
     def chunk_tokens(self) -> int:
         """m."""
         return int(self.tokens.shape[1])

@@ -1,7 +1,8 @@
 """What crosses a runner in the join: requests and answers, as raw little-endian arrays (nothing is pickled)."""
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -38,6 +39,12 @@ class Request:
         """8 bytes a row and a header of 32."""
         header = _HEADER.pack(_REQUEST, 0, 0, self.query_shard, self.neighbour_shard, len(self.cells))
         return b"".join((header, _packed(self.cells), _packed(self.rows)))
+
+    def cut(self, size: int) -> Iterator["Request"]:
+        """This request in parts of at most ``size`` rows."""
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            yield replace(self, cells=self.cells[part], rows=self.rows[part])
 
     @staticmethod
     def from_bytes(data: bytes) -> "Request":

@@ -1,0 +1,180 @@
+"""Neighbours' tokens for query shards: what the training join and the leakage report share.
+
+On a cluster, a shuffle of arrays:
+
+tasks -> ask:    what each query shard wants of each neighbour's shard     (key: the neighbour's shard)
+      -> answer: the neighbour's shard read once, tokens looked up         (key: the query's shard)
+      -> a `FromAnswers` of the stage: the query's shard made from its answers, and its receipt
+
+On one machine, whose in-process runner holds what is shuffled in memory, several times over, a query shard's worker
+opens the neighbours' shards itself, one after the other, and holds one of them and one piece of its answer at a time.
+The answers are the same, and so are the bytes made from them.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import apache_beam as beam
+import numpy as np
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.shards import ShardFiles
+from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
+
+from retrodb.errors import DamagedError
+from retrodb.formats import File
+from retrodb.manifest import Shard
+from retrodb.recent import Recent
+from retrodb.storage import Storage
+from retrodb.training.join import (
+    CHUNK_COLUMNS,
+    NEIGHBOUR_COLUMNS,
+    ChunkArrays,
+    answer,
+    neighbour_ids,
+    requests,
+)
+from retrodb.training.messages import Answer, Request
+
+ANSWER_ROWS: Final = 1 << 14
+"""Neighbours in one answer, at most: 4 MB of tokens with m = 64, whatever a shard's size."""
+
+NEIGHBOUR_CACHE_BYTES: Final = 32 << 20
+"""Chunk shards that a worker keeps to look neighbours up in; at least one."""
+
+
+@dataclass(frozen=True)
+class NeighbourSource:
+    """Whose neighbours, and where they are.
+
+    Attributes:
+        chunks: every chunk shard by its number, as recorded.
+        neighbours: how many of each chunk are asked for.
+        looked_up: by the query shard's worker, instead of by a shuffle.
+    """
+
+    chunks: Mapping[int, File]
+    neighbours: int
+    looked_up: bool
+
+    def read(self, storage: Storage, shard: int) -> ChunkArrays:
+        """A chunk shard's columns that the join needs.
+
+        Raises:
+            DamagedError: there is no such shard.
+        """
+        if shard not in self.chunks:
+            raise DamagedError(
+                f"chunk shard {shard}, of which there are neighbours, does not exist. Run the build again."
+            )
+        return read_chunks(storage, self.chunks[shard])
+
+
+class _NeighboursDoFn(StageDoFn):
+    """Knows where neighbours are."""
+
+    def __init__(self, book: ReceiptBook, source: NeighbourSource) -> None:
+        super().__init__(book)
+        self._source = source
+
+    def _wanted(self, item: ShardFiles) -> np.ndarray:
+        """int64 [N, k'] neighbour ids of a query shard, -1 where missing."""
+        chunk_ids = self._storage.read_table(item.chunks, ["chunk_id"])["chunk_id"].to_numpy()
+        table = self._storage.read_table(item.neighbours, list(NEIGHBOUR_COLUMNS))
+        return neighbour_ids(table, chunk_ids, self._source.neighbours)
+
+
+class Ask(_NeighboursDoFn):
+    """Task -> (neighbour's shard, request)."""
+
+    def process(self, task: Task) -> Iterator[tuple[int, bytes]]:
+        with self._naming(task.number):
+            for shard, request in requests(self._wanted(task.payload), task.number).items():
+                yield shard, request.to_bytes()
+
+
+class AnswerRequests(_NeighboursDoFn):
+    """(neighbour's shard, requests) -> (query's shard, answer)."""
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
+        shard, messages = element
+        with self._naming(shard):
+            chunks = self._source.read(self._storage, shard)
+            for message in messages:
+                request = Request.from_bytes(message)
+                for part in request.cut(ANSWER_ROWS):
+                    yield request.query_shard, answer(part, chunks).to_bytes()
+
+
+class FromAnswers(_NeighboursDoFn):
+    """(query's shard, its task and answers) -> the stage's shard, and its receipt.
+
+    Or, where neighbours are looked up, a task -> the same.
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        self._recent = Recent(
+            functools.partial(self._source.read, self._storage), lambda chunks: chunks.nbytes, NEIGHBOUR_CACHE_BYTES
+        )
+
+    def process(self, element: Any) -> Iterator[int]:
+        if self._source.looked_up:
+            yield from self._look_up(element)
+            return
+        number, parts = element
+        with self._naming(number):
+            for task in parts["tasks"]:
+                finish(self._book, self.make(task, map(Answer.from_bytes, parts["answers"])))
+                yield number
+
+    def _look_up(self, task: Task) -> Iterator[int]:
+        with self._naming(task.number):
+            if self._left(task) is not None:
+                finish(self._book, self.make(task, self._answers(task)))
+            yield task.number
+
+    def _answers(self, task: Task) -> Iterator[Answer]:
+        """The shards that are at hand first: read in turn, each would have gone when its turn comes again."""
+        wanted = requests(self._wanted(task.payload), task.number)
+        for shard in sorted(wanted, key=lambda shard: (shard not in self._recent, shard)):
+            for part in wanted[shard].cut(ANSWER_ROWS):
+                yield answer(part, self._recent.get(shard))
+
+    def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
+        """Write the shard of a task from the answers to its requests."""
+        raise NotImplementedError
+
+
+def read_chunks(storage: Storage, path: File) -> ChunkArrays:
+    """A chunk shard's columns that the join needs."""
+    return ChunkArrays.from_table(storage.read_table(path, list(CHUNK_COLUMNS)))
+
+
+def join_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
+    """One task a chunk shard."""
+    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
+
+
+def join_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], source: NeighbourSource, last: FromAnswers
+) -> beam.PCollection:
+    """Make query shards from the tokens of their nearest neighbours."""
+    dealt = pipeline | DealOut(tasks)
+    name = type(last).__name__.lower()
+    if source.looked_up:
+        return dealt | name >> beam.ParDo(last)
+    answers = (
+        dealt
+        | "ask" >> beam.ParDo(Ask(book, source))
+        | "by neighbour's shard" >> beam.GroupByKey()
+        | "answer" >> beam.ParDo(AnswerRequests(book, source))
+    )
+    keyed = dealt | "by number" >> beam.Map(_by_number)
+    joined = {"tasks": keyed, "answers": answers} | "by query's shard" >> beam.CoGroupByKey()
+    return joined | name >> beam.ParDo(last)
+
+
+def _by_number(task: Task) -> tuple[int, Task]:
+    return task.number, task
