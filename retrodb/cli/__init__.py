@@ -21,6 +21,7 @@ from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.evaluate import evaluate
+from retrodb.cli.evaluate_retrieval import evaluate_retrieval
 from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
@@ -39,7 +40,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, plan, info, verify, query, show, export, train, retrofit, evaluate, generate):
+for command in (
+    build,
+    plan,
+    info,
+    verify,
+    query,
+    show,
+    export,
+    train,
+    retrofit,
+    evaluate,
+    generate,
+    evaluate_retrieval,
+):
     app.command()(command)
 app.add_typer(index_commands, name="index")
 

@@ -16,7 +16,7 @@ from retrodb.encoding.bert import Bert, is_common_bert
 from retrodb.encoding.cards import choose_device, count_cards
 from retrodb.encoding.featuriser import Featuriser, quieten
 from retrodb.encoding.feeding import Batch, Featurised, Network, Place, tokenised, vectors_of
-from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify
+from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify, query_prompt
 from retrodb.errors import InputError, WorkerError
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,12 +24,16 @@ _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded encoder. ``identity`` says what it is; `embed` is the one way from texts to stored vectors."""
+    """A loaded encoder. ``identity`` says what it is; `embed` is the one way from texts to stored vectors.
+
+    ``query_prompt`` is put before a query, where the card has one of its own for queries.
+    """
 
     identity: EncoderIdentity
     place: Place
     featuriser: Featuriser
     network: Network
+    query_prompt: str
 
     @staticmethod
     def load(files: EncoderFiles, precision: str = "fp32", device: str = "cpu") -> "Encoder":
@@ -50,7 +54,7 @@ class Encoder:
             place = Place.of(device, identity.dimension, _DTYPES[precision].itemsize)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the encoder {files.name!r} from {files.folder}: {error}") from error
-        return Encoder(identity, place, featuriser, network)
+        return Encoder(identity, place, featuriser, network, query_prompt(files, identity))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float16 [n, d]: the stored vectors of ``texts``.
@@ -60,13 +64,20 @@ class Encoder:
         """
         return self.vectors(self.featurise(texts))
 
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """float16 [n, d]: vectors of questions to search with: as `embed`, with the card's prompt for queries."""
+        return self.vectors(self.featurise(texts, self.query_prompt))
+
     def embed_own_tokens(self, chunks: Sequence[Sequence[int]]) -> np.ndarray:
         """float16 [n, d] for chunks that the encoder's own tokenizer made: ids without special tokens."""
         return self.vectors(self.featurise_own_tokens(chunks))
 
-    def featurise(self, texts: Sequence[str]) -> Featurised:
-        """The token ids of texts. Where a card computes, threads begin to make them at once."""
-        prompt = self.identity.prompt
+    def featurise(self, texts: Sequence[str], prompt: str | None = None) -> Featurised:
+        """The token ids of texts after ``prompt``, the identity's where it is None.
+
+        Where a card computes, threads begin to make them at once.
+        """
+        prompt = self.identity.prompt if prompt is None else prompt
         asked = [prompt + text for text in texts] if prompt else texts
         return tokenised(self.featuriser.tokenize, asked, self.place.slab_rows, self._tokenizers())
 

@@ -191,6 +191,13 @@ def identify(files: EncoderFiles, precision: str) -> EncoderIdentity:
     )
 
 
+def query_prompt(files: EncoderFiles, identity: EncoderIdentity) -> str:
+    """What is put before a query: the card's ``query`` prompt, as sentence-transformers' ``encode_query`` has it, else
+    the prompt of every text. The file it stands in is part of the identity."""
+    prompts = _read_json(files.folder / "config_sentence_transformers.json", default={}).get("prompts") or {}
+    return str(prompts.get("query", identity.prompt))
+
+
 def _folder_sha256(folder: Path) -> str:
     paths = sorted({path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()})
     if not any(path.suffix == ".safetensors" for path in paths):
