@@ -27,7 +27,9 @@ TABLES: Final = (
     "quarantine",
     "duplicates",
     "chunks",
+    "block_duplicates",
     "embeddings",
+    "null",
     "index",
     "neighbours",
     "training",
@@ -66,7 +68,7 @@ def fingerprint(value: Any) -> str:
 
 def shard_path(table: str, number: int) -> str:
     """Relative path of shard ``number`` of a table: ``chunks/00000.parquet``, ``embeddings/00000.npy``."""
-    suffix = {"embeddings": "npy", "index": "faiss"}.get(table, "parquet")
+    suffix = {"embeddings": "npy", "null": "npy", "index": "faiss"}.get(table, "parquet")
     return f"{table}/{number:05d}.{suffix}"
 
 

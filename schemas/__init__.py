@@ -15,7 +15,11 @@ SCHEMA_VERSION: Final = 1
 ID_SHIFT: Final = 32
 """Ids are int64 ``shard << 32 | row``: known without a global barrier, decoded in O(1), never reused."""
 
+NULL_ID: Final = (1 << 63) - 1
+"""The null document's id among the candidates of a query (REALM): of no row, in no index, never found by a search."""
+
 CONTENT_HASH_BYTES: Final = 32
+UID_BYTES: Final = 16
 SPLITS: Final = ("train", "validation")
 
 TOKEN_TYPES: Final = {"uint16": pa.uint16(), "uint32": pa.uint32()}
@@ -60,6 +64,30 @@ def chunks(chunk_tokens: int, token_type: str) -> pa.Schema:
             ("n_tokens", pa.int16(), "valid tokens"),
             ("start", pa.int64(), "first UTF-8 byte in the document's text"),
             ("end", pa.int64(), "one past the last UTF-8 byte in the document's text"),
+        ],
+    )
+
+
+def blocks(budget: int, token_type: str) -> pa.Schema:
+    """One row a block: the ``chunks`` table of a database whose unit is the block. With the title and the special
+    tokens a block has at most ``budget`` tokens."""
+    own = [
+        ("uid", pa.binary(UID_BYTES), "what tells equal blocks: the hash of title and body"),
+        ("title_tokens", pa.list_(pa.field("item", TOKEN_TYPES[token_type])), "tokens of the document's title"),
+        ("split_sentence", pa.bool_(), "whether it holds a part of a sentence longer than a block"),
+        ("truncated_title", pa.bool_(), "whether the title was too long, so that title_tokens are its beginning"),
+    ]
+    schema = chunks(budget, token_type)
+    return pa.schema([*schema, *_schema("chunks", own)], metadata=schema.metadata)
+
+
+def block_duplicates() -> pa.Schema:
+    """One row a uid that several blocks have."""
+    return _schema(
+        "block_duplicates",
+        [
+            ("uid", pa.binary(UID_BYTES), "as in chunks"),
+            ("chunk_ids", pa.list_(pa.int64()), "the blocks that have it, ascending; two or more"),
         ],
     )
 

@@ -9,6 +9,8 @@ from retrodb import schemas
 _TITLES = {
     "documents": schemas.documents(),
     "chunks": schemas.chunks(64, "uint16"),
+    "chunks of blocks": schemas.blocks(288, "uint16"),
+    "block_duplicates": schemas.block_duplicates(),
     "neighbours": schemas.neighbours(20),
     "training": schemas.training(2048, 64, 2, "uint16"),
     "leakage": schemas.leakage(),
@@ -27,7 +29,9 @@ def markdown() -> str:
         "",
         "Ids are int64 `shard << 32 | row`. Missing values are null elements, never null lists. Padded token slots",
         "hold 0 and are told by the length columns alone. `embeddings/*.npy` are float16 `[rows, d]`; row i belongs",
-        "to row i of the chunk shard of the same number. `index/*.faiss` are faiss indexes over chunk ids.",
+        "to row i of the chunk shard of the same number. `index/*.faiss` are faiss indexes over chunk ids. A database",
+        "of blocks has the vector of the null document in `null/00000.npy`, float16 `[1, d]`; its id among candidates",
+        "is 9223372036854775807, which is no row's.",
         "`manifest.json` lists every shard with its path, rows, bytes and sha256; what it does not list does not",
         "exist.",
     ]
