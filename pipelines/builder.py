@@ -29,6 +29,7 @@ from retrodb.manifest import (
     REPORT_SHA256,
     REPORTS_FOLDER,
     STAGE_REPORTS,
+    STAGES,
     TABLES,
     TRAINED_TOKENIZER,
     WORK_FOLDER,
@@ -298,7 +299,7 @@ class Builder:
             gone += [path for path, name in paths if path in outdated or name.startswith(TEMPORARY_PREFIX)]
         self.storage.delete(*gone)
         forget_scans(self.storage)
-        if set(self.manifest.stages) == set(stages.STAGE_TABLES):
+        if set(STAGES) <= set(self.manifest.stages):
             self.storage.delete_folder(WORK_FOLDER)
 
     def _outdated_files(self) -> Iterator[str]:

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from retrodb.chunking.sentences import splitter_identity
 from retrodb.config import BuildConfig
 from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice
-from retrodb.manifest import STAGES, Manifest, fingerprint
+from retrodb.manifest import RECORDED_STAGES, SPANS_STAGE, STAGES, Manifest, fingerprint
 from retrodb.quality.leakage import NEAREST
+from retrodb.spans import SpanSettings
 
 STAGE_TABLES: Final = {
     "corpus": ("documents", "quarantine"),
@@ -24,6 +26,7 @@ STAGE_TABLES: Final = {
     "neighbours": ("neighbours",),
     "training": ("training",),
     "report": ("leakage",),
+    SPANS_STAGE: ("spans", "queries", "span_quarantine"),
 }
 """The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
 
@@ -36,6 +39,7 @@ STAGE_READS: Final = {
     "neighbours": ("documents", "chunks", "embeddings", "index"),
     "training": ("documents", "chunks", "neighbours"),
     "report": ("documents", "chunks", "neighbours"),
+    SPANS_STAGE: ("documents", "chunks"),
 }
 """The recorded tables that a stage is made from."""
 
@@ -49,7 +53,7 @@ UPSTREAM: Final = {
 }
 """Parts that are fingerprints of an earlier stage."""
 
-_CODE: Final = dict.fromkeys(STAGES, 1)
+_CODE: Final = dict.fromkeys(RECORDED_STAGES, 1)
 """Raised when a stage's code changes its bytes, so that old tables are rebuilt, never mixed with new ones."""
 
 
@@ -149,9 +153,30 @@ def report_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
     }
 
 
+def spans_parts(
+    chunk: str, settings: SpanSettings, taggers: Sequence[Mapping[str, Any]], wordpieces: str
+) -> dict[str, Any]:
+    """``taggers`` are identities: name, version, hash; ``wordpieces`` is the fingerprint of the query's tokenizer."""
+    return {
+        "code": _CODE[SPANS_STAGE],
+        "chunks": chunk,
+        "mask": settings.mask,
+        "seed": settings.seed,
+        "max_tokens": settings.max_tokens,
+        "max_masked": settings.max_masked,
+        "taggers": [dict(tagger) for tagger in taggers],
+        "sentences": splitter_identity(),
+        "wordpieces": wordpieces,
+    }
+
+
 def downstream(stage: str) -> tuple[str, ...]:
-    """``stage`` and every stage after it that depends on it: none depends on training."""
-    return (stage,) if stage == "training" else STAGES[STAGES.index(stage) :]
+    """``stage`` and every stage after it that depends on it: none depends on training or on spans, which are made from
+    the chunks alone."""
+    if stage in ("training", SPANS_STAGE):
+        return (stage,)
+    after = STAGES[STAGES.index(stage) :]
+    return (*after, SPANS_STAGE) if "chunk" in after else after
 
 
 def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -161,7 +186,7 @@ def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple
     """
     embed = manifest.stages.get("embed")
     if stage == "chunk" and embed is not None and embed.made_from.get("chunks") == fingerprint(_chunks_of(parts)):
-        return (stage,)
+        return (stage, SPANS_STAGE)
     return downstream(stage)
 
 

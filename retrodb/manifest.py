@@ -34,9 +34,16 @@ TABLES: Final = (
     "neighbours",
     "training",
     "leakage",
+    "spans",
+    "queries",
+    "span_quarantine",
 )
 STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 """In the order of the data flow; each depends on those before it, but none on training (`retrodb.pipelines.stages`)."""
+SPANS_STAGE: Final = "spans"
+"""A stage of its own, made from the chunks by ``retrodb spans``; a database is complete without it."""
+RECORDED_STAGES: Final = (*STAGES, SPANS_STAGE)
+"""Every stage that a manifest may record."""
 TRAINED_TOKENIZER: Final = "tokenizer.json"
 """A tokenizer learnt by the build itself."""
 RECALL_REPORT: Final = "reports/recall.json"
@@ -205,7 +212,7 @@ class Manifest:
             "config": self.config,
             "fingerprints": self.fingerprints,
             "inputs": self.inputs,
-            "stages": {name: asdict(self.stages[name]) for name in STAGES if name in self.stages},
+            "stages": {name: asdict(self.stages[name]) for name in RECORDED_STAGES if name in self.stages},
             "tables": {
                 name: {"shards": [shard.as_json() for shard in self.tables[name]]}
                 for name in TABLES

@@ -153,6 +153,68 @@ def duplicates() -> pa.Schema:
     )
 
 
+def spans() -> pa.Schema:
+    """One row a salient span of a document."""
+    return _schema(
+        "spans",
+        [
+            ("span_id", pa.int64(), "shard << 32 | row"),
+            ("document_id", pa.int64(), "the document it stands in"),
+            ("chunk_id", pa.int64(), "the chunk or block with the larger part of its sentence; null if none has any"),
+            ("sentence_start", pa.int64(), "first UTF-8 byte of its sentence in the document's text"),
+            ("sentence_end", pa.int64(), "one past the last"),
+            ("start", pa.int64(), "first UTF-8 byte of the span in the document's text"),
+            ("end", pa.int64(), "one past the last"),
+            ("label", pa.string(), "what it is, as its tagger says: PERSON, DATE, ..; null where it does not"),
+            ("tagger", pa.string(), "who found it: name@version; of imported ones import:source"),
+        ],
+    )
+
+
+def queries(max_tokens: int, max_masked: int, token_type: str) -> pa.Schema:
+    """One row a sentence with a masked span (REALM, section 3.4), in wordpieces of the encoder's own tokenizer."""
+    token = TOKEN_TYPES[token_type]
+    return _schema(
+        "queries",
+        [
+            ("query_id", pa.int64(), "shard << 32 | row"),
+            ("span_id", pa.int64(), "the span that is masked; null where the mask is random"),
+            ("document_id", pa.int64(), "the document it stands in"),
+            ("chunk_id", pa.int64(), "the chunk or block with the larger part of the sentence; null if none has any"),
+            ("split", pa.string(), "train or validation, as its document"),
+            ("sentence_start", pa.int64(), "first UTF-8 byte of the sentence in the document's text"),
+            ("sentence_end", pa.int64(), "one past the last"),
+            ("start", pa.int64(), "first UTF-8 byte of the masked span; null where single tokens are masked"),
+            ("end", pa.int64(), "one past the last"),
+            ("label", pa.string(), "as in spans; null where the mask is random"),
+            ("tagger", pa.string(), "as in spans; random-span or random-token where the mask is random"),
+            (
+                "tokens",
+                pa.list_(token, max_tokens),
+                "the sentence's wordpieces, without special tokens, the mask token in place of masked ones; padded "
+                "with 0",
+            ),
+            ("n_tokens", pa.int16(), "valid tokens; a longer sentence is cut"),
+            ("masked_positions", pa.list_(pa.int16(), max_masked), "where tokens are masked, ascending; null beyond"),
+            ("target_ids", pa.list_(token, max_masked), "the wordpieces that stood there; null beyond"),
+            ("n_masked", pa.int16(), "how many"),
+        ],
+    )
+
+
+def span_quarantine() -> pa.Schema:
+    """One row an imported span that could not be used."""
+    return _schema(
+        "span_quarantine",
+        [
+            ("source", pa.string(), "file"),
+            ("position", pa.int64(), "byte offset in the decompressed file; row number in Parquet"),
+            ("reason", pa.string(), "why it could not be used"),
+            ("record", pa.binary(), "its first 64 KiB"),
+        ],
+    )
+
+
 def training(sequence_tokens: int, chunk_tokens: int, neighbours: int, token_type: str) -> pa.Schema:
     """One row a sequence of n = ``sequence_tokens`` tokens: n/m chunks with k' = ``neighbours`` neighbours each."""
     slots = sequence_tokens // chunk_tokens

@@ -14,6 +14,9 @@ _TITLES = {
     "neighbours": schemas.neighbours(20),
     "training": schemas.training(2048, 64, 2, "uint16"),
     "leakage": schemas.leakage(),
+    "spans": schemas.spans(),
+    "queries": schemas.queries(96, 10, "uint16"),
+    "span_quarantine": schemas.span_quarantine(),
     "quarantine": schemas.quarantine(),
     "duplicates": schemas.duplicates(),
 }

@@ -22,8 +22,8 @@ from support import (
 
 from retrodb import open as open_database
 from retrodb.errors import InputError
-from retrodb.evaluation.answers import normalised_answers, stands_in, words
 from retrodb.evaluation.answers import normalised as normal_form
+from retrodb.evaluation.answers import normalised_answers, stands_in, words
 from retrodb.evaluation.intervals import wilson
 from retrodb.evaluation.questions import QuestionSet, parse_question
 from retrodb.evaluation.retrieval import evaluate_retrieval

@@ -27,6 +27,7 @@ from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
+from retrodb.cli.spans import spans
 from retrodb.cli.train import retrofit, train
 from retrodb.cli.verify import verify
 from retrodb.errors import RetrodbError, UsageError

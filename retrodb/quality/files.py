@@ -12,7 +12,9 @@ from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
     MANIFEST_COPY,
     MANIFEST_NAME,
+    RECORDED_STAGES,
     REPORT_SHA256,
+    SPANS_STAGE,
     STAGE_REPORTS,
     STAGES,
     TABLES,
@@ -39,6 +41,7 @@ _UPSTREAM: Final = {
     "neighbours": {"index": "index"},
     "training": {"neighbour_table": "neighbours"},
     "report": {"neighbour_table": "neighbours"},
+    SPANS_STAGE: {"chunks": "chunk"},
 }
 """By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
 
@@ -85,10 +88,14 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
     done = [stage for stage in STAGES if stage in manifest.stages]
     chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
-    if unknown := sorted(set(manifest.stages) - set(STAGES)):
+    if unknown := sorted(set(manifest.stages) - set(RECORDED_STAGES)):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
     if done != chain[: len(done)]:
         findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")
+    if SPANS_STAGE in manifest.stages:
+        if "chunk" not in done:
+            findings.add(MANIFEST_NAME, f"records the stage {SPANS_STAGE} without the chunks that it is made from")
+        done.append(SPANS_STAGE)
     for stage in done:
         state = manifest.stages[stage]
         if state.fingerprint != fingerprint(state.made_from):
@@ -128,7 +135,7 @@ def _check_entries(table: str, shards: Iterable[Shard], findings: Findings) -> N
 def _check_numbers(manifest: Manifest, findings: Findings) -> None:
     """The tables have the same shard numbers as the documents; index shards are counted through."""
     wanted = {shard.number for shard in manifest.shards("documents")}
-    for table in ("chunks", "embeddings", "neighbours", "training", "leakage"):
+    for table in ("chunks", "embeddings", "neighbours", "training", "leakage", "spans", "queries"):
         if table not in manifest.tables:
             continue
         numbers = {shard.number for shard in manifest.shards(table)}
@@ -136,7 +143,9 @@ def _check_numbers(manifest: Manifest, findings: Findings) -> None:
             findings.add(shard_path(table, number), "is not recorded, though there is such a shard of documents")
         for number in sorted(numbers - wanted):
             findings.add(shard_path(table, number), "is recorded, though there is no such shard of documents")
-    for shard in (*manifest.shards("quarantine"), *manifest.shards("duplicates")):
+    for shard in (
+        shard for table in ("quarantine", "duplicates", "span_quarantine") for shard in manifest.shards(table)
+    ):
         if shard.number not in wanted:
             findings.add(shard.path, "is recorded, though there is no such shard of documents")
     if "index" in manifest.tables:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
-from retrodb.manifest import MANIFEST_NAME, STAGES, Manifest, Shard
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, STAGES, Manifest, Shard
 from retrodb.neighbours import Exclude, clusters_of
 from retrodb.quality.findings import Findings
 from retrodb.recent import Recent
@@ -32,6 +32,9 @@ STAGE_OF: Final = {
     "neighbours": "neighbours",
     "training": "training",
     "leakage": "report",
+    "spans": SPANS_STAGE,
+    "queries": SPANS_STAGE,
+    "span_quarantine": SPANS_STAGE,
 }
 """The stage that makes a table exist."""
 
