@@ -23,8 +23,11 @@ SPAN_ROW_GROUP = 1 << 14
 
 @dataclass(frozen=True)
 class SpanWork:
-    """What every task of the stage needs. ``identities`` are those of the taggers as the driver found them, in the order
-    of ``settings.taggers``; ``wordpieces`` is the fingerprint of the encoder's tokenizer."""
+    """What every task of the stage needs.
+
+    ``identities`` are those of the taggers as the driver found them, in the order of ``settings.taggers``;
+    ``wordpieces`` is the fingerprint of the encoder's tokenizer.
+    """
 
     settings: SpanSettings
     encoder: str
@@ -74,7 +77,7 @@ def span_tasks(manifest: Manifest, imported: dict[int, tuple[str, ...]]) -> list
     """One task a document shard."""
     chunks = {shard.number: shard for shard in manifest.shards("chunks")}
     return [
-        Task(shard.number, SpanInput(shard, chunks[shard.number], imported.get(shard.number, ())), weight=shard.bytes)
+        Task(shard.number, SpanInput(shard, chunks[shard.number], imported.get(shard.number, ())), weight=shard.rows)
         for shard in manifest.shards("documents")
     ]
 

@@ -30,7 +30,7 @@ from retrodb.spans.taggers import resolve_taggers
 from retrodb.spans.wordpieces import load_wordpieces
 from retrodb.storage import Storage
 
-_SMALL_TAG_BYTES: Final = 64 << 10
+_SMALL_TAG_DOCUMENTS: Final = 50
 _MADE_OF: Final = ("documents", "chunks")
 
 
@@ -118,8 +118,8 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
             tasks=span_tasks(builder.manifest, imported),
             damaged=damaged,
             pipeline=lambda pipeline, book, tasks: span_pipeline(pipeline, book, tasks, work),
-            unit="bytes",
-            small=_SMALL_TAG_BYTES,
+            unit="documents",
+            small=_SMALL_TAG_DOCUMENTS,
         )
     )
     if receipts is None:
@@ -133,7 +133,7 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
 
 
 def _assign(builder: Builder, book: ReceiptBook, files: Sequence[ScannedFile]) -> dict[int, tuple[str, ...]]:
-    """Bring imported spans to the shards of their documents: the same pieces each time, so that a run can be resumed."""
+    """Bring imported spans to the shards of their documents: the same pieces each time, for a run that goes on."""
     paths: dict[int, list[str]] = {}
     first = builder.manifest.shards("documents")[0].number
 

@@ -54,6 +54,7 @@ for command in (
     evaluate,
     generate,
     evaluate_retrieval,
+    spans,
 ):
     app.command()(command)
 app.add_typer(index_commands, name="index")

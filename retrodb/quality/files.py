@@ -86,7 +86,7 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
 
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
-    done = [stage for stage in STAGES if stage in manifest.stages]
+    done: list[str] = [stage for stage in STAGES if stage in manifest.stages]
     chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
     if unknown := sorted(set(manifest.stages) - set(RECORDED_STAGES)):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
