@@ -29,7 +29,6 @@ from retrodb.manifest import (
     REPORT_SHA256,
     REPORTS_FOLDER,
     STAGE_REPORTS,
-    STAGES,
     TABLES,
     TRAINED_TOKENIZER,
     WORK_FOLDER,
@@ -40,6 +39,7 @@ from retrodb.manifest import (
     is_of_a_table,
 )
 from retrodb.storage import TEMPORARY_PREFIX, Storage
+from retrodb.units import is_complete
 
 _PACKAGES: Final = (
     "apache-beam",
@@ -299,7 +299,7 @@ class Builder:
             gone += [path for path, name in paths if path in outdated or name.startswith(TEMPORARY_PREFIX)]
         self.storage.delete(*gone)
         forget_scans(self.storage)
-        if set(STAGES) <= set(self.manifest.stages):
+        if is_complete(self.manifest):
             self.storage.delete_folder(WORK_FOLDER)
 
     def _outdated_files(self) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from retrodb.chunking.pairs import PairTemplate
 from retrodb.chunking.sentences import splitter_identity
 from retrodb.config import BuildConfig
 from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
@@ -20,15 +21,16 @@ from retrodb.spans import SpanSettings
 STAGE_TABLES: Final = {
     "corpus": ("documents", "quarantine"),
     "dedup": ("duplicates",),
-    "chunk": ("chunks",),
-    "embed": ("embeddings",),
+    "chunk": ("chunks", "block_duplicates"),
+    "embed": ("embeddings", "null"),
     "index": ("index",),
     "neighbours": ("neighbours",),
     "training": ("training",),
     "report": ("leakage",),
     SPANS_STAGE: ("spans", "queries", "span_quarantine"),
 }
-"""The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
+"""The tables that exist only once a stage is done, in a database of either unit. (chunk also finishes the
+documents.)"""
 
 STAGE_READS: Final = {
     "corpus": (),
@@ -95,8 +97,12 @@ def dedup_parts(corpus: str, config: BuildConfig) -> dict[str, Any]:
     return {**parts, "decontaminate": config.decontaminate} if config.has_validation else parts
 
 
-def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str) -> dict[str, Any]:
-    """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide)."""
+def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str, pairs: PairTemplate | None) -> dict[str, Any]:
+    """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide); ``pairs`` is how the
+    encoder reads a title with a body, where the unit is the block."""
+    blocks = (
+        {"unit": config.unit, "splitter": splitter_identity(), "special_tokens": pairs.special_tokens} if pairs else {}
+    )
     return {
         "code": _CODE["chunk"],
         "documents": dedup,
@@ -104,6 +110,7 @@ def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str) -> dict[str, An
         "chunk_tokens": config.chunk_tokens,
         "text": config.text,
         **({"seed": config.seed} if config.tokenizer.startswith("train:") else {}),
+        **blocks,
     }
 
 

@@ -17,7 +17,7 @@ from retrodb.encoding import DEFAULT_ENCODER
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import STAGES
 from retrodb.sizes import parse_size
-from retrodb.units import BLOCK_TOKENS, Unit
+from retrodb.units import BLOCK_TOKENS, Unit, stages_of
 
 _OPTION: Final = re.compile(r"(?:([a-z]+)\.)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 _MINIMUM_TRAINED_VOCABULARY: Final = 256
@@ -221,10 +221,16 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
     if isinstance(flags.get("runner_option"), list | tuple) and "runner_option" in file_settings:
         flags = {**flags, "runner_option": _merged_options(file_settings["runner_option"], flags["runner_option"])}
     try:
-        return _validated({**file_settings, **flags})
+        config, run = _validated({**file_settings, **flags})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors() if item["type"] != "default_factory_not_called"]
         raise (UsageError if _is_wrong_alone(flags) else InputError)("; ".join(lines) + ".") from error
+    if run.until is not None and run.until not in stages_of(config.unit):
+        raise UsageError(
+            f"--until {run.until}: a database of {config.unit}s has no such stage; its stages are "
+            f"{', '.join(stages_of(config.unit))}."
+        )
+    return config, run
 
 
 def _merged_options(of_file: Any, of_flags: Any) -> list[str]:

@@ -56,6 +56,8 @@ REPORT_SHA256: Final = "report_sha256"
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
+LARGEST_NORM: Final = "largest_norm"
+"""Key of the index stage's details, for inner products: the largest norm of an indexed vector."""
 WORK_FOLDER: Final = ".build"
 """Where a build keeps its receipts until a stage is recorded."""
 DAMAGE_REPORT: Final = "reports/damage.json"

@@ -1,5 +1,6 @@
 """What a database is made of: chunks, RETRO's unit, or blocks, REALM's; and what each of the two has."""
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args
 
 from retrodb.manifest import STAGES, TABLES, Manifest
@@ -16,8 +17,8 @@ _TABLES_OF_CHUNKS: Final = ("training", "leakage")
 _TABLES_OF_BLOCKS: Final = ("block_duplicates", "null")
 
 
-def unit_of(config: dict[str, Any]) -> Unit:
-    """The unit in the recorded settings of a database; those of earlier versions do not name it."""
+def unit_of(config: Mapping[str, Any]) -> Unit:
+    """The unit in the recorded settings of a database, or of its chunk stage; earlier versions do not name it."""
     return "block" if config.get("unit") == "block" else "chunk"
 
 

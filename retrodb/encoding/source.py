@@ -102,6 +102,15 @@ def resolve_encoder(spec: str) -> EncoderFiles:
     return EncoderFiles(spec, _from_hub(spec))
 
 
+def longest_input(files: EncoderFiles) -> int:
+    """Tokens that an encoder reads at once, special ones included; needs no weights.
+
+    Raises:
+        InputError: the folder is not an encoder's.
+    """
+    return _max_length(files.transformer, _read_json(files.transformer / "config.json"))
+
+
 def check_weights(files: EncoderFiles) -> None:
     """Refuse weights that are cut short or no safetensors, from their headers alone.
 

@@ -12,7 +12,6 @@ from retrodb.lock import LOCK_NAME
 from retrodb.manifest import (
     MANIFEST_COPY,
     MANIFEST_NAME,
-    RECORDED_STAGES,
     REPORT_SHA256,
     SPANS_STAGE,
     STAGE_REPORTS,
@@ -29,6 +28,7 @@ from retrodb.manifest import (
 from retrodb.quality.findings import Findings
 from retrodb.quality.scene import STAGE_OF, Scene
 from retrodb.storage import TEMPORARY_PREFIX, Storage
+from retrodb.units import stages_of, tables_of, unit_of
 
 _THREADS: Final = 4
 _REMOTE_THREADS: Final = 16
@@ -79,7 +79,8 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
         _check_entries(table, shards, findings)
         if STAGE_OF[table] not in manifest.stages:
             findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
-    for table, stage in STAGE_OF.items():
+    for table in tables_of(unit_of(manifest.config)):
+        stage = STAGE_OF[table]
         if stage in manifest.stages and table not in manifest.tables:
             findings.add(MANIFEST_NAME, f"says the stage {stage} is done, but records no table {table}")
     _check_numbers(manifest, findings)
@@ -87,8 +88,9 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
     done: list[str] = [stage for stage in STAGES if stage in manifest.stages]
-    chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
-    if unknown := sorted(set(manifest.stages) - set(RECORDED_STAGES)):
+    stages = stages_of(unit_of(manifest.config))
+    chain = [stage for stage in stages if stage != "training" or stage in done]  # nothing is made from training
+    if unknown := sorted(set(manifest.stages) - {*stages, SPANS_STAGE}):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
     if done != chain[: len(done)]:
         findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")

@@ -6,6 +6,7 @@ from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATI
 from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256, STAGES, Manifest
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
+from retrodb.units import is_complete, unit_of
 
 
 def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
@@ -14,12 +15,14 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
     return {
         "database": url,
         "schema_version": SCHEMA_VERSION,
-        "complete": all(stage in stages for stage in STAGES),
+        "unit": unit_of(manifest.config),
+        "complete": is_complete(manifest),
         "stages": [stage for stage in STAGES if stage in stages],
         "inputs": [{"url": entry["url"], "bytes": entry["size"]} for entry in manifest.inputs],
         "documents": _documents(manifest),
         "chunks": stages["chunk"].counts["chunks"] if "chunk" in stages else None,
         "tokens": stages["chunk"].counts["tokens"] if "chunk" in stages else None,
+        "blocks": _blocks(manifest),
         "embeddings": _embeddings(manifest),
         "index": stages["index"].details if "index" in stages else None,
         "neighbours": _neighbours(manifest),
@@ -67,6 +70,21 @@ def _near_duplicates(manifest: Manifest) -> dict[str, Any] | None:
     if state is None or state.made_from["dedup"] == "off":
         return None
     return {"dedup": state.made_from["dedup"], "clusters": state.counts["clusters"], "in": state.counts["clustered"]}
+
+
+def _blocks(manifest: Manifest) -> dict[str, Any] | None:
+    """What is particular to blocks; None for chunks."""
+    if "chunk" not in manifest.stages or unit_of(manifest.config) != "block":
+        return None
+    counts = dict(manifest.stages["chunk"].counts)
+    return {
+        "budget": manifest.stages["chunk"].made_from["chunk_tokens"],
+        "splitter": manifest.stages["chunk"].made_from["splitter"],
+        "with_a_split_sentence": counts["split_sentence_blocks"],
+        "with_a_truncated_title": counts["truncated_title_blocks"],
+        "repeated_uids": counts["repeated_uids"],
+        "duplicates": counts["duplicate_blocks"],
+    }
 
 
 def _embeddings(manifest: Manifest) -> dict[str, Any] | None:
