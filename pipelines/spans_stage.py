@@ -125,7 +125,8 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
     if receipts is None:
         return
     counts = add_counts(receipts)
-    details = {"mask_id": load_wordpieces(work.encoder).mask_id, "encoder": work.encoder}
+    wordpieces = load_wordpieces(work.encoder)
+    details = {"mask_id": wordpieces.mask_id, "token_type": wordpieces.token_type, "encoder": work.encoder}
     builder.record(SPANS_STAGE, parts, shards_by_table(receipts, *tables), counts, details)
     if not builder.storage.list_folders(WORK_FOLDER):
         builder.storage.delete_folder(WORK_FOLDER)

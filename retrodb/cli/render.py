@@ -156,6 +156,13 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         )
     if facts["leakage"]:
         lines.append(f"leakage     {in_words(facts['leakage']['splits'])}")
+    if facts["spans"]:
+        spans = facts["spans"]
+        names = ", ".join(f"{tagger['name']} {tagger['version']}" for tagger in spans["taggers"])
+        lines.append(
+            f"spans       {spans['spans']:,} in {spans['sentences']:,} sentences, {spans['queries']:,} masked queries "
+            f"({spans['mask']}{f'; {names}' if names else ''})"
+        )
     return lines
 
 

@@ -12,6 +12,7 @@ from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
 from retrodb.quality.scene import Scene
+from retrodb.quality.span_content import span_schemas
 from retrodb.schemas import ID_SHIFT, SPLITS
 from retrodb.training.columns import lists, scalars
 
@@ -39,6 +40,7 @@ def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
         "quarantine": schemas.quarantine(),
         "duplicates": schemas.duplicates(),
         "leakage": schemas.leakage(),
+        **span_schemas(scene.manifest),
     }
     if facts.chunk_tokens:
         kind = schemas.blocks if facts.unit == "block" else schemas.chunks

@@ -3,7 +3,7 @@
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256, STAGES, Manifest
+from retrodb.manifest import LEAKAGE_REPORT, REPORT_SHA256, SPANS_STAGE, STAGES, Manifest
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
 from retrodb.units import is_complete, unit_of
@@ -28,6 +28,7 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
         "neighbours": _neighbours(manifest),
         "training": _training(manifest),
         "leakage": _leakage(manifest),
+        "spans": _spans(manifest),
         "fingerprints": manifest.fingerprints,
         "config": manifest.config,
         "tables": {
@@ -117,6 +118,19 @@ def _training(manifest: Manifest) -> dict[str, Any] | None:
         "neighbours": state.made_from["training_neighbours"],
         **state.counts,
     }
+
+
+def _spans(manifest: Manifest) -> dict[str, Any] | None:
+    if SPANS_STAGE not in manifest.stages:
+        return None
+    state = manifest.stages[SPANS_STAGE]
+    made = {name: state.made_from[name] for name in ("mask", "seed", "taggers")}
+    counts = {name: state.counts[name] for name in ("sentences", "spans", "queries", "imported", "quarantined")}
+    left_out = {
+        kind: {name.partition(".")[2]: number for name, number in state.counts.items() if name.startswith(f"{kind}.")}
+        for kind in ("dropped", "rejected")
+    }
+    return {**made, **counts, **left_out}
 
 
 def _leakage(manifest: Manifest) -> dict[str, Any] | None:

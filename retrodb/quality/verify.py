@@ -10,6 +10,7 @@ In order, each step trusting only what the ones before have found whole:
     index_content    the index holds every chunk that may be a neighbour, once
     neighbour_content  existence, exclusion, order, honest counts
     training_content every chunk once; tokens, neighbours and continuations re-joined
+    span_content     spans and masked queries, where there are any: offsets, chunks, wordpieces, masks
     leakage_content  one row a chunk, of its neighbours; some derived again; the report's figures
     recompute        with ``sample``: a random fraction made once more from the source text
 
@@ -30,6 +31,7 @@ from retrodb.quality.leakage_content import check_leakage
 from retrodb.quality.neighbour_content import check_neighbours
 from retrodb.quality.recompute import load_tools, recompute
 from retrodb.quality.scene import Facts, Scene
+from retrodb.quality.span_content import check_spans
 from retrodb.quality.training_content import check_training
 from retrodb.storage import Storage
 from retrodb.units import stages_of, unit_of
@@ -87,6 +89,7 @@ def _check_all(scene: Scene) -> None:
     check_neighbours(scene)
     check_training(scene)
     check_leakage(scene)
+    check_spans(scene)
 
 
 def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: str | None) -> None:
