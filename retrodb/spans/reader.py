@@ -100,11 +100,11 @@ def _batches(
 
 def as_arrays(table: pa.Table) -> QueryBatch:
     """Rows of the ``queries`` table."""
-    nullable = [table[name].fill_null(MISSING).to_numpy() for name in ("chunk_id", "span_id")]
     return QueryBatch(
         scalars(table, "query_id"),
         scalars(table, "document_id"),
-        *nullable,
+        table["chunk_id"].fill_null(MISSING).to_numpy(),
+        table["span_id"].fill_null(MISSING).to_numpy(),
         lists(table, "tokens"),
         scalars(table, "n_tokens"),
         lists(table, "masked_positions", MISSING),
