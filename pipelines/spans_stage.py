@@ -23,7 +23,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, taken_from
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
 from retrodb.spans.taggers import resolve_taggers
@@ -49,6 +49,9 @@ def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress
         LockedError: a build holds the database.
         WorkerError: a worker failed; what was finished is kept.
     """
+    if Manifest.recover(out) is None:
+        out.check_bucket()
+        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
     taggers, imports = resolve_taggers(settings.taggers if settings.mask == "salient" else ())
     files = scan_imports(imports)
     runner = make_runner(run)
@@ -56,8 +59,7 @@ def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress
     try:
         with build_lock(out):
             end_leftover_job(out, progress)
-            if not mend_manifest(out, progress):
-                raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+            mend_manifest(out, progress)
             builder = _builder(out, run, progress, runner)
             _refuse_unfit(builder)
             wordpieces = load_wordpieces(_encoder(builder))

@@ -5,6 +5,9 @@ import itertools
 import json
 import operator
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -17,7 +20,6 @@ from retrodb.pipelines import spans_stage
 from retrodb.pipelines.spans_stage import build_spans
 from support import (
     Progress,
-    Running,
     build_here,
     corpus,
     digests,
@@ -284,14 +286,24 @@ TEXTS = [
 ]
 
 
+OPTIONS = {
+    "until": "chunk",
+    "shard_bytes": "1KiB",
+    "dedup": "off",
+    "chunk_tokens": 16,
+    "sequence_tokens": 64,
+    "validation_fraction": 0.2,
+    "decontaminate": False,
+}
+
+
 @pytest.fixture(scope="module")
 def chunked(tiny_encoder, tmp_path_factory):
     """Several shards of documents and chunks, two documents of one key, some for validation. Do not change it."""
     folder = tmp_path_factory.mktemp("spans")
     records = [{"id": f"doc-{min(n, 23)}", "text": text} for n, text in enumerate(TEXTS)]
     path = write_jsonl(folder / "docs.jsonl", records)
-    options = {"encoder": str(tiny_encoder), "shard_bytes": "1KiB", "dedup": "off", "chunk_tokens": 16}
-    build_here([path], folder / "db", until="chunk", validation_fraction=0.2, sequence_tokens=64, **options)
+    build_here([path], folder / "db", encoder=str(tiny_encoder), **OPTIONS)
     return folder / "db"
 
 
@@ -307,11 +319,9 @@ def make(database, *taggers, workers=1, **options):
 
 
 def build_again(database, **changed):
-    inputs = [entry["url"] for entry in manifest_of(database)["inputs"]]
-    settings = {
-        k: v for k, v in manifest_of(database)["config"].items() if k not in ("text",) and v not in (None, [], ())
-    }
-    return build_here(inputs, database, **{**settings, "until": "chunk", **changed})
+    manifest = manifest_of(database)
+    inputs = [entry["url"] for entry in manifest["inputs"]]
+    return build_here(inputs, database, encoder=manifest["config"]["encoder"], **{**OPTIONS, **changed})
 
 
 def verified(database):
@@ -345,19 +355,42 @@ def test_spans_stage_records_what_it_found_and_rests(database):
     assert stamps(database) == before
 
 
+KILLED_AT_THE_FOURTH = """
+import os, signal, sys
+import retrodb.pipelines.spans as worker
+from retrodb.config import RunSettings
+from retrodb.pipelines.progress import Silent
+from retrodb.pipelines.spans_stage import build_spans
+from retrodb.spans import SpanSettings
+from retrodb.storage import Storage
+
+left, make = [1, 2, 3], worker.span_tables
+
+def deadly(*arguments, **options):
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left.pop()
+    return make(*arguments, **options)
+
+worker.span_tables = deadly
+build_spans(Storage(sys.argv[1]), SpanSettings(("dates",)), RunSettings(workers=1), Silent())
+"""
+
+
 @pytest.mark.slow
 def test_spans_stage_is_the_same_for_two_workers_and_after_a_kill(database, chunked, tmp_path, monkeypatch):
     make(database)
     other = tmp_path / "other"
     shutil.copytree(chunked, other)
-    running = Running.start("spans", other, "--tagger", "dates", "--workers", 1)
-    work = other / ".build"
-    if running.wait_for(lambda: len(list(work.glob("spans-*/*.json"))) >= 2):
-        running.kill()
-        assert "spans" not in manifest_of(other)["stages"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_THE_FOURTH, str(other)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert "spans" not in manifest_of(other)["stages"]
+    assert len(list(other.glob(".build/spans-*/*.json"))) == 3
+    made = {path.name: path.stat().st_mtime_ns for path in (other / "queries").glob("*.parquet")}
     monkeypatch.setattr(spans_stage, "_SMALL_TAG_DOCUMENTS", 0)
     make(other, workers=2)
     assert digests(other, SPAN_TABLES) == digests(database, SPAN_TABLES)
+    assert made == {name: (other / "queries" / name).stat().st_mtime_ns for name in made}, "finished shards are kept"
     assert manifest_of(other)["tables"]["queries"] == manifest_of(database)["tables"]["queries"]
     assert strays(other) == []
 
