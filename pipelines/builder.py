@@ -40,6 +40,7 @@ from retrodb.manifest import (
     is_of_a_table,
 )
 from retrodb.storage import TEMPORARY_PREFIX, Storage
+from retrodb.units import is_complete
 
 _PACKAGES: Final = (
     "apache-beam",
@@ -303,7 +304,7 @@ class Builder:
             gone += [path for path, name in paths if path in outdated or name.startswith(TEMPORARY_PREFIX)]
         self.storage.delete(*gone)
         forget_scans(self.storage)
-        if set(self.manifest.stages) == set(stages.STAGE_TABLES):
+        if is_complete(self.manifest):
             self.storage.delete_folder(WORK_FOLDER)
 
     def _outdated_files(self) -> Iterator[str]:

@@ -15,10 +15,12 @@ from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb import schemas
 from retrodb.chunking import ChunkTokenizer, chunk_documents, load_tokenizer
+from retrodb.chunking.blocks import Room, block_documents
+from retrodb.chunking.sentences import splitter_identity
 from retrodb.chunking.tokenizer import tokenizer_from_json
 from retrodb.corpus import VALIDATION
 from retrodb.corpus.near_duplicates import without_removed
-from retrodb.errors import DamagedError
+from retrodb.errors import DamagedError, MismatchError
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -31,12 +33,22 @@ VALIDATION_CHUNKS = "validation_chunks"
 @dataclass(frozen=True)
 class ChunkSettings:
     """How documents are cut. ``tokenizer`` is what `load_tokenizer` takes, or, where ``stored`` is its fingerprint and
-    not "", the path of one that is kept in the database."""
+    not "", the path of one that is kept in the database. ``blocks`` is how long a block may be and what splits
+    sentences; None where the unit is the chunk."""
 
     tokenizer: str
     stored: str
     chunk_tokens: int
     keep_text: bool
+    blocks: "BlockSettings | None" = None
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How blocks are packed. ``splitter`` is `splitter_identity` where the build was started."""
+
+    room: Room
+    splitter: str
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,7 @@ def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[R
     storage, number = book.storage, task.number
     documents = kept_documents(storage, task.payload)
     tokenizer = open_tokenizer(storage.url, settings.tokenizer, settings.stored)
-    chunks, counts = chunk_documents(
-        documents["document_id"].to_numpy(), documents["text"].to_pylist(), tokenizer, settings.chunk_tokens, number
-    )
+    chunks, counts = _cut(documents, tokenizer, settings, number)
     written = storage.commit_table(shard_path("chunks", number), chunks, CHUNK_ROW_GROUP)
     finished = finished_documents(documents, pa.array(counts), settings.keep_text)
     # Beside those that are recorded, which readers still see: all of them change places when the stage is done.
@@ -84,9 +94,31 @@ def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[R
             "chunks": Shard.of(written, number, chunks.num_rows),
             "documents": replace(Shard.of(documents_written, number, finished.num_rows), path=place),
         },
-        {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))},
+        _counts(chunks),
         {VALIDATION_CHUNKS: int(np.asarray(counts)[_is_validation(documents)].sum())},
     )
+
+
+def _cut(
+    documents: pa.Table, tokenizer: ChunkTokenizer, settings: ChunkSettings, number: int
+) -> tuple[pa.Table, np.ndarray]:
+    document_ids, texts = documents["document_id"].to_numpy(), documents["text"].to_pylist()
+    if settings.blocks is None:
+        return chunk_documents(document_ids, texts, tokenizer, settings.chunk_tokens, number)
+    if settings.blocks.splitter != splitter_identity():
+        raise MismatchError(
+            f"sentences are split by {splitter_identity()} on this worker, and the build was started with "
+            f"{settings.blocks.splitter}: install the same version everywhere."
+        )
+    return block_documents(document_ids, documents["title"].to_pylist(), texts, tokenizer, settings.blocks.room, number)
+
+
+def _counts(chunks: pa.Table) -> dict[str, int]:
+    counts = {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))}
+    for flag in ("split_sentence", "truncated_title"):
+        if flag in chunks.column_names:
+            counts[f"{flag}_blocks"] = int(pc.sum(chunks[flag]).as_py() or 0)
+    return counts
 
 
 def _is_validation(documents: pa.Table) -> np.ndarray:

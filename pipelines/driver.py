@@ -26,6 +26,7 @@ from retrodb.errors import DamagedError, InputError
 from retrodb.lock import build_lock
 from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, STAGES, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
+from retrodb.units import BLOCK_TOKENS, stages_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def build(
         WorkerError: a worker failed; what was finished is kept.
     """
     refuse_foreign(out)
-    config = located(config)
+    given, config = config, located(config)
     ingredients = resolve(config, run)
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in inputs)])
@@ -74,6 +75,8 @@ def build(
                 Manifest().save(out)  # from here on the folder is a database, whatever happens
             else:
                 _refuse_later_version(out)
+            if config.unit == "block" and config.chunk_tokens < given.chunk_tokens == BLOCK_TOKENS:
+                progress.note(f"blocks of {config.chunk_tokens} tokens, not {BLOCK_TOKENS}: the encoder reads no more")
             try:
                 return run_mending(lambda: Builder(inputs, out, config, run, progress, ingredients, runner))
             except InputError:
@@ -138,7 +141,8 @@ def run_mending(make_builder: Callable[[], Builder], first: str = STAGES[0]) -> 
 
 def _run_all(builder: Builder, first: str) -> BuildOutcome:
     builder.ingredients.prove(builder.manifest, builder.run)
-    for stage in STAGES[STAGES.index(first) :]:
+    stages = stages_of(builder.config.unit)
+    for stage in stages[stages.index(first) :]:
         _STEPS[stage](builder)
         if stage == builder.run.until:
             break

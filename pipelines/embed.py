@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import apache_beam as beam
 import numpy as np
@@ -23,15 +23,21 @@ if TYPE_CHECKING:
     from retrodb.encoding.feeding import Featurised
 
 
+NULL_NUMBER: Final = -1
+"""The task of the null document, whose vector is a table of its own."""
+
+
 @dataclass(frozen=True)
 class EmbedSettings:
-    """The encoder, and where a chunk's text comes from: the documents, its tokens' bytes, or its own token ids."""
+    """The encoder, and where a chunk's text comes from: the documents, its tokens' bytes, or its own token ids, with
+    the title's where ``blocks`` says so."""
 
     encoder: str
     files_sha256: str
     precision: str
     device: str
     own_tokens: bool
+    blocks: bool
     chunking: ChunkSettings
 
 
@@ -78,13 +84,23 @@ def _tokens(storage: Storage, item: EmbedInput) -> Iterator[np.ndarray]:
 def _read(storage: Storage, settings: EmbedSettings, task: Task) -> "Featurised":
     """A shard's rows for the network: beside the computing of the shard before it."""
     encoder = _load_encoder(settings)
+    if task.payload is None:
+        return encoder.featurise_pairs([[]], [[]])
     if not settings.own_tokens:
         return encoder.featurise(shard_texts(storage, task.payload, settings.chunking))
-    return encoder.featurise_own_tokens(_tokens(storage, task.payload))
+    bodies = _tokens(storage, task.payload)
+    if not settings.blocks:
+        return encoder.featurise_own_tokens(bodies)
+    titles = storage.read_table(task.payload.chunks, ["title_tokens"])["title_tokens"].to_pylist()
+    return encoder.featurise_pairs(titles, bodies)
 
 
 def _embed(storage: Storage, settings: EmbedSettings, task: Task, rows: "Featurised") -> Iterator[Receipt]:
     vectors = _load_encoder(settings).vectors(rows)
+    if task.number == NULL_NUMBER:
+        committed = storage.commit_array(shard_path("null", 0), vectors)
+        yield Receipt(NULL_NUMBER, {"null": Shard.of(committed, 0, 1)})
+        return
     committed = storage.commit_array(shard_path("embeddings", task.number), vectors)
     yield Receipt(
         task.number,
@@ -114,10 +130,11 @@ def _encoder_files(spec: str) -> EncoderFiles:
     return resolve_encoder(spec)
 
 
-def embed_tasks(chunks: Sequence[Shard], documents: Sequence[Shard]) -> list[Task]:
-    """One task a chunk shard."""
+def embed_tasks(chunks: Sequence[Shard], documents: Sequence[Shard], blocks: bool) -> list[Task]:
+    """One task a chunk shard, and, with ``blocks``, one for the null document."""
     sources = {shard.number: shard for shard in documents}
-    return [Task(s.number, EmbedInput(s, sources[s.number]), weight=s.rows) for s in chunks]
+    tasks = [Task(s.number, EmbedInput(s, sources[s.number]), weight=s.rows) for s in chunks]
+    return [*tasks, Task(NULL_NUMBER, None)] if blocks else tasks
 
 
 def embed_pipeline(

@@ -10,9 +10,9 @@ from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
 from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task, finish
 
-from retrodb.index import build_index_shard, commit_index_shard, seeded_sample, train_template
+from retrodb.index import build_index_shard, commit_index_shard, largest_norm, seeded_sample, train_template
 from retrodb.index.engine import Metric
-from retrodb.manifest import TEMPLATE_NUMBER, TEMPLATE_PATH, Shard, shard_path
+from retrodb.manifest import LARGEST_NORM, TEMPLATE_NUMBER, TEMPLATE_PATH, Shard, shard_path
 from retrodb.storage import Storage
 
 
@@ -109,11 +109,19 @@ def template_pipeline(
 
 
 def _add(storage: Storage, settings: IndexSettings, template: Shard, task: Task) -> Iterator[Receipt]:
-    parts = (indexed_part(storage, files) for files in task.payload)
+    norms = [0.0]
+
+    def read(files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:
+        chunk_ids, vectors = indexed_part(storage, files)
+        norms.append(largest_norm(vectors))
+        return chunk_ids, vectors
+
+    parts = (read(files) for files in task.payload)
     index = build_index_shard(storage.read_bytes(template), parts, settings.dimension, settings.metric)
     vectors = int(index.ntotal)
     committed = commit_index_shard(storage, shard_path("index", task.number), index)
-    yield Receipt(task.number, {"index": Shard.of(committed, task.number, vectors)}, {"indexed": vectors})
+    shards = {"index": Shard.of(committed, task.number, vectors)}
+    yield Receipt(task.number, shards, {"indexed": vectors}, {LARGEST_NORM: max(norms)})
 
 
 def add_tasks(groups: Sequence[Sequence[ShardFiles]], rows: Sequence[int]) -> list[Task]:

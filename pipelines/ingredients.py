@@ -10,6 +10,7 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking import DEFAULT_TOKENIZER, OWN_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
+from retrodb.chunking.pairs import PairTemplate
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.encoding import (
     DEFAULT_ENCODER,
@@ -20,6 +21,7 @@ from retrodb.encoding import (
     cpu_precision,
     cuda_precision,
     identify,
+    longest_input,
     resolve_encoder,
 )
 from retrodb.errors import InputError
@@ -52,12 +54,14 @@ class Ingredients:
     """The resolved encoder and tokenizer of a build.
 
     ``encoder`` is None where the build stops before the embed stage. ``tokenizer`` is None for ``train:VOCAB``, which
-    the chunk stage learns; ``tokenizer_spec`` is what `load_tokenizer` takes.
+    the chunk stage learns; ``tokenizer_spec`` is what `load_tokenizer` takes. ``pairs`` is how the encoder reads a
+    title with a body, where the unit is the block.
     """
 
     encoder: ChosenEncoder | None
     tokenizer_spec: str
     tokenizer: TokenizerIdentity | None
+    pairs: PairTemplate | None = None
 
     def settled_encoder(self, manifest: Manifest) -> EncoderIdentity:
         """The encoder of a build that embeds, with the precision it is to have; see `ChosenEncoder.settled`."""
@@ -81,11 +85,30 @@ class Ingredients:
 
 
 def located(config: BuildConfig) -> BuildConfig:
-    """With the absolute paths of an encoder or tokenizer given as a path: a database is read from anywhere."""
+    """With the absolute paths of an encoder or tokenizer given as a path: a database is read from anywhere; and with
+    blocks of a length that the encoder reads."""
     known = (DEFAULT_ENCODER, DEFAULT_TOKENIZER, OWN_TOKENIZER)
     specs = {"encoder": config.encoder, "tokenizer": config.tokenizer}
     paths = {name: Path(spec).expanduser() for name, spec in specs.items() if spec not in known}
-    return config.model_copy(update={name: str(path.absolute()) for name, path in paths.items() if path.exists()})
+    config = config.model_copy(update={name: str(path.absolute()) for name, path in paths.items() if path.exists()})
+    return _fitted(config) if config.unit == "block" else config
+
+
+def _fitted(config: BuildConfig) -> BuildConfig:
+    """With blocks that the encoder reads whole. What is given is kept, or refused; the default follows the encoder.
+
+    Raises:
+        InputError: there is no such encoder, or it reads fewer tokens than were asked for.
+    """
+    longest = longest_input(resolve_encoder(config.encoder))
+    if config.chunk_tokens <= longest:
+        return config
+    if "chunk_tokens" in config.model_fields_set:
+        raise InputError(
+            f"--chunk-tokens {config.chunk_tokens}: the encoder {config.encoder!r} reads {longest} tokens at once, and "
+            f"a block is never cut to fit. Give {longest} or less, or leave it out."
+        )
+    return config.model_copy(update={"chunk_tokens": longest})
 
 
 def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
@@ -95,9 +118,11 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
         InputError: one of them does not exist, or they do not fit the other settings.
     """
     encoder = _choose_encoder(config, run) if run.until in (None, *stages.downstream("embed")) else None
-    spec = config.tokenizer
+    spec, pairs = config.tokenizer, None
     if spec == OWN_TOKENIZER:
-        spec = _own_tokenizer(encoder.files if encoder else resolve_encoder(config.encoder))
+        files = encoder.files if encoder else resolve_encoder(config.encoder)
+        spec = _own_tokenizer(files)
+        pairs = PairTemplate.load(files.transformer) if config.unit == "block" else None
     tokenizer = None if spec.startswith("train:") else tokenizer_identity(load_tokenizer(spec), config.tokenizer)
     lossless = tokenizer is None or tokenizer.lossless
     if not config.text and not lossless and config.tokenizer != OWN_TOKENIZER:
@@ -107,7 +132,7 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
         )
     if config.index_key is not None and encoder is not None:
         _check_index_key(config, encoder.identity.dimension)
-    return Ingredients(encoder, spec, tokenizer)
+    return Ingredients(encoder, spec, tokenizer, pairs)
 
 
 def _choose_encoder(config: BuildConfig, run: RunSettings) -> ChosenEncoder:

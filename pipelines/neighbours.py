@@ -2,14 +2,14 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.index import indexed_part
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.searching import SearchSettings, WholeIndexStep, query_clusters
+from retrodb.pipelines.searching import SearchSettings, WholeIndexStep, query_clusters, query_uids
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task
 
@@ -20,11 +20,14 @@ from retrodb.neighbours import (
     ClusterSource,
     Exclude,
     Exclusion,
+    SameBlock,
     SameCluster,
     StoredClusters,
     StoredDocuments,
+    StoredUids,
+    UidSource,
 )
-from retrodb.quality.recall import RECALL_AT, exact_top, merge_exact, recall_at
+from retrodb.quality.recall import RECALL_AT, distinct_top, exact_top, merge_exact, recall_at
 from retrodb.storage import Storage
 
 TRUTH_NUMBER: Final = -1
@@ -34,18 +37,24 @@ TUNING_NUMBER: Final = -1000
 
 @dataclass(frozen=True)
 class Sample:
-    """Query chunks drawn for measuring recall: ids, excluded ranges and clusters int64 [q], vectors float16 [q, d]."""
+    """Query chunks drawn for measuring recall: ids, excluded ranges, clusters and uids (0 for chunks) int64 [q],
+    vectors float16 [q, d]."""
 
     chunk_ids: np.ndarray
     first: np.ndarray
     last: np.ndarray
     clusters: np.ndarray
+    uids: np.ndarray
     vectors: np.ndarray
 
-    def exclusion(self, source: ClusterSource) -> Exclusion:
-        """Of these queries; ``source`` knows the clusters of candidates."""
-        hook = SameCluster(self.clusters, source) if (self.clusters != NO_CLUSTER).any() else None
-        return Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64), hook)
+    def exclusion(self, clusters: ClusterSource, uids: UidSource | None) -> Exclusion:
+        """Of these queries; the sources know the candidates."""
+        exclusion = Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64))
+        if (self.clusters != NO_CLUSTER).any():
+            exclusion = exclusion.also(SameCluster(self.clusters, clusters))
+        if uids is not None:
+            exclusion = exclusion.also(SameBlock(self.uids, np.ones(len(exclusion), dtype=bool), uids))
+        return exclusion
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
@@ -55,11 +64,11 @@ class Sample:
     @staticmethod
     def from_bytes(data: bytes) -> "Sample":
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Sample(**{name: arrays[name] for name in ("chunk_ids", "first", "last", "clusters", "vectors")})
+            return Sample(**{field.name: arrays[field.name] for field in fields(Sample)})
 
 
 def draw_sample(
-    storage: Storage, files: Mapping[int, ShardFiles], rows: Mapping[int, np.ndarray], exclude: Exclude
+    storage: Storage, files: Mapping[int, ShardFiles], rows: Mapping[int, np.ndarray], exclude: Exclude, blocks: bool
 ) -> Sample:
     """The chunks at the given rows of each shard, as queries."""
     parts = []
@@ -70,7 +79,8 @@ def draw_sample(
         exclusion = Exclusion.of_chunks(chunk_ids, document_ids, exclude).take(own)
         clusters = query_clusters(storage, files[number], document_ids, exclude)[own]
         vectors = np.asarray(vectors_of(storage, files[number], len(chunk_ids))[own])
-        parts.append((chunk_ids[own], exclusion.first, exclusion.last, clusters, vectors))
+        uids = query_uids(storage, files[number], len(chunk_ids), blocks)[own]
+        parts.append((chunk_ids[own], exclusion.first, exclusion.last, clusters, uids, vectors))
     return Sample(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -82,8 +92,9 @@ def sample_path(book: ReceiptBook) -> str:
 class MergeTruth(beam.CombineFn):
     """Merges exact top lists of shards; the accumulator is one such list."""
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, kept: int) -> None:
         self._metric = metric
+        self._kept = kept
 
     def create_accumulator(self) -> list[Any]:
         return []
@@ -98,15 +109,16 @@ class MergeTruth(beam.CombineFn):
         return accumulator[0] if accumulator else None
 
     def _merged(self, tops: list[Any]) -> list[Any]:
-        return [merge_exact(tops, RECALL_AT, self._metric)] if tops else []
+        return [merge_exact(tops, self._kept, self._metric)] if tops else []
 
 
 class _SampleDoFn(StageDoFn):
     """Reads the sampled queries once a worker."""
 
-    def __init__(self, book: ReceiptBook, metric: Metric) -> None:
+    def __init__(self, book: ReceiptBook, metric: Metric, blocks: bool) -> None:
         super().__init__(book)
         self._metric = metric
+        self._blocks = blocks
         self._sample: Sample | None = None
 
     def _queries(self) -> Sample:
@@ -124,19 +136,33 @@ class ExactOfShard(_SampleDoFn):
             storage, files = self._storage, task.payload
             chunk_ids, vectors = indexed_part(storage, files)
             documents = StoredDocuments(storage, {task.number: files.chunks})
-            exclusion = sample.exclusion(StoredClusters(documents, {task.number: files.documents}))
-            yield exact_top(sample.vectors, exclusion, chunk_ids, vectors, k=RECALL_AT, metric=self._metric)
+            uids = StoredUids(documents) if self._blocks else None
+            exclusion = sample.exclusion(StoredClusters(documents, {task.number: files.documents}), uids)
+            kept = kept_for_truth(self._blocks)
+            yield exact_top(sample.vectors, exclusion, chunk_ids, vectors, k=kept, metric=self._metric)
 
 
 class WriteTruth(StageDoFn):
-    """The merged truth -> a receipt that holds its distances."""
+    """The merged truth -> a receipt that holds its distances, of equal blocks the best one's alone."""
+
+    def __init__(self, book: ReceiptBook, blocks: Mapping[int, Shard]) -> None:
+        super().__init__(book)
+        self._blocks = blocks
 
     def process(self, top: Any) -> Iterator[int]:
         with self._naming(TRUTH_NUMBER):
+            if self._blocks:
+                top = distinct_top(top, StoredUids(StoredDocuments(self._storage, self._blocks)), RECALL_AT)
             distances = np.asarray(top[0], dtype=np.float64)
             rows = [[None if np.isnan(cell) else float(cell) for cell in row] for row in distances]
             self._book.write(Receipt(TRUTH_NUMBER, details={"distances": rows}))
             yield TRUTH_NUMBER
+
+
+def kept_for_truth(blocks: bool) -> int:
+    """How many exact neighbours are kept until equal blocks are told: enough for four of each. Where there are more,
+    recall is measured at fewer than ten."""
+    return 4 * RECALL_AT if blocks else RECALL_AT
 
 
 def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
@@ -145,15 +171,15 @@ def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> lis
 
 
 def truth_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], metric: Metric
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], metric: Metric, blocks: Mapping[int, Shard]
 ) -> beam.PCollection:
-    """Exact search of the sample over all shards."""
+    """Exact search of the sample over all shards; ``blocks`` are these, by number, where the unit is the block."""
     return (
         pipeline
         | DealOut(tasks)
-        | "compare with all" >> beam.ParDo(ExactOfShard(book, metric))
-        | "merge" >> beam.CombineGlobally(MergeTruth(metric))
-        | "write" >> beam.ParDo(WriteTruth(book))
+        | "compare with all" >> beam.ParDo(ExactOfShard(book, metric, bool(blocks)))
+        | "merge" >> beam.CombineGlobally(MergeTruth(metric, kept_for_truth(bool(blocks))))
+        | "write" >> beam.ParDo(WriteTruth(book, blocks))
     )
 
 
@@ -172,7 +198,7 @@ class TryNprobe(WholeIndexStep):
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
-            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters))
+            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters, self._uids))
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number

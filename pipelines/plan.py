@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
-from retrodb.pipelines.ingredients import Ingredients, refuse_foreign, resolve
+from retrodb.pipelines.ingredients import Ingredients, located, refuse_foreign, resolve
 from retrodb.pipelines.integrity import damaged_reports, damaged_shards, recorded_scans
 from retrodb.pipelines.runners import make_runner
 
@@ -16,10 +16,11 @@ from retrodb.corpus import InputFile, Plan, ScannedFile, plan, scan_file
 from retrodb.encoding import DEFAULT_ENCODER, EncoderIdentity, choose_device, count_cards
 from retrodb.errors import InputError
 from retrodb.index import KeyChoice, choose_key
-from retrodb.manifest import STAGE_REPORTS, STAGES, Manifest, fingerprint
+from retrodb.manifest import STAGE_REPORTS, Manifest, fingerprint
 from retrodb.planning import Assumed, Effort, encoder_size, plan_build
 from retrodb.planning.figures import BERT_LARGE_CHUNKS_PER_GPU_HOUR, BERT_LARGE_PARAMETERS, MINILM_PARAMETERS
 from retrodb.storage import Storage
+from retrodb.units import Unit, stages_of
 
 SCAN_BYTES: Final = 2 << 30
 """Inputs up to this size are read to plan exactly; larger ones are planned from their sizes on disk."""
@@ -49,6 +50,7 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
         InputError, DamagedError: as `retrodb.pipelines.driver.build` would.
     """
     refuse_foreign(storage)
+    config = located(config)
     manifest = Manifest.recover(storage) or Manifest()
     runner = make_runner(run)
     runner.check_options()
@@ -60,11 +62,12 @@ def dry_run(inputs: Sequence[InputFile], storage: Storage, config: BuildConfig, 
     vectors = _vectors(manifest, config, ingredients, n_chunks - _held_out(manifest, parts))
     if vectors is not None:
         parts |= _vector_parts(parts, config, vectors)
-    actions = _actions(storage, manifest, parts, layout, run.until)
+    actions = _actions(storage, manifest, parts, layout, run.until, config.unit)
     cost = runner.cost(lambda: _effort(n_chunks, config, vectors, actions))
     words = {"cost": cost.in_words()} if cost else {}
     return {
         "database": storage.url,
+        "unit": config.unit,
         "inputs": {"files": len(inputs), "bytes": sum(file.size for file in inputs)},
         "stages": [{**action, "runs": runner.describe(action["stage"])} for action in actions],
         "runner": runner.name,
@@ -132,7 +135,7 @@ def _text_parts(
     tokenizer = ingredients.tokenizer.fingerprint if ingredients.tokenizer else config.tokenizer
     parts = {"corpus": stages.corpus_parts(scans, config, layout.shard_bytes)}
     parts["dedup"] = stages.dedup_parts(fingerprint(parts["corpus"]), config)
-    parts["chunk"] = stages.chunk_parts(fingerprint(parts["dedup"]), config, tokenizer)
+    parts["chunk"] = stages.chunk_parts(fingerprint(parts["dedup"]), config, tokenizer, ingredients.pairs)
     return parts
 
 
@@ -144,16 +147,21 @@ def _vector_parts(
     parts["neighbours"] = stages.neighbours_parts(fingerprint(parts["index"]), config, vectors.choice)
     parts["training"] = stages.training_parts(fingerprint(parts["neighbours"]), config)
     parts["report"] = stages.report_parts(fingerprint(parts["neighbours"]), config)
-    return parts
+    return {stage: parts[stage] for stage in stages_of(config.unit) if stage in parts}
 
 
 def _actions(
-    storage: Storage, manifest: Manifest, parts: dict[str, dict[str, Any]], layout: Plan, until: str | None
+    storage: Storage,
+    manifest: Manifest,
+    parts: dict[str, dict[str, Any]],
+    layout: Plan,
+    until: str | None,
+    unit: Unit,
 ) -> list[dict[str, Any]]:
     damage = damaged_shards(storage, manifest)
     reports = damaged_reports(storage, manifest)
     actions = []
-    for stage in STAGES:
+    for stage in stages_of(unit):
         state = manifest.stages.get(stage)
         damaged = sum(len(damage.get(table, ())) for table in stages.STAGE_TABLES[stage])
         if state is not None and state.fingerprint == fingerprint(parts[stage]):
@@ -202,7 +210,7 @@ def _estimates(
     estimates = {
         "splits_and_shards": f"{len(layout.splits):,} splits, {layout.shards:,} shards"
         + ("" if exact else " (from sizes on disk; the inputs were not read)"),
-        "chunks": f"about {n_chunks:,}",
+        f"{config.unit}s": f"about {n_chunks:,}",
     }
     if vectors is not None:
         size += _bytes_from_vectors(n_chunks, config, vectors)
@@ -230,9 +238,11 @@ def _time_to_embed(n_chunks: int, config: BuildConfig, run: RunSettings, precisi
 
 def _bytes_from_vectors(n_chunks: int, config: BuildConfig, vectors: _Vectors) -> int:
     """The embeddings and all that is made from them."""
-    n_sequences = n_chunks * config.chunk_tokens / config.sequence_tokens
-    per_sequence = config.sequence_tokens * 2 * (1 + 2 * config.training_neighbours) * 0.6
     embeddings = n_chunks * vectors.encoder.dimension * 2
     neighbours = n_chunks * config.neighbours * 14
+    if config.unit == "block":
+        return embeddings + vectors.choice.estimated_bytes + neighbours
+    n_sequences = n_chunks * config.chunk_tokens / config.sequence_tokens
+    per_sequence = config.sequence_tokens * 2 * (1 + 2 * config.training_neighbours) * 0.6
     leakage = n_chunks * _BYTES_PER_LEAKAGE_ROW
     return embeddings + vectors.choice.estimated_bytes + neighbours + int(n_sequences * per_sequence) + leakage

@@ -113,4 +113,4 @@ class ReceiptBook:
         """Numbers of the receipts there seem to be: for the progress display, not for truth."""
         names = self.storage.list_files(self.folder)
         stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        return [int(stem) for stem in stems if stem.isdigit()]
+        return [int(stem) for stem in stems if stem.removeprefix("-").isdigit()]

@@ -32,6 +32,7 @@ from retrodb.manifest import (
     version_folder,
 )
 from retrodb.storage import Storage
+from retrodb.units import is_complete
 from retrodb.versions import VersionStorage, next_version, now, publish
 
 
@@ -103,7 +104,7 @@ def refresh(
 
 def _finished(out: Storage) -> Manifest:
     current = Manifest.load_whole(out)
-    if current is None or any(stage not in current.stages for stage in STAGES):
+    if current is None or not is_complete(current):
         raise InputError(f"{out.url} is not finished: run its build to the end before it is refreshed.")
     return current
 
@@ -142,7 +143,7 @@ def _refuse_damaged(out: Storage, current: Manifest) -> None:
 def _lay_out(view: VersionStorage, current: Manifest, step: int | None) -> None:
     """The new version's manifest: the text that is there, and what an interrupted refresh of the same text has made."""
     text = current.without(
-        [stage for stage in current.stages if stage not in TEXT_STAGES],
+        [stage for stage in STAGES if stage not in TEXT_STAGES],
         [table for table in current.tables if table in VERSIONED_TABLES],
     )
     version = Version(view.version, current.version.id, "refresh", step)

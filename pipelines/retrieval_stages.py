@@ -29,7 +29,7 @@ from retrodb.index import (
     has_exact_codes,
     seeded_sample,
 )
-from retrodb.manifest import RECALL_REPORT, TEMPLATE_NUMBER, StageState, shard_of
+from retrodb.manifest import LARGEST_NORM, RECALL_REPORT, TEMPLATE_NUMBER, StageState, shard_of
 from retrodb.neighbours import from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
@@ -103,6 +103,8 @@ def build_index(builder: Builder) -> None:
     receipts[TEMPLATE_NUMBER] = template
     details = {name: value for name, value in asdict(choice).items() if name != "estimated_bytes"}
     details |= {"metric": settings.metric, "vectors": sum(rows.values()), "shards": len(groups)}
+    if settings.metric == "ip":
+        details[LARGEST_NORM] = max(receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values())
     builder.record("index", parts, shards_by_table(receipts, "index"), add_counts(receipts), details)
     builder.progress.end(f"{choice.key}: {choice.reason}")
 
@@ -218,6 +220,8 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         together=not fetched and sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
         fetched=fetched,
         in_memory=builder.runner.is_local,
+        blocks=builder.config.unit == "block",
+        largest_norm=manifest.stages["index"].details.get(LARGEST_NORM),
     )
 
 
@@ -225,15 +229,16 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
     """The exact nearest neighbours of a seeded sample of chunks."""
     chunks, files = builder.manifest.shards("chunks"), shard_files(builder.manifest)
     path = neighbours_stage.sample_path(book)
+    blocks = {shard.number: shard for shard in chunks} if builder.config.unit == "block" else {}
     if builder.storage.size(path) is None:
         drawn = seeded_sample([shard.rows for shard in chunks], RECALL_QUERIES, builder.config.seed + 1)
         rows = {shard.number: some for shard, some in zip(chunks, drawn, strict=True)}
-        sample = neighbours_stage.draw_sample(builder.storage, files, rows, builder.config.exclude)
+        sample = neighbours_stage.draw_sample(builder.storage, files, rows, builder.config.exclude, bool(blocks))
         builder.storage.commit_bytes(path, sample.to_bytes())
     receipts = builder.executor.complete(
         book,
         neighbours_stage.truth_tasks(files, chunks),
-        lambda pipeline, tasks: neighbours_stage.truth_pipeline(pipeline, book, tasks, builder.config.metric),
+        lambda pipeline, tasks: neighbours_stage.truth_pipeline(pipeline, book, tasks, builder.config.metric, blocks),
         unit="chunks",
         small=_SMALL_VECTORS * 4,
     )

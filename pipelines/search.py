@@ -16,7 +16,7 @@ from typing import Any, Final
 import apache_beam as beam
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.searching import LookingUp, SearchSettings, SearchShard, SearchStep, query_clusters
+from retrodb.pipelines.searching import LookingUp, SearchSettings, SearchShard, SearchStep, query_clusters, query_uids
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import DealOut, Task, give_memory_back
 from retrodb.schemas import ID_SHIFT
@@ -150,7 +150,8 @@ class SearchIndexShard(SearchStep):
         )
         vectors = vectors_of(self._storage, files, len(chunk_ids))
         clusters = query_clusters(self._storage, files, document_ids, settings.exclude)
-        queries = Queries(vectors, exclusion.first, exclusion.last, clusters)
+        uids = query_uids(self._storage, files, len(chunk_ids), settings.blocks)
+        queries = Queries(vectors, exclusion.first, exclusion.last, clusters, uids)
         key = task.number << ID_SHIFT
         for ask in share:
             size = piece_rows(ask.candidates, settings.dimension)
@@ -208,6 +209,7 @@ class SettleByLooking(LookingUp):
                     self._clusters,
                     settings.k,
                     settings.metric,
+                    self._uids,
                 ).to_bytes(),
             )
 
@@ -232,7 +234,8 @@ class AnswerWithChunks(SearchStep):
             files = ShardFiles(settings.documents[shard], settings.chunks[shard], settings.embeddings[shard])
             chunk_ids, document_ids = chunk_columns(storage, files)
             clusters = query_clusters(storage, files, document_ids, settings.exclude)
-            whole = Chunks(chunk_ids, vectors_of(storage, files, len(chunk_ids)), document_ids, clusters)
+            uids = query_uids(storage, files, len(chunk_ids), settings.blocks)
+            whole = Chunks(chunk_ids, vectors_of(storage, files, len(chunk_ids)), document_ids, clusters, uids)
             for piece, data in asks:
                 yield piece, whole.take(np.frombuffer(data, "<i8")).to_bytes()
 
@@ -247,7 +250,8 @@ class SettleFromAnswers(SearchStep):
             chunks = Chunks.joined([Chunks.from_bytes(data) for data in parts["chunks"]], settings.dimension)
             for data in parts["candidates"]:
                 found = Candidates.from_bytes(data)
-                result = settled(found, settings.searched, chunks, chunks, chunks, settings.k, settings.metric)
+                uids = chunks if settings.blocks else None
+                result = settled(found, settings.searched, chunks, chunks, chunks, settings.k, settings.metric, uids)
                 yield piece >> ID_SHIFT, result.to_bytes()
 
 

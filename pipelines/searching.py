@@ -1,12 +1,12 @@
 """What every way of searching has in common, and the simple one: a query shard visits the whole index on one worker."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, vectors_of
+from retrodb.pipelines.shards import ShardFiles, block_uids, chunk_clusters, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import StageDoFn, Task, finish
 
 from retrodb.formats import File
@@ -18,10 +18,12 @@ from retrodb.neighbours import (
     Exclude,
     Exclusion,
     Neighbours,
+    SameBlock,
     SameCluster,
     SearchedIndex,
     StoredClusters,
     StoredDocuments,
+    StoredUids,
     StoredVectors,
     find_neighbours,
     to_table,
@@ -38,6 +40,8 @@ class SearchSettings:
     ``together``: a query shard visits all index shards on one worker, which pays where the index is small.
     ``fetched``: the vectors of candidates come from their shards by a shuffle, instead of being looked up.
     ``in_memory``: the runner keeps what is shuffled in memory, as the local one does.
+    ``blocks``: of equal blocks one is a neighbour, and none of the query's own.
+    ``largest_norm``: of the indexed vectors, where the metric is the inner product.
     """
 
     index: tuple[IndexFile, ...]
@@ -54,12 +58,14 @@ class SearchSettings:
     together: bool = False
     fetched: bool = False
     in_memory: bool = True
+    blocks: bool = False
+    largest_norm: float | None = None
 
     @property
     def searched(self) -> SearchedIndex:
         """The index as far as asking needs to know it."""
         vectors = sum(file.vectors for file in self.index)
-        return SearchedIndex(vectors, self.nprobe, self.n_lists, self.raw_is_exact)
+        return SearchedIndex(vectors, self.nprobe, self.n_lists, self.raw_is_exact, self.largest_norm)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,11 @@ def query_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray
     if exclude != "cluster":
         return np.full(len(document_ids), NO_CLUSTER)
     return chunk_clusters(storage, files, document_ids)
+
+
+def query_uids(storage: Storage, files: ShardFiles, rows: int, blocks: bool) -> np.ndarray:
+    """int64 [n]: what tells the equals of each block of a shard; 0 for chunks."""
+    return block_uids(storage, files) if blocks else np.zeros(rows, dtype=np.int64)
 
 
 def search_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
@@ -118,6 +129,7 @@ class LookingUp(SearchStep):
         self._documents = StoredDocuments(storage, settings.chunks)
         self._vectors = StoredVectors(storage, settings.embeddings, self._documents.locate)
         self._clusters = StoredClusters(self._documents, settings.documents)
+        self._uids = StoredUids(self._documents) if settings.blocks else None
 
 
 class WholeIndexStep(LookingUp):
@@ -134,6 +146,7 @@ class WholeIndexStep(LookingUp):
             nprobe=settings.nprobe,
             n_lists=settings.n_lists,
             raw_is_exact=settings.raw_is_exact,
+            largest_norm=settings.largest_norm,
         )
 
     def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
@@ -146,6 +159,7 @@ class WholeIndexStep(LookingUp):
             documents=self._documents,
             k=self._settings.k,
             metric=self._settings.metric,
+            uids=self._uids,
         )
 
 
@@ -162,5 +176,8 @@ class SearchShard(WholeIndexStep):
         exclusion, chunk_ids, document_ids = self._exclusion(files)
         clusters = query_clusters(self._storage, files, document_ids, self._settings.exclude)
         if (clusters != NO_CLUSTER).any():
-            exclusion = replace(exclusion, hook=SameCluster(clusters, self._clusters))
+            exclusion = exclusion.also(SameCluster(clusters, self._clusters))
+        if self._uids is not None:
+            own = block_uids(self._storage, files)
+            exclusion = exclusion.also(SameBlock(own, np.ones(len(own), dtype=bool), self._uids))
         return self._find(chunk_ids, vectors_of(self._storage, files, len(chunk_ids)), exclusion)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrodb.chunking.duplicates import uid_keys, uid_matrix
 from retrodb.errors import DamagedError
 from retrodb.formats import File
 from retrodb.manifest import WORK_FOLDER, Manifest, Shard
@@ -60,6 +61,11 @@ def chunk_clusters(storage: Storage, files: ShardFiles, document_ids: np.ndarray
     """int64 [n]: the near-duplicate cluster of each chunk's document, `NO_CLUSTER` where it has none."""
     documents = storage.read_table(files.documents, ["document_id", "cluster_id"])
     return clusters_of(documents)[np.searchsorted(documents["document_id"].to_numpy(), document_ids)]
+
+
+def block_uids(storage: Storage, files: ShardFiles) -> np.ndarray:
+    """int64 [n]: what tells the equal blocks of a shard."""
+    return uid_keys(uid_matrix(storage.read_table(files.chunks, ["uid"])))
 
 
 def vectors_of(storage: Storage, files: ShardFiles, n_chunks: int) -> np.ndarray:

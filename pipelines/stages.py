@@ -8,24 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from retrodb.chunking.pairs import PairTemplate
+from retrodb.chunking.sentences import splitter_identity
 from retrodb.config import BuildConfig
 from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice
-from retrodb.manifest import STAGES, Manifest, fingerprint
+from retrodb.manifest import RECORDED_STAGES, SPANS_STAGE, STAGES, Manifest, fingerprint
 from retrodb.quality.leakage import NEAREST
+from retrodb.spans import SpanSettings
 
 STAGE_TABLES: Final = {
     "corpus": ("documents", "quarantine"),
     "dedup": ("duplicates",),
-    "chunk": ("chunks",),
-    "embed": ("embeddings",),
+    "chunk": ("chunks", "block_duplicates"),
+    "embed": ("embeddings", "null"),
     "index": ("index",),
     "neighbours": ("neighbours",),
     "training": ("training",),
     "report": ("leakage",),
+    SPANS_STAGE: ("spans", "queries", "span_quarantine"),
 }
-"""The tables that exist only once a stage is done. (chunk also finishes the documents.)"""
+"""The tables that exist only once a stage is done, in a database of either unit. (chunk also finishes the
+documents.)"""
 
 STAGE_READS: Final = {
     "corpus": (),
@@ -36,6 +41,7 @@ STAGE_READS: Final = {
     "neighbours": ("documents", "chunks", "embeddings", "index"),
     "training": ("documents", "chunks", "neighbours"),
     "report": ("documents", "chunks", "neighbours"),
+    SPANS_STAGE: ("documents", "chunks"),
 }
 """The recorded tables that a stage is made from."""
 
@@ -49,7 +55,7 @@ UPSTREAM: Final = {
 }
 """Parts that are fingerprints of an earlier stage."""
 
-_CODE: Final = dict.fromkeys(STAGES, 1)
+_CODE: Final = dict.fromkeys(RECORDED_STAGES, 1)
 """Raised when a stage's code changes its bytes, so that old tables are rebuilt, never mixed with new ones."""
 
 
@@ -91,8 +97,12 @@ def dedup_parts(corpus: str, config: BuildConfig) -> dict[str, Any]:
     return {**parts, "decontaminate": config.decontaminate} if config.has_validation else parts
 
 
-def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str) -> dict[str, Any]:
-    """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide)."""
+def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str, pairs: PairTemplate | None) -> dict[str, Any]:
+    """``tokenizer`` is a fingerprint, or ``train:VOCAB`` (then the corpus and the seed decide); ``pairs`` is how the
+    encoder reads a title with a body, where the unit is the block."""
+    blocks = (
+        {"unit": config.unit, "splitter": splitter_identity(), "special_tokens": pairs.special_tokens} if pairs else {}
+    )
     return {
         "code": _CODE["chunk"],
         "documents": dedup,
@@ -100,6 +110,7 @@ def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str) -> dict[str, An
         "chunk_tokens": config.chunk_tokens,
         "text": config.text,
         **({"seed": config.seed} if config.tokenizer.startswith("train:") else {}),
+        **blocks,
     }
 
 
@@ -149,9 +160,30 @@ def report_parts(neighbours: str, config: BuildConfig) -> dict[str, Any]:
     }
 
 
+def spans_parts(
+    chunk: str, settings: SpanSettings, taggers: Sequence[Mapping[str, Any]], wordpieces: str
+) -> dict[str, Any]:
+    """``taggers`` are identities: name, version, hash; ``wordpieces`` is the fingerprint of the query's tokenizer."""
+    return {
+        "code": _CODE[SPANS_STAGE],
+        "chunks": chunk,
+        "mask": settings.mask,
+        "seed": settings.seed,
+        "max_tokens": settings.max_tokens,
+        "max_masked": settings.max_masked,
+        "taggers": [dict(tagger) for tagger in taggers],
+        "sentences": splitter_identity(),
+        "wordpieces": wordpieces,
+    }
+
+
 def downstream(stage: str) -> tuple[str, ...]:
-    """``stage`` and every stage after it that depends on it: none depends on training."""
-    return (stage,) if stage == "training" else STAGES[STAGES.index(stage) :]
+    """``stage`` and every stage after it that depends on it: none depends on training or on spans, which are made from
+    the chunks alone."""
+    if stage in ("training", SPANS_STAGE):
+        return (stage,)
+    after = STAGES[STAGES.index(stage) :]
+    return (*after, SPANS_STAGE) if "chunk" in after else after
 
 
 def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -161,7 +193,7 @@ def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple
     """
     embed = manifest.stages.get("embed")
     if stage == "chunk" and embed is not None and embed.made_from.get("chunks") == fingerprint(_chunks_of(parts)):
-        return (stage,)
+        return (stage, SPANS_STAGE)
     return downstream(stage)
 
 

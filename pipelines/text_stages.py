@@ -7,16 +7,19 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 from retrodb.pipelines import stages
+from retrodb.pipelines.block_duplicates import find_block_duplicates, mend_block_duplicates
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.chunk import VALIDATION_CHUNKS, ChunkSettings, chunk_pipeline, chunk_tasks
+from retrodb.pipelines.chunk import VALIDATION_CHUNKS, BlockSettings, ChunkSettings, chunk_pipeline, chunk_tasks
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks, scan_pipeline, scan_tasks
 from retrodb.pipelines.dedup_stage import dedup_parts
-from retrodb.pipelines.embed import EmbedSettings, embed_pipeline, embed_tasks
+from retrodb.pipelines.embed import NULL_NUMBER, EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.integrity import recorded_scans
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
 from retrodb.chunking import OWN_TOKENIZER
+from retrodb.chunking.blocks import Room
+from retrodb.chunking.sentences import splitter_identity
 from retrodb.config import BuildConfig
 from retrodb.corpus import (
     TRAIN,
@@ -239,7 +242,7 @@ def chunk_stage_parts(builder: Builder) -> dict[str, Any]:
     dedup = builder.manifest.stages.get("dedup")
     tokenizer = builder.ingredients.tokenizer
     name = tokenizer.fingerprint if tokenizer else builder.config.tokenizer
-    return stages.chunk_parts(dedup.fingerprint if dedup else "", builder.config, name)
+    return stages.chunk_parts(dedup.fingerprint if dedup else "", builder.config, name, builder.ingredients.pairs)
 
 
 def chunk_settings(builder: Builder, fingerprint: str) -> ChunkSettings:
@@ -250,6 +253,9 @@ def chunk_settings(builder: Builder, fingerprint: str) -> ChunkSettings:
         stored=fingerprint if stored else "",
         chunk_tokens=builder.config.chunk_tokens,
         keep_text=builder.config.text,
+        blocks=BlockSettings(Room(builder.config.chunk_tokens, pairs.special_tokens), splitter_identity())
+        if (pairs := builder.ingredients.pairs) is not None
+        else None,
     )
 
 
@@ -270,6 +276,7 @@ def build_chunks(builder: Builder) -> None:
         )
     )
     if receipts is None:
+        mend_block_duplicates(builder)
         builder.storage.delete_folder(builder.book("chunk", parts).folder)  # a tokenizer learnt again leaves one
         builder.storage.delete_folder(builder.read_folder)
         return
@@ -282,21 +289,26 @@ def build_chunks(builder: Builder) -> None:
         str(n): found for n, receipt in sorted(receipts.items()) if (found := receipt.details[VALIDATION_CHUNKS])
     }
     details = {VALIDATION_CHUNKS: held_out} if held_out else {}
+    if builder.config.unit == "block":
+        tables["block_duplicates"], of_duplicates = find_block_duplicates(builder, tables["chunks"])
+        counts |= of_duplicates
     builder.record("chunk", parts, tables, counts, details, fingerprints=fingerprints)
     builder.storage.delete_folder(builder.read_folder)
-    builder.progress.end(f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens")
+    builder.progress.end(f"{counts['chunks']:,} {builder.config.unit}s, {counts['tokens']:,} tokens")
 
 
 def build_embeddings(builder: Builder) -> None:
     """One vector a chunk."""
     encoder = builder.ingredients.settled_encoder(builder.manifest)
     parts = stages.embed_parts(builder.manifest.stages["chunk"].made_from, encoder)
+    blocks = builder.config.unit == "block"
     settings = EmbedSettings(
         encoder=builder.config.encoder,
         files_sha256=encoder.files_sha256,
         precision=encoder.precision,
         device=builder.run.device,
         own_tokens=builder.config.tokenizer == OWN_TOKENIZER,
+        blocks=blocks,
         chunking=chunk_settings(builder, builder.manifest.fingerprints["tokenizer"]["fingerprint"]),
     )
     hints = builder.executor.runner.hints("embed")
@@ -304,10 +316,10 @@ def build_embeddings(builder: Builder) -> None:
         StageWork(
             stage="embed",
             parts=parts,
-            tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents")),
-            damaged=builder.damage.get("embeddings", set()),
+            tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents"), blocks),
+            damaged=builder.damage.get("embeddings", set()) | ({NULL_NUMBER} if builder.damage.get("null") else set()),
             pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings, hints),
-            unit="chunks",
+            unit=f"{builder.config.unit}s",
             small=_SMALL_EMBED_CHUNKS,
             most=count_cards() if builder.runner.is_local and choose_device(settings.device) == "cuda" else None,
         )
@@ -316,5 +328,6 @@ def build_embeddings(builder: Builder) -> None:
         return
     fingerprints = {**builder.manifest.fingerprints, "encoder": encoder.as_json()}
     counts = add_counts(receipts)
-    builder.record("embed", parts, shards_by_table(receipts, "embeddings"), counts, {}, fingerprints=fingerprints)
+    tables = shards_by_table(receipts, "embeddings", *(["null"] if blocks else []))
+    builder.record("embed", parts, tables, counts, {}, fingerprints=fingerprints)
     builder.progress.end(f"{counts['vectors']:,} vectors of {encoder.dimension}, {encoder.name}, {encoder.precision}")

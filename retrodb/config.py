@@ -12,14 +12,19 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from retrodb.chunking import DEFAULT_TOKENIZER
+from retrodb.chunking import DEFAULT_TOKENIZER, OWN_TOKENIZER
 from retrodb.encoding import DEFAULT_ENCODER
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import STAGES
 from retrodb.sizes import parse_size
+from retrodb.units import BLOCK_TOKENS, Unit, stages_of
 
 _OPTION: Final = re.compile(r"(?:([a-z]+)\.)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 _MINIMUM_TRAINED_VOCABULARY: Final = 256
+
+_OF_UNIT: Final = {"chunk": (DEFAULT_TOKENIZER, 64), "block": (OWN_TOKENIZER, BLOCK_TOKENS)}
+"""By unit: the tokenizer, and the tokens of a chunk, or of a block with its title and the special tokens."""
+_LEAST_BLOCK: Final = 16
 
 _OVERRIDES: Final = {"validation": "validation_fraction", "validation_fraction": "validation"}
 """A flag that stands for another way of the same takes the place of a setting of the file."""
@@ -39,6 +44,7 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    unit: Unit = "chunk"
     text_field: str | None = None
     id_field: str | None = None
     title_field: str | None = None
@@ -48,8 +54,8 @@ class BuildConfig(BaseModel):
     decontaminate: bool = True
     text: bool = True
     shard_bytes: int | None = Field(default=None, ge=1024)
-    tokenizer: str = Field(default=DEFAULT_TOKENIZER, min_length=1)
-    chunk_tokens: int = Field(default=64, ge=1, le=8192)
+    tokenizer: str = Field(default_factory=lambda given: _OF_UNIT[given.get("unit", "chunk")][0], min_length=1)
+    chunk_tokens: int = Field(default_factory=lambda given: _OF_UNIT[given.get("unit", "chunk")][1], ge=1, le=8192)
     encoder: str = Field(default=DEFAULT_ENCODER, min_length=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     metric: Literal["l2", "ip"] = "l2"
@@ -87,7 +93,9 @@ class BuildConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BuildConfig":
-        if self.sequence_tokens % self.chunk_tokens:
+        if self.unit == "block":
+            self._check_blocks()
+        elif self.sequence_tokens % self.chunk_tokens:
             raise ValueError(
                 f"sequence-tokens {self.sequence_tokens} is not a multiple of chunk-tokens {self.chunk_tokens}; "
                 f"the nearest that is: {max(1, round(self.sequence_tokens / self.chunk_tokens)) * self.chunk_tokens}"
@@ -107,6 +115,15 @@ class BuildConfig(BaseModel):
                 "give dedup keep or drop, or no-decontaminate"
             )
         return self
+
+    def _check_blocks(self) -> None:
+        if self.tokenizer != OWN_TOKENIZER:
+            raise ValueError(
+                f"tokenizer {self.tokenizer}: blocks are made of the encoder's own tokens, for it reads a block with "
+                "its title as it is; leave tokenizer out, or say encoder"
+            )
+        if self.chunk_tokens < _LEAST_BLOCK:
+            raise ValueError(f"chunk-tokens {self.chunk_tokens} leaves a block no room: give {_LEAST_BLOCK} or more")
 
     @property
     def has_validation(self) -> bool:
@@ -204,10 +221,16 @@ def make_config(file_settings: dict[str, Any], flags: dict[str, Any]) -> tuple[B
     if isinstance(flags.get("runner_option"), list | tuple) and "runner_option" in file_settings:
         flags = {**flags, "runner_option": _merged_options(file_settings["runner_option"], flags["runner_option"])}
     try:
-        return _validated({**file_settings, **flags})
+        config, run = _validated({**file_settings, **flags})
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item) for item in error.errors() if item["type"] != "default_factory_not_called"]
         raise (UsageError if _is_wrong_alone(flags) else InputError)("; ".join(lines) + ".") from error
+    if run.until is not None and run.until not in stages_of(config.unit):
+        raise UsageError(
+            f"--until {run.until}: a database of {config.unit}s has no such stage; its stages are "
+            f"{', '.join(stages_of(config.unit))}."
+        )
+    return config, run
 
 
 def _merged_options(of_file: Any, of_flags: Any) -> list[str]:

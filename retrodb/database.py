@@ -35,6 +35,7 @@ from retrodb.versions import load_version
 if TYPE_CHECKING:
     from retrodb.encoding.encoder import Encoder
     from retrodb.neighbours.searcher import Searcher
+    from retrodb.spans.reader import QueryBatch
     from retrodb.training import TrainingDataset
 
 _ROW_MASK: Final = (1 << ID_SHIFT) - 1
@@ -206,6 +207,24 @@ class Database:
         from retrodb.training.dataset import TrainingDataset  # noqa: PLC0415 - imports torch
 
         return TrainingDataset(self.storage, self.manifest, split=split, **options)
+
+    def spans(self) -> Iterator[pa.Table]:
+        """The ``spans`` table, shard by shard."""
+        return self.tables("spans")
+
+    def queries(self, split: str | None = "train", **options: Any) -> "Iterator[QueryBatch]":
+        """The masked queries in batches of arrays: see `retrodb.spans.reader.read_queries`.
+
+        Args:
+            split: ``train``, ``validation``, or None for both.
+            options: batch, shuffle, rank, world_size, passed on.
+
+        Raises:
+            InputError: there are none; make them by ``retrodb spans``.
+        """
+        from retrodb.spans.reader import read_queries  # noqa: PLC0415
+
+        return read_queries(self.storage, self.manifest, split=split, **options)
 
     # -- search ----------------------------------------------------------------------------------------------------
 

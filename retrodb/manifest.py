@@ -27,17 +27,26 @@ TABLES: Final = (
     "quarantine",
     "duplicates",
     "chunks",
+    "block_duplicates",
     "embeddings",
+    "null",
     "index",
     "neighbours",
     "training",
     "leakage",
     "deleted",
+    "spans",
+    "queries",
+    "span_quarantine",
 )
 STAGES: Final = ("corpus", "dedup", "chunk", "embed", "index", "neighbours", "training", "report")
 """In the order of the data flow; each depends on those before it, but none on training (`retrodb.pipelines.stages`)."""
 TEXT_STAGES: Final = STAGES[: STAGES.index("embed")]
 """What all versions share."""
+SPANS_STAGE: Final = "spans"
+"""A stage of its own, made from the chunks by ``retrodb spans``; a database is complete without it."""
+RECORDED_STAGES: Final = (*STAGES, SPANS_STAGE)
+"""Every stage that a manifest may record."""
 TRAINED_TOKENIZER: Final = "tokenizer.json"
 """A tokenizer learnt by the build itself."""
 RECALL_REPORT: Final = "reports/recall.json"
@@ -52,10 +61,12 @@ REPORT_PATH: Final = "report_path"
 TEMPLATE_NUMBER: Final = -1
 """The number of the trained quantiser among the index' shards."""
 TEMPLATE_PATH: Final = "index/quantiser.faiss"
-VERSIONED_TABLES: Final = ("embeddings", "index", "neighbours", "training", "leakage")
+VERSIONED_TABLES: Final = ("embeddings", "null", "index", "neighbours", "training", "leakage")
 """What a later version has of its own, under ``versions/<n>/``; the text is every version's."""
 FIRST_VERSION: Final = 1
 VERSIONS_FOLDER: Final = "versions"
+LARGEST_NORM: Final = "largest_norm"
+"""Key of the index stage's details, for inner products: the largest norm of an indexed vector."""
 WORK_FOLDER: Final = ".build"
 """Where a build keeps its receipts until a stage is recorded."""
 DAMAGE_REPORT: Final = "reports/damage.json"
@@ -75,7 +86,7 @@ def fingerprint(value: Any) -> str:
 
 def shard_path(table: str, number: int) -> str:
     """Relative path of shard ``number`` of a table: ``chunks/00000.parquet``, ``embeddings/00000.npy``."""
-    suffix = {"embeddings": "npy", "index": "faiss"}.get(table, "parquet")
+    suffix = {"embeddings": "npy", "null": "npy", "index": "faiss"}.get(table, "parquet")
     return f"{table}/{number:05d}.{suffix}"
 
 
@@ -281,7 +292,7 @@ class Manifest:
             "config": self.config,
             "fingerprints": self.fingerprints,
             "inputs": self.inputs,
-            "stages": {name: asdict(self.stages[name]) for name in STAGES if name in self.stages},
+            "stages": {name: asdict(self.stages[name]) for name in RECORDED_STAGES if name in self.stages},
             "tables": {
                 name: {"shards": [shard.as_json() for shard in self.tables[name]]}
                 for name in TABLES

@@ -15,7 +15,11 @@ SCHEMA_VERSION: Final = 1
 ID_SHIFT: Final = 32
 """Ids are int64 ``shard << 32 | row``: known without a global barrier, decoded in O(1), never reused."""
 
+NULL_ID: Final = (1 << 63) - 1
+"""The null document's id among the candidates of a query (REALM): of no row, in no index, never found by a search."""
+
 CONTENT_HASH_BYTES: Final = 32
+UID_BYTES: Final = 16
 SPLITS: Final = ("train", "validation")
 
 TOKEN_TYPES: Final = {"uint16": pa.uint16(), "uint32": pa.uint32()}
@@ -60,6 +64,30 @@ def chunks(chunk_tokens: int, token_type: str) -> pa.Schema:
             ("n_tokens", pa.int16(), "valid tokens"),
             ("start", pa.int64(), "first UTF-8 byte in the document's text"),
             ("end", pa.int64(), "one past the last UTF-8 byte in the document's text"),
+        ],
+    )
+
+
+def blocks(budget: int, token_type: str) -> pa.Schema:
+    """One row a block: the ``chunks`` table of a database whose unit is the block. With the title and the special
+    tokens a block has at most ``budget`` tokens."""
+    own = [
+        ("uid", pa.binary(UID_BYTES), "what tells equal blocks: the hash of title and body"),
+        ("title_tokens", pa.list_(pa.field("item", TOKEN_TYPES[token_type])), "tokens of the document's title"),
+        ("split_sentence", pa.bool_(), "whether it holds a part of a sentence longer than a block"),
+        ("truncated_title", pa.bool_(), "whether the title was too long, so that title_tokens are its beginning"),
+    ]
+    schema = chunks(budget, token_type)
+    return pa.schema([*schema, *_schema("chunks", own)], metadata=schema.metadata)
+
+
+def block_duplicates() -> pa.Schema:
+    """One row a uid that several blocks have."""
+    return _schema(
+        "block_duplicates",
+        [
+            ("uid", pa.binary(UID_BYTES), "as in chunks"),
+            ("chunk_ids", pa.list_(pa.int64()), "the blocks that have it, ascending; two or more"),
         ],
     )
 
@@ -133,6 +161,68 @@ def deleted() -> pa.Schema:
             ("document_id", pa.int64(), "the document"),
             ("first_chunk_id", pa.int64(), "its first chunk; null where it has none"),
             ("n_chunks", pa.int32(), "so many chunks from that one on are gone with it"),
+        ],
+    )
+
+
+def spans() -> pa.Schema:
+    """One row a salient span of a document."""
+    return _schema(
+        "spans",
+        [
+            ("span_id", pa.int64(), "shard << 32 | row"),
+            ("document_id", pa.int64(), "the document it stands in"),
+            ("chunk_id", pa.int64(), "the chunk or block with the larger part of its sentence; null if none has any"),
+            ("sentence_start", pa.int64(), "first UTF-8 byte of its sentence in the document's text"),
+            ("sentence_end", pa.int64(), "one past the last"),
+            ("start", pa.int64(), "first UTF-8 byte of the span in the document's text"),
+            ("end", pa.int64(), "one past the last"),
+            ("label", pa.string(), "what it is, as its tagger says: PERSON, DATE, ..; null where it does not"),
+            ("tagger", pa.string(), "who found it: name@version; of imported ones import:source"),
+        ],
+    )
+
+
+def queries(max_tokens: int, max_masked: int, token_type: str) -> pa.Schema:
+    """One row a sentence with a masked span (REALM, section 3.4), in wordpieces of the encoder's own tokenizer."""
+    token = TOKEN_TYPES[token_type]
+    return _schema(
+        "queries",
+        [
+            ("query_id", pa.int64(), "shard << 32 | row"),
+            ("span_id", pa.int64(), "the span that is masked; null where the mask is random"),
+            ("document_id", pa.int64(), "the document it stands in"),
+            ("chunk_id", pa.int64(), "the chunk or block with the larger part of the sentence; null if none has any"),
+            ("split", pa.string(), "train or validation, as its document"),
+            ("sentence_start", pa.int64(), "first UTF-8 byte of the sentence in the document's text"),
+            ("sentence_end", pa.int64(), "one past the last"),
+            ("start", pa.int64(), "first UTF-8 byte of the masked span; null where single tokens are masked"),
+            ("end", pa.int64(), "one past the last"),
+            ("label", pa.string(), "as in spans; null where the mask is random"),
+            ("tagger", pa.string(), "as in spans; random-span or random-token where the mask is random"),
+            (
+                "tokens",
+                pa.list_(token, max_tokens),
+                "the sentence's wordpieces, without special tokens, the mask token in place of masked ones; padded "
+                "with 0",
+            ),
+            ("n_tokens", pa.int16(), "valid tokens; a longer sentence is cut"),
+            ("masked_positions", pa.list_(pa.int16(), max_masked), "where tokens are masked, ascending; null beyond"),
+            ("target_ids", pa.list_(token, max_masked), "the wordpieces that stood there; null beyond"),
+            ("n_masked", pa.int16(), "how many"),
+        ],
+    )
+
+
+def span_quarantine() -> pa.Schema:
+    """One row an imported span that could not be used."""
+    return _schema(
+        "span_quarantine",
+        [
+            ("source", pa.string(), "file"),
+            ("position", pa.int64(), "byte offset in the decompressed file; row number in Parquet"),
+            ("reason", pa.string(), "why it could not be used"),
+            ("record", pa.binary(), "its first 64 KiB"),
         ],
     )
 

@@ -21,12 +21,14 @@ from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.evaluate import evaluate
+from retrodb.cli.evaluate_retrieval import evaluate_retrieval
 from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.living import delete
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
+from retrodb.cli.spans import spans
 from retrodb.cli.train import retrofit, train
 from retrodb.cli.verify import verify
 from retrodb.cli.versions import gc, refresh
@@ -56,6 +58,8 @@ for command in (
     retrofit,
     evaluate,
     generate,
+    evaluate_retrieval,
+    spans,
 ):
     app.command()(command)
 app.add_typer(index_commands, name="index")

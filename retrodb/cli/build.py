@@ -20,6 +20,9 @@ def build(
     config: Annotated[
         Optional[Path], typer.Option("--config", metavar="FILE", help="TOML settings; flags win.")
     ] = None,
+    unit: Annotated[
+        Text, typer.Option(help="chunk (RETRO), or block: whole sentences with their title (REALM). [chunk]")
+    ] = None,
     text_field: Annotated[Text, typer.Option(help="Field with the text. [guessed: text, content, body, ...]")] = None,
     id_field: Annotated[Text, typer.Option(help="Field with the record's id. [guessed: id, _id, key, ...]")] = None,
     title_field: Annotated[Text, typer.Option(help="Field with the title. [guessed: title, headline, name]")] = None,
@@ -40,9 +43,15 @@ def build(
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not keep the documents' text.")] = False,
     encoder: Annotated[Text, typer.Option(help="Embedded default, folder, or hub name. [all-MiniLM-L6-v2]")] = None,
     tokenizer: Annotated[
-        Text, typer.Option(help="gpt2, tokenizer.json, SentencePiece .model, train:VOCAB, encoder, hub name. [gpt2]")
+        Text,
+        typer.Option(
+            help="gpt2, tokenizer.json, SentencePiece .model, train:VOCAB, encoder, hub name. [gpt2; blocks: encoder]"
+        ),
     ] = None,
-    chunk_tokens: Annotated[Number, typer.Option(metavar="<int>", help="Tokens in a chunk, m. [64]")] = None,
+    chunk_tokens: Annotated[
+        Number,
+        typer.Option(metavar="<int>", help="Tokens in a chunk, m. [64] Of a block with its title: at most. [288]"),
+    ] = None,
     sequence_tokens: Annotated[
         Number, typer.Option(metavar="<int>", help="Tokens in a training sequence, n. [2048]")
     ] = None,
@@ -82,6 +91,7 @@ def build(
     from retrodb.storage import Storage  # noqa: PLC0415
 
     flags: dict[str, Any] = {
+        "unit": unit,
         "text_field": text_field,
         "id_field": id_field,
         "title_field": title_field,

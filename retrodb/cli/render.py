@@ -16,6 +16,11 @@ from retrodb.quality.summary import summarise
 from retrodb.storage import Storage
 
 _INDENT = "    "
+_FIRST = {
+    "chunk": "next(iter(retrodb.open('{where}').training()))['tokens']",
+    "block": "retrodb.open('{where}').candidates(['your question']).ids",
+}
+"""What to type first in Python."""
 _LONGEST_HEADING = 200
 _EXAMPLES = 3
 _EXAMPLE_ROWS = 4000
@@ -76,7 +81,7 @@ def closing(storage: Storage, outcome: Any, as_json: bool) -> None:
         echo(
             f"\nNext:\n  {retrodb} query {where} 'your question'\n  {retrodb} show {where} {first}\n"
             f"  {retrodb} info {where}\n  {retrodb} verify {where}\n"
-            f"  {python} -c \"import retrodb; print(next(iter(retrodb.open('{where}').training()))['tokens'])\""
+            f'  {python} -c "import retrodb; print({_FIRST[facts["unit"]].format(where=where)})"'
         )
 
 
@@ -120,8 +125,15 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
     if facts["chunks"] is not None:
         config = facts["config"]
         lines.append(
-            f"chunks      {facts['chunks']:,} of {config['chunk_tokens']} tokens ({facts['tokens']:,} tokens, "
-            f"{config['tokenizer']})"
+            f"{facts['unit'] + 's':<12}{facts['chunks']:,} of {config['chunk_tokens']} tokens "
+            f"({facts['tokens']:,} tokens, {config['tokenizer']})"
+        )
+    if facts["blocks"]:
+        blocks = facts["blocks"]
+        lines.append(
+            f"            {blocks['with_a_split_sentence']:,} with a split sentence, "
+            f"{blocks['with_a_truncated_title']:,} with a truncated title; {blocks['duplicates']:,} repeat another "
+            f"({blocks['splitter']})"
         )
     if facts["embeddings"]:
         embeddings = facts["embeddings"]
@@ -135,7 +147,9 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         neighbours = facts["neighbours"]
         recall = neighbours["recall_at_10"]
         measured = "not measurable" if recall is None else f"{recall:.4f} on {neighbours['recall_queries']:,} queries"
-        lines.append(f"neighbours  {neighbours['k']} a chunk, recall@10 {measured}")
+        lines.append(f"neighbours  {neighbours['k']} a {facts['unit']}, recall@10 {measured}")
+    if facts["unit"] == "block" and facts["complete"]:
+        lines.append("training    none: training rows and the leakage report belong to chunks")
     if facts["training"]:
         training = facts["training"]
         lines.append(
@@ -144,6 +158,13 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         )
     if facts["leakage"]:
         lines.append(f"leakage     {in_words(facts['leakage']['splits'])}")
+    if facts["spans"]:
+        spans = facts["spans"]
+        names = ", ".join(f"{tagger['name']} {tagger['version']}" for tagger in spans["taggers"])
+        lines.append(
+            f"spans       {spans['spans']:,} in {spans['sentences']:,} sentences, {spans['queries']:,} masked queries "
+            f"({spans['mask']}{f'; {names}' if names else ''})"
+        )
     return lines
 
 
@@ -269,5 +290,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
         if plan["runner"] != "local":
             echo(f"  {'':<11} {plan['runner']}: " + ", ".join(f"{key} {value}" for key, value in stage["runs"].items()))
+    if plan["unit"] == "block":
+        echo("  training and report belong to chunks: a database of blocks has neither")
     for name, value in plan["estimates"].items():
         echo(f"  {name.replace('_', ' '):<28} {value}")

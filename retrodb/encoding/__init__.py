@@ -16,6 +16,7 @@ from retrodb.encoding.source import (
     check_weights,
     cpu_precision,
     identify,
+    longest_input,
     resolve_encoder,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "cuda_precision",
     "identify",
     "length_batches",
+    "longest_input",
     "own_device",
     "resolve_encoder",
 ]

@@ -106,6 +106,7 @@ class Bert:
             self._words = tensor("embeddings.word_embeddings.weight")
             types = tensor("embeddings.token_type_embeddings.weight")
             self._places = tensor("embeddings.position_embeddings.weight") + types[0]
+            self._types = types - types[0]
             self._norm = norm("embeddings.LayerNorm")
             self._layers = []
             for number in range(int(config["num_hidden_layers"])):
@@ -125,7 +126,10 @@ class Bert:
     def __call__(self, given: Batch) -> torch.Tensor:
         """Last hidden states [b, l, d] in the weights' dtype; rows at padding mean nothing."""
         batch, length = given.ids.shape
-        rows = self._norm(functional.embedding(given.ids, self._words) + self._places[:length])
+        embedded = functional.embedding(given.ids, self._words) + self._places[:length]
+        if given.types is not None and len(self._types) > 1:
+            embedded += functional.embedding(given.types, self._types)
+        rows = self._norm(embedded)
         width = rows.shape[-1]
         rows = rows.view(batch * length, width)
         visible = None if given.full else given.mask.bool()[:, None, None, :]

@@ -1,10 +1,10 @@
-"""The frozen encoder: texts in, float16 vectors out. Imports torch; `source` does not."""
+"""The frozen encoder: texts, or pairs of title and body, in; float16 vectors out. Imports torch; `source` does not."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,24 +12,30 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from retrodb.chunking.pairs import PairTemplate
 from retrodb.encoding.bert import Bert, is_common_bert
 from retrodb.encoding.cards import choose_device, count_cards
 from retrodb.encoding.featuriser import Featuriser, quieten
 from retrodb.encoding.feeding import Batch, Featurised, Network, Place, tokenised, vectors_of
-from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify
-from retrodb.errors import InputError, WorkerError
+from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify, query_prompt
+from retrodb.errors import InputError, MismatchError, WorkerError
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded encoder. ``identity`` says what it is; `embed` is the one way from texts to stored vectors."""
+    """A loaded encoder. ``identity`` says what it is; `embed` is the one way from texts to stored vectors.
+
+    ``query_prompt`` is put before a query, where the card has one of its own for queries.
+    """
 
     identity: EncoderIdentity
     place: Place
     featuriser: Featuriser
     network: Network
+    transformer: Path
+    query_prompt: str
 
     @staticmethod
     def load(files: EncoderFiles, precision: str = "fp32", device: str = "cpu") -> "Encoder":
@@ -50,7 +56,7 @@ class Encoder:
             place = Place.of(device, identity.dimension, _DTYPES[precision].itemsize)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the encoder {files.name!r} from {files.folder}: {error}") from error
-        return Encoder(identity, place, featuriser, network)
+        return Encoder(identity, place, featuriser, network, files.transformer, query_prompt(files, identity))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float16 [n, d]: the stored vectors of ``texts``.
@@ -60,13 +66,20 @@ class Encoder:
         """
         return self.vectors(self.featurise(texts))
 
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """float16 [n, d]: vectors of questions to search with: as `embed`, with the card's prompt for queries."""
+        return self.vectors(self.featurise(texts, self.query_prompt))
+
     def embed_own_tokens(self, chunks: Sequence[Sequence[int]]) -> np.ndarray:
         """float16 [n, d] for chunks that the encoder's own tokenizer made: ids without special tokens."""
         return self.vectors(self.featurise_own_tokens(chunks))
 
-    def featurise(self, texts: Sequence[str]) -> Featurised:
-        """The token ids of texts. Where a card computes, threads begin to make them at once."""
-        prompt = self.identity.prompt
+    def featurise(self, texts: Sequence[str], prompt: str | None = None) -> Featurised:
+        """The token ids of texts after ``prompt``, the identity's where it is None.
+
+        Where a card computes, threads begin to make them at once.
+        """
+        prompt = self.identity.prompt if prompt is None else prompt
         asked = [prompt + text for text in texts] if prompt else texts
         return tokenised(self.featuriser.tokenize, asked, self.place.slab_rows, self._tokenizers())
 
@@ -75,6 +88,40 @@ class Encoder:
         rows = [self.featuriser.wrap(ids) for ids in chunks]
         step = self.place.slab_rows or max(1, len(rows))
         return Featurised(len(rows), (rows[start : start + step] for start in range(0, len(rows), step)))
+
+    @cached_property
+    def pairs(self) -> PairTemplate:
+        """How a title is put before a body. Raises InputError where the encoder does not say."""
+        return PairTemplate.load(self.transformer)
+
+    def featurise_pairs(
+        self, titles: Sequence[Sequence[int]], bodies: Iterable[Sequence[int] | np.ndarray]
+    ) -> Featurised:
+        """The same for blocks: n titles and n bodies as ids of the encoder's own tokenizer. Nothing is truncated.
+
+        Raises:
+            MismatchError: a block is longer than what the encoder reads.
+        """
+        wrap = self.pairs.wrap
+        rows = [np.array(wrap(title, body), dtype=np.int32) for title, body in zip(titles, bodies, strict=True)]
+        longest = max(map(len, rows), default=0)
+        if longest > self.identity.max_length:
+            raise MismatchError(
+                f"a block has {longest} tokens with its title; the encoder {self.identity.name!r} reads "
+                f"{self.identity.max_length}. Build with --chunk-tokens {self.identity.max_length}."
+            )
+        second = np.array([self.pairs.second(title) for title in titles], dtype=np.int64)
+        step = self.place.slab_rows or max(1, len(rows))
+        slabs = (rows[start : start + step] for start in range(0, len(rows), step))
+        return Featurised(len(rows), slabs, second if self.pairs.typed else None)
+
+    def embed_pairs(self, titles: Sequence[Sequence[int]], bodies: Sequence[Sequence[int]]) -> np.ndarray:
+        """float16 [n, d] of blocks."""
+        return self.vectors(self.featurise_pairs(titles, bodies))
+
+    def embed_null(self) -> np.ndarray:
+        """float16 [1, d]: the null document, an empty title with an empty body."""
+        return self.embed_pairs([[]], [[]])
 
     def vectors(self, rows: Featurised) -> np.ndarray:
         """float16 [n, d] for rows of token ids that hold the special tokens.
@@ -86,7 +133,11 @@ class Encoder:
         vectors = vectors_of(self.network, rows, self.place, self.featuriser.padding_id, self.identity.dimension)
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise WorkerError(f"the encoder {self.identity.name!r} gave a vector that is not finite for row {row}.")
+            raise WorkerError(
+                f"the encoder {self.identity.name!r} gave row {row} a vector with NaN, or with a component beyond "
+                f"{np.finfo(np.float16).max:,.0f}, which float16 cannot hold. Vectors are stored as the encoder gives "
+                "them: scale its last layer, or end it with a Normalize module."
+            )
         return vectors
 
     def _tokenizers(self) -> Executor | None:
@@ -144,12 +195,19 @@ def _transformers_model(folder: Path, dtype: torch.dtype, device: str) -> Callab
     except TypeError:  # architectures without a pooling layer do not know the option
         model = AutoModel.from_pretrained(folder, **options)
     model = model.eval().requires_grad_(False).to(device)
+    typed = _has_token_types(model)
 
     def hidden_states(batch: Batch) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        types = {"token_type_ids": batch.types} if typed and batch.types is not None else {}
+        found: torch.Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, **types).last_hidden_state
         return found
 
     return hidden_states
+
+
+def _has_token_types(model: Any) -> bool:
+    """Whether a transformers model tells a second text from a first one."""
+    return int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
 
 class _SentenceTransformersNetwork:
@@ -163,8 +221,13 @@ class _SentenceTransformersNetwork:
         self._model.requires_grad_(False)
         if identity.precision != "fp32":
             self._model.to(_DTYPES[identity.precision])
+        inner = getattr(self._model[0], "auto_model", None)
+        self._typed = inner is not None and _has_token_types(inner)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        output = self._model({"input_ids": batch.ids, "attention_mask": batch.mask})
+        features = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        if self._typed and batch.types is not None:
+            features["token_type_ids"] = batch.types
+        output = self._model(features)
         embedding: torch.Tensor = output["sentence_embedding"]
         return embedding.float()

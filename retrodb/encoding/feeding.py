@@ -39,7 +39,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids int64 [b, l] and attention mask int64 [b, l]; ``full`` where nothing is padded.
+    """Token ids int64 [b, l] and attention mask int64 [b, l]; ``full`` where nothing is padded. ``types`` int64 [b, l]
+    are token types, None where all are 0.
 
     ``full`` is said beside the mask because to look for it would make a card's user wait for the card.
     """
@@ -47,22 +48,31 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
     full: bool
+    types: torch.Tensor | None = None
 
     @staticmethod
-    def padded(rows: Sequence[npt.ArrayLike], padding_id: int) -> "Batch":
+    def padded(rows: Sequence[npt.ArrayLike], padding_id: int, second: np.ndarray | None = None) -> "Batch":
+        """Rows of token ids as one batch; ``second`` int64 [b] is where token type 1 begins in each."""
         lengths = np.array([np.size(row) for row in rows])
         longest = int(lengths.max())
         mask = np.arange(longest)[None, :] < lengths[:, None]
         ids = np.full(mask.shape, padding_id, dtype=np.int64)
         ids[mask] = np.concatenate(rows)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), bool(mask.all()))
+        types = None
+        if second is not None:
+            types = torch.from_numpy((mask & (np.arange(longest)[None, :] >= second[:, None])).astype(np.int64))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), bool(mask.all()), types)
 
     def on(self, device: str) -> "Batch":
         """There, or on its way there."""
         if device == "cpu":
             return self
-        ids, mask = (part.pin_memory().to(device, non_blocking=True) for part in (self.ids, self.mask))
-        return Batch(ids, mask, self.full)
+
+        def there(part: torch.Tensor) -> torch.Tensor:
+            return part.pin_memory().to(device, non_blocking=True)
+
+        types = None if self.types is None else there(self.types)
+        return Batch(there(self.ids), there(self.mask), self.full, types)
 
 
 class Network(Protocol):
@@ -103,10 +113,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Featurised:
-    """``count`` rows of token ids with their special tokens, in slabs, which may still be in the making."""
+    """``count`` rows of token ids with their special tokens, in slabs, which may still be in the making. ``second``
+    int64 [count] is where token type 1 begins in each row; None where there is type 0 alone."""
 
     count: int
     slabs: Iterable[Rows]
+    second: np.ndarray | None = None
 
 
 def tokenised(
@@ -156,11 +168,13 @@ def vectors_of(network: Network, rows: Featurised, place: Place, padding_id: int
     """
     found = np.zeros((rows.count, dimension), dtype=np.float16)
     waiting: deque[_Underway] = deque()
-    at = 0
+    begun = at = 0
     with torch.inference_mode(), place.current():
         for slab in itertools.chain(rows.slabs, [None]):
             if slab:
-                waiting.append(_begin(network, slab, place, padding_id))
+                second = None if rows.second is None else rows.second[begun : begun + len(slab)]
+                waiting.append(_begin(network, slab, place, padding_id, second))
+                begun += len(slab)
             while waiting and (slab is None or len(waiting) > 1):
                 done = waiting.popleft().fetched()
                 if done.shape[1] != dimension:
@@ -190,16 +204,15 @@ class _Underway:
         return found
 
 
-def _begin(network: Network, rows: Rows, place: Place, padding_id: int) -> _Underway:
+def _begin(network: Network, rows: Rows, place: Place, padding_id: int, second: np.ndarray | None) -> _Underway:
     batches = list(length_batches([len(row) for row in rows], place.batch_tokens))
     order = np.concatenate(batches)
+
+    def padded(batch: np.ndarray) -> Batch:
+        return Batch.padded([rows[i] for i in batch], padding_id, None if second is None else second[batch])
+
     try:
-        vectors = torch.cat(
-            [
-                network(Batch.padded([rows[i] for i in batch], padding_id).on(place.device)).to(torch.float16)
-                for batch in batches
-            ]
-        )
+        vectors = torch.cat([network(padded(batch).on(place.device)).to(torch.float16) for batch in batches])
     except torch.cuda.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(place.device)
         raise WorkerError(

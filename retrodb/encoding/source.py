@@ -102,6 +102,15 @@ def resolve_encoder(spec: str) -> EncoderFiles:
     return EncoderFiles(spec, _from_hub(spec))
 
 
+def longest_input(files: EncoderFiles) -> int:
+    """Tokens that an encoder reads at once, special ones included; needs no weights.
+
+    Raises:
+        InputError: the folder is not an encoder's.
+    """
+    return _max_length(files.transformer, _read_json(files.transformer / "config.json"))
+
+
 def check_weights(files: EncoderFiles) -> None:
     """Refuse weights that are cut short or no safetensors, from their headers alone.
 
@@ -189,6 +198,13 @@ def identify(files: EncoderFiles, precision: str) -> EncoderIdentity:
         prompt=(prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", ""),
         precision=precision,
     )
+
+
+def query_prompt(files: EncoderFiles, identity: EncoderIdentity) -> str:
+    """What is put before a query: the card's ``query`` prompt, as sentence-transformers' ``encode_query`` has it, else
+    the prompt of every text. The file it stands in is part of the identity."""
+    prompts = _read_json(files.folder / "config_sentence_transformers.json", default={}).get("prompts") or {}
+    return str(prompts.get("query", identity.prompt))
 
 
 def _folder_sha256(folder: Path) -> str:

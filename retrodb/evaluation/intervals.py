@@ -84,6 +84,28 @@ def estimate(
     )
 
 
+def wilson(hits: int, total: int) -> Estimate:
+    """The share of hits and its 95% interval by Wilson's score (1927), which holds near 0 and 1 as well.
+
+    Args:
+        hits: how many.
+        total: of how many independent ones; at least one.
+    """
+    share, z = hits / total, 1.959964
+    centre, shrink = share + z * z / (2 * total), 1 + z * z / total
+    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Estimate(share, (max(0.0, float(centre - half) / shrink), min(1.0, float(centre + half) / shrink)))
+
+
+def mean(values: npt.NDArray[np.float64]) -> Estimate:
+    """The mean of values in [0, 1] and its 95% interval by the normal approximation; none for fewer than two."""
+    value = float(values.mean())
+    if len(values) < 2:
+        return Estimate(value, None)
+    half = 1.959964 * float(values.std(ddof=1)) / float(np.sqrt(len(values)))
+    return Estimate(value, (max(0.0, value - half), min(1.0, value + half)))
+
+
 def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     low, high = np.percentile(values, [_LOW, _HIGH])
     return float(low), float(high)

@@ -22,6 +22,7 @@ from retrodb.index.shards import (
     bytes_per_vector,
     commit_index_shard,
     group_shards,
+    largest_norm,
     load_index_shard,
 )
 from retrodb.index.template import load_template, seeded_sample, train_template
@@ -39,6 +40,7 @@ __all__ = [
     "commit_index_shard",
     "group_shards",
     "has_exact_codes",
+    "largest_norm",
     "load_index_shard",
     "load_template",
     "merge",

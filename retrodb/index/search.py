@@ -150,6 +150,7 @@ class GroupedIndex:
         nprobe: inverted lists read for each query, chosen by measured recall.
         n_lists: inverted lists of the template, the largest useful nprobe; 1 for an exact index.
         raw_is_exact: whether raw distances are those of the stored vectors (``Flat`` codes), not of a code.
+        largest_norm: of all its vectors; None where that is not known.
         cache_bytes: bound on exact shards kept for the next search; at least one is kept.
     """
 
@@ -161,6 +162,7 @@ class GroupedIndex:
     n_lists: int = 1
     raw_is_exact: bool = True
     cache_bytes: int = 48 << 20
+    largest_norm: float | None = None
     _open: "OrderedDict[str, faiss.Index]" = field(default_factory=OrderedDict, init=False, repr=False)
 
     @property
@@ -198,4 +200,4 @@ class GroupedIndex:
 
     def __reduce__(self) -> tuple[object, ...]:
         arguments = (self.storage, self.files, self.dimension, self.metric, self.nprobe, self.n_lists)
-        return GroupedIndex, (*arguments, self.raw_is_exact, self.cache_bytes)
+        return GroupedIndex, (*arguments, self.raw_is_exact, self.cache_bytes, self.largest_norm)

@@ -93,6 +93,15 @@ def build_index_shard(
     return index
 
 
+def largest_norm(vectors: np.ndarray) -> float:
+    """The largest Euclidean norm of float16 [n, d] vectors, which may be memory-mapped; 0 for none."""
+    largest = 0.0
+    for start in range(0, len(vectors), _ADD_ROWS):
+        block = np.asarray(vectors[start : start + _ADD_ROWS], dtype=np.float32)
+        largest = max(largest, float(np.einsum("nd,nd->n", block, block).max()))
+    return float(np.sqrt(largest))
+
+
 def _check_part(chunk_ids: np.ndarray, vectors: np.ndarray, dimension: int) -> None:
     if vectors.ndim != 2 or vectors.shape != (len(chunk_ids), dimension):
         raise DamagedError(

@@ -38,6 +38,11 @@ class Searched(Protocol):
     def raw_is_exact(self) -> bool:
         """Whether raw distances are those of the stored vectors, not of a code."""
 
+    @property
+    def largest_norm(self) -> float | None:
+        """The largest norm of its vectors; None where that is not known. By it the float error of inner products is
+        bounded."""
+
 
 @dataclass(frozen=True)
 class SearchedIndex:
@@ -47,6 +52,7 @@ class SearchedIndex:
     nprobe: int
     n_lists: int
     raw_is_exact: bool
+    largest_norm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,47 @@ class SameCluster:
         return same
 
 
+class UidSource(Protocol):
+    """What tells equal blocks, by chunk id."""
+
+    def uid_keys(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n] for int64 [n] valid chunk ids: the same for blocks of the same title and body."""
+
+
+@dataclass(frozen=True)
+class SameBlock:
+    """The hook of blocks: an equal of the query's own block is that block, wherever it stands.
+
+    Attributes:
+        uids: int64 [q], of the queries, as `UidSource` tells them.
+        known: bool [q], where a query has an own block.
+        source: those of the candidates.
+    """
+
+    uids: np.ndarray
+    known: np.ndarray
+    source: UidSource
+
+    def __call__(self, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        same = self.known[rows]
+        same[same] = self.source.uid_keys(candidates[same]) == self.uids[rows[same]]
+        return same
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """What one of several hooks excludes."""
+
+    hooks: tuple[ExcludedPairs, ...]
+
+    def __call__(self, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        excluded = np.zeros(len(rows), dtype=bool)
+        for hook in self.hooks:
+            left = ~excluded
+            excluded[left] = hook(rows[left], candidates[left])
+        return excluded
+
+
 @dataclass(frozen=True)
 class Exclusion:
     """For each query the ids it may not have: ``first <= id < last``, and what ``hook`` says.
@@ -93,6 +134,10 @@ class Exclusion:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    def also(self, hook: ExcludedPairs) -> "Exclusion":
+        """With what another hook excludes."""
+        return replace(self, hook=hook if self.hook is None else AnyOf((self.hook, hook)))
 
     def take(self, queries: np.ndarray | slice) -> "Exclusion":
         """The exclusion of some of the queries."""

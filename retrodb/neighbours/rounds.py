@@ -20,7 +20,7 @@ import numpy as np
 from retrodb.errors import DamagedError
 from retrodb.index import MISSING, Metric, merge
 from retrodb.neighbours.asking import Ask, Searched, asked_again, exhausted
-from retrodb.neighbours.exclusion import NO_CLUSTER, ClusterSource, Exclusion, SameCluster
+from retrodb.neighbours.exclusion import NO_CLUSTER, ClusterSource, Exclusion, SameBlock, SameCluster, UidSource
 from retrodb.neighbours.select import select
 from retrodb.neighbours.sources import DocumentSource, VectorSource, by_shard
 from retrodb.neighbours.table import Neighbours
@@ -75,19 +75,22 @@ class Queries(_Arrays):
         vectors: float16 [q, d].
         first, last: int64 [q], the chunk ids that are excluded: ``first <= id < last``.
         clusters: int64 [q], whose chunks are excluded as well; `NO_CLUSTER` for none.
+        uids: int64 [q], of blocks, whose equals are excluded as well; of chunks 0.
     """
 
     vectors: np.ndarray
     first: np.ndarray
     last: np.ndarray
     clusters: np.ndarray
+    uids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.first)
 
     def take(self, rows: np.ndarray | slice) -> "Queries":
         """Of some of the queries."""
-        return Queries(np.asarray(self.vectors[rows]), self.first[rows], self.last[rows], self.clusters[rows])
+        columns = (self.first[rows], self.last[rows], self.clusters[rows], self.uids[rows])
+        return Queries(np.asarray(self.vectors[rows]), *columns)
 
     @property
     def exclusion(self) -> Exclusion:
@@ -246,18 +249,20 @@ class Chunks(_Arrays):
         vectors: float16 [n, d].
         documents: int64 [n].
         clusters: int64 [n], `NO_CLUSTER` for none, or where nobody asks.
+        uids: int64 [n], of blocks; of chunks 0.
     """
 
     ids: np.ndarray
     vectors: np.ndarray
     documents: np.ndarray
     clusters: np.ndarray
+    uids: np.ndarray
 
     @staticmethod
     def joined(parts: Sequence["Chunks"], dimension: int) -> "Chunks":
         """Of several shards, in any order."""
         nothing = np.empty(0, np.int64)
-        parts = [*parts, Chunks(nothing, np.empty((0, dimension), np.float16), nothing, nothing)]
+        parts = [*parts, Chunks(nothing, np.empty((0, dimension), np.float16), nothing, nothing, nothing)]
         order = np.argsort(np.concatenate([part.ids for part in parts]), kind="stable")
         return Chunks(*(np.concatenate([getattr(p, f.name) for p in parts])[order] for f in fields(Chunks)))
 
@@ -268,7 +273,8 @@ class Chunks(_Arrays):
             DamagedError: one of them is not here.
         """
         places = self._places(ids)
-        return Chunks(ids, np.asarray(self.vectors[places]), self.documents[places], self.clusters[places])
+        columns = (self.documents[places], self.clusters[places], self.uids[places])
+        return Chunks(ids, np.asarray(self.vectors[places]), *columns)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         return self.vectors[self._places(ids)]
@@ -278,6 +284,9 @@ class Chunks(_Arrays):
 
     def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
         return self.clusters[self._places(ids)]
+
+    def uid_keys(self, ids: np.ndarray) -> np.ndarray:
+        return self.uids[self._places(ids)]
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
         places = np.searchsorted(self.ids, ids)
@@ -312,6 +321,7 @@ def settled(
     clusters: ClusterSource,
     k: int,
     metric: Metric,
+    uids: UidSource | None = None,
 ) -> Unfinished:
     """Choose among merged candidates.
 
@@ -321,12 +331,15 @@ def settled(
         vectors, documents, clusters: of the candidates; the last only where a query has a cluster.
         k: neighbours wanted.
         metric: ``l2`` or ``ip``.
+        uids: of the candidates, where they are blocks.
     """
     queries = Queries.from_bytes(found.queries.tobytes())
     own = queries.vectors.astype(np.float32)
     exclusion = queries.exclusion
     if (queries.clusters != NO_CLUSTER).any():
-        exclusion = replace(exclusion, hook=SameCluster(queries.clusters, clusters))
+        exclusion = exclusion.also(SameCluster(queries.clusters, clusters))
+    if uids is not None:
+        exclusion = exclusion.also(SameBlock(queries.uids, np.ones(len(queries), dtype=bool), uids))
     chosen = select(
         own,
         exclusion,
@@ -337,6 +350,8 @@ def settled(
         k=k,
         metric=metric,
         raw_is_exact=index.raw_is_exact,
+        largest_norm=index.largest_norm,
+        uids=uids,
     )
     done, again = asked_again(found.ask, chosen.satisfied, chosen.n_valid, k, index)
     result = Neighbours.none(found.rows, k)

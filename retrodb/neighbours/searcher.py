@@ -7,7 +7,7 @@ import numpy as np
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, MismatchError
 from retrodb.index import GroupedIndex, IndexFile, has_exact_codes
-from retrodb.manifest import Manifest
+from retrodb.manifest import LARGEST_NORM, Manifest
 from retrodb.neighbours.exclusion import Exclusion
 from retrodb.neighbours.select import find_neighbours
 from retrodb.neighbours.sources import StoredDocuments, StoredVectors
@@ -16,6 +16,25 @@ from retrodb.storage import Storage
 
 _CACHE_BYTES: Final = 1 << 30
 """A process that answers queries keeps more of the index than a worker that visits each group once."""
+
+
+def rounded_queries(queries: np.ndarray) -> np.ndarray:
+    """Query vectors [q, d] as float16, which stored vectors are.
+
+    Raises:
+        InputError: one holds NaN, or more than float16 can.
+    """
+    with np.errstate(over="ignore"):
+        rounded = queries.astype(np.float16)
+    if not np.isfinite(rounded).all():
+        row = int(np.argmin(np.isfinite(rounded).all(axis=1)))
+        worst = float(np.abs(queries[row].astype(np.float64)).max())
+        raise InputError(
+            f"query {row} holds NaN, infinity, or a number beyond {np.finfo(np.float16).max:,.0f}, which float16 "
+            f"cannot hold (the largest is {worst:,.6g}). Queries are never normalised or scaled: give the encoder's "
+            "vectors."
+        )
+    return rounded
 
 
 class Searcher:
@@ -42,6 +61,7 @@ class Searcher:
             n_lists=state.details["n_lists"],
             raw_is_exact=has_exact_codes(state.details["key"]),
             cache_bytes=_CACHE_BYTES,
+            largest_norm=state.details.get(LARGEST_NORM),
         )
 
     def search(self, queries: np.ndarray, k: int, metric: str | None = None) -> Neighbours:
@@ -64,7 +84,7 @@ class Searcher:
                 f"a query of shape {queries.shape} does not fit vectors of width {self.dimension}: "
                 "it was made by another encoder."
             )
-        rounded = queries.astype(np.float16)
+        rounded = rounded_queries(queries)
         return find_neighbours(
             np.full(len(queries), -1, dtype=np.int64),
             rounded,

@@ -13,7 +13,7 @@ import numpy as np
 from retrodb.index import MISSING, Metric
 from retrodb.index.engine import ascending
 from retrodb.neighbours.asking import asked_again, exhausted, first_asks, rows_at_once
-from retrodb.neighbours.exclusion import Exclusion
+from retrodb.neighbours.exclusion import Exclusion, UidSource
 from retrodb.neighbours.sources import CandidateSource, DocumentSource, VectorSource
 from retrodb.neighbours.table import Neighbours
 
@@ -107,9 +107,13 @@ def select(
     k: int,
     metric: Metric,
     raw_is_exact: bool = True,
+    largest_norm: float | None = None,
+    uids: UidSource | None = None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Selection:
     """The ``k`` best allowed candidates by exact distance, ties by ascending id, also at the cut.
+
+    With ``uids``, of equal blocks the best one alone: each counts once.
 
     A query is satisfied when k candidates are allowed and the last one fetched is worse than the k-th allowed by more
     than float error, so that nothing equally near was left out; or when there is no more to fetch. For an exact index
@@ -125,15 +129,20 @@ def select(
         k: neighbours wanted.
         metric: ``l2`` or ``ip``.
         raw_is_exact: raw distances are true up to float error, so that only those near enough need re-scoring.
+        largest_norm: of all vectors of the index, where that is known.
+        uids: what tells equal blocks; None where each chunk counts.
         budget_bytes: working memory.
     """
     allowed = exclusion.allowed(ids)
     keys = np.where(ids >= 0, ascending(raw, metric), np.float32(np.inf))
-    kth = _kth_allowed(keys, allowed, k)
+    groups = None if uids is None else _groups(ids, allowed, uids)
+    kth = _kth_allowed(keys, allowed if groups is None else allowed & _firsts(groups, allowed), k)
     if metric == "l2":
         limit = kth + _float_error(queries, _reach(queries, kth))
+    elif largest_norm is not None:
+        limit = kth + _product_error(queries, np.full(len(queries), largest_norm, np.float32))
     else:
-        limit = kth + _float_error(queries, 4 * _largest_norms(ids, allowed, vectors))
+        limit = kth + _product_error(queries, 4 * _largest_norms(ids, allowed, vectors))
     last = keys[:, -1] if keys.shape[1] else np.full(len(keys), np.inf, np.float32)
     satisfied = exhausted | (np.isfinite(kth) & (last > limit))
     wanted = allowed & satisfied[:, None]
@@ -143,7 +152,34 @@ def select(
     scores = np.full(keys.shape, np.inf, dtype=np.float32)
     found = rescore(queries, rows, ids[rows, columns], vectors, metric=metric, budget_bytes=budget_bytes)
     scores[rows, columns] = ascending(found, metric)
-    return _best(scores, np.where(wanted, ids, MISSING), k, metric, satisfied)
+    ids = np.where(wanted, ids, MISSING)
+    if groups is not None:
+        order = np.lexsort((ids, scores), axis=1)
+        kept = np.zeros(ids.shape, dtype=bool)
+        firsts = _firsts(np.take_along_axis(groups, order, axis=1), np.take_along_axis(wanted, order, axis=1))
+        np.put_along_axis(kept, order, firsts, axis=1)
+        scores[~kept], ids = np.inf, np.where(kept, ids, MISSING)
+    return _best(scores, ids, k, metric, satisfied)
+
+
+def _groups(ids: np.ndarray, allowed: np.ndarray, uids: UidSource) -> np.ndarray:
+    """int64 [q, c]: what tells equal blocks among the allowed candidates."""
+    groups = np.zeros(ids.shape, dtype=np.int64)
+    unique, inverse = np.unique(ids[allowed], return_inverse=True)
+    groups[allowed] = uids.uid_keys(unique)[inverse]
+    return groups
+
+
+def _firsts(groups: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """bool [q, c]: of each row, the first of each group among some candidates."""
+    rows, columns = np.nonzero(among)
+    own = groups[rows, columns]
+    order = np.lexsort((columns, own, rows))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(rows[order]) != 0) | (np.diff(own[order]) != 0)
+    firsts = np.zeros(groups.shape, dtype=bool)
+    firsts[rows[order[new]], columns[order[new]]] = True
+    return firsts
 
 
 def _kth_allowed(keys: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
@@ -166,6 +202,12 @@ def _float_error(queries: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """
     scale = np.add.reduce(queries * queries, axis=1) + norms**2
     return ((queries.shape[1] + 8) * _ROUNDING * scale).astype(np.float32)
+
+
+def _product_error(queries: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """The same for inner products, which faiss computes as such: their error grows with both norms, float32 [q]."""
+    own = np.sqrt(np.add.reduce(queries * queries, axis=1))
+    return ((queries.shape[1] + 8) * _ROUNDING * own * norms).astype(np.float32)
 
 
 def _reach(queries: np.ndarray, kth: np.ndarray) -> np.ndarray:
@@ -210,6 +252,7 @@ def find_neighbours(
     k: int,
     metric: Metric,
     candidates: int | None = None,
+    uids: UidSource | None = None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Neighbours:
     """The ``k`` nearest allowed chunks of each query, fewer only where the index has no more (invariants 1 and 2).
@@ -228,6 +271,7 @@ def find_neighbours(
         k: neighbours wanted.
         metric: ``l2`` or ``ip``.
         candidates: asked for first; None for `initial_candidates`.
+        uids: what tells equal blocks, of which the best alone is kept; None where each chunk counts.
         budget_bytes: working memory.
 
     Raises:
@@ -250,6 +294,8 @@ def find_neighbours(
                 k=k,
                 metric=metric,
                 raw_is_exact=source.raw_is_exact,
+                largest_norm=source.largest_norm,
+                uids=uids,
                 budget_bytes=budget_bytes,
             )
             done, again = asked_again(part, found.satisfied, found.n_valid, k, source)

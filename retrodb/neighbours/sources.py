@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrodb.chunking.duplicates import uid_keys, uid_matrix
 from retrodb.errors import DamagedError
 from retrodb.formats import File
 from retrodb.neighbours.asking import Searched
@@ -170,6 +171,40 @@ class StoredClusters:
 
     def __reduce__(self) -> tuple[object, ...]:
         return StoredClusters, (self.documents, self.paths, self.cache_bytes)
+
+
+@dataclass
+class StoredUids:
+    """`retrodb.neighbours.UidSource` over shards of blocks, keeping the columns of the last ones used.
+
+    Attributes:
+        documents: the same shards; knows the rows of ids.
+        cache_bytes: bound on the columns kept; at least one shard's is.
+    """
+
+    documents: StoredDocuments
+    cache_bytes: int = 32 << 20
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self._read, lambda keys: keys.nbytes, self.cache_bytes)
+
+    def uid_keys(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: the first half of each block's uid.
+
+        Raises:
+            DamagedError: a block does not exist.
+        """
+        return by_shard(ids, self._take, np.empty(0, np.int64))
+
+    def _take(self, shard: int, ids: np.ndarray) -> np.ndarray:
+        return self._recent.get(shard)[self.documents.locate(shard, ids)]
+
+    def _read(self, shard: int) -> np.ndarray:
+        path = _recorded(self.documents.paths, shard, "chunk")
+        return uid_keys(uid_matrix(self.documents.storage.read_table(path, columns=["uid"])))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StoredUids, (self.documents, self.cache_bytes)
 
 
 def clusters_of(documents: pa.Table) -> np.ndarray:

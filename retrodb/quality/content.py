@@ -12,6 +12,7 @@ from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
 from retrodb.quality.scene import Scene
+from retrodb.quality.span_content import span_schemas
 from retrodb.schemas import ID_SHIFT, SPLITS
 from retrodb.training.columns import lists, scalars
 
@@ -40,9 +41,12 @@ def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
         "duplicates": schemas.duplicates(),
         "leakage": schemas.leakage(),
         "deleted": schemas.deleted(),
+        **span_schemas(scene.manifest),
     }
     if facts.chunk_tokens:
-        found["chunks"] = schemas.chunks(facts.chunk_tokens, facts.token_type)
+        kind = schemas.blocks if facts.unit == "block" else schemas.chunks
+        found["chunks"] = kind(facts.chunk_tokens, facts.token_type)
+        found["block_duplicates"] = schemas.block_duplicates()
     if facts.k:
         found["neighbours"] = schemas.neighbours(facts.k)
     if facts.sequence_tokens and facts.chunk_tokens and facts.training_neighbours:
@@ -221,8 +225,11 @@ def _check_order(scene: Scene, shard: Shard, table: pa.Table, n_tokens: np.ndarr
     refuse(path, firsts & (positions != 0), "the first chunk of a document is not at position 0")
     refuse(path, inside & (np.diff(positions) != 1), "position does not count through the document, after chunk")
     refuse(path, inside & (np.diff(chunk_ids) != 1), "chunk ids of one document are not consecutive, after chunk")
-    full = n_tokens == scene.facts.chunk_tokens
-    refuse(path, inside & ~full[:-1], "a chunk that is not its document's last is not full")
+    if scene.facts.unit == "chunk":
+        full = n_tokens == scene.facts.chunk_tokens
+        refuse(path, inside & ~full[:-1], "a chunk that is not its document's last is not full")
+    else:
+        refuse(path, inside & (starts[1:] < ends[:-1]), "byte ranges that overlap, after block")
     refuse(path, (starts < 0) | (ends < starts), "a byte range that ends before it starts")
     if scene.facts.lossless:
         refuse(path, inside & (starts[1:] != ends[:-1]), "byte ranges that do not tile the text, after chunk")

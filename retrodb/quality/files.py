@@ -15,6 +15,7 @@ from retrodb.manifest import (
     MANIFEST_COPY,
     MANIFEST_NAME,
     REPORT_SHA256,
+    SPANS_STAGE,
     STAGE_REPORTS,
     STAGES,
     TABLES,
@@ -31,6 +32,7 @@ from retrodb.manifest import (
 from retrodb.quality.findings import Findings
 from retrodb.quality.scene import STAGE_OF, Scene
 from retrodb.storage import TEMPORARY_PREFIX, Storage
+from retrodb.units import stages_of, tables_of, unit_of
 
 _THREADS: Final = 4
 _REMOTE_THREADS: Final = 16
@@ -43,6 +45,7 @@ _UPSTREAM: Final = {
     "neighbours": {"index": "index"},
     "training": {"neighbour_table": "neighbours"},
     "report": {"neighbour_table": "neighbours"},
+    SPANS_STAGE: {"chunks": "chunk"},
 }
 """By stage: the part of its ``made_from`` that is the fingerprint of which earlier stage."""
 
@@ -80,7 +83,8 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
         _check_entries(table, shards, manifest.version.id, findings)
         if table in STAGE_OF and STAGE_OF[table] not in manifest.stages:
             findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
-    for table, stage in STAGE_OF.items():
+    for table in tables_of(unit_of(manifest.config)):
+        stage = STAGE_OF[table]
         if stage in manifest.stages and table not in manifest.tables:
             findings.add(MANIFEST_NAME, f"says the stage {stage} is done, but records no table {table}")
     _check_numbers(manifest, findings)
@@ -113,12 +117,17 @@ def check_versions(storage: Storage, manifest: Manifest, findings: Findings) -> 
 
 
 def _check_stages(manifest: Manifest, findings: Findings) -> None:
-    done = [stage for stage in STAGES if stage in manifest.stages]
-    chain = [stage for stage in STAGES if stage != "training" or stage in done]  # nothing is made from training
-    if unknown := sorted(set(manifest.stages) - set(STAGES)):
+    done: list[str] = [stage for stage in STAGES if stage in manifest.stages]
+    stages = stages_of(unit_of(manifest.config))
+    chain = [stage for stage in stages if stage != "training" or stage in done]  # nothing is made from training
+    if unknown := sorted(set(manifest.stages) - {*stages, SPANS_STAGE}):
         findings.add(MANIFEST_NAME, f"records unknown stages {unknown}")
     if done != chain[: len(done)]:
         findings.add(MANIFEST_NAME, f"records the stages {done} without those before them")
+    if SPANS_STAGE in manifest.stages:
+        if "chunk" not in done:
+            findings.add(MANIFEST_NAME, f"records the stage {SPANS_STAGE} without the chunks that it is made from")
+        done.append(SPANS_STAGE)
     for stage in done:
         state = manifest.stages[stage]
         if state.fingerprint != fingerprint(state.made_from):
@@ -166,7 +175,7 @@ def _maker(path: str) -> tuple[int, str]:
 def _check_numbers(manifest: Manifest, findings: Findings) -> None:
     """The tables have the same shard numbers as the documents; index shards are counted through."""
     wanted = {shard.number for shard in manifest.shards("documents")}
-    for table in ("chunks", "embeddings", "neighbours", "training", "leakage"):
+    for table in ("chunks", "embeddings", "neighbours", "training", "leakage", "spans", "queries"):
         if table not in manifest.tables:
             continue
         numbers = {shard.number for shard in manifest.shards(table)}
@@ -174,7 +183,9 @@ def _check_numbers(manifest: Manifest, findings: Findings) -> None:
             findings.add(shard_path(table, number), "is not recorded, though there is such a shard of documents")
         for number in sorted(numbers - wanted):
             findings.add(shard_path(table, number), "is recorded, though there is no such shard of documents")
-    for shard in (*manifest.shards("quarantine"), *manifest.shards("duplicates")):
+    for shard in (
+        shard for table in ("quarantine", "duplicates", "span_quarantine") for shard in manifest.shards(table)
+    ):
         if shard.number not in wanted:
             findings.add(shard.path, "is recorded, though there is no such shard of documents")
     if "index" in manifest.tables:

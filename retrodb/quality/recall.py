@@ -14,7 +14,7 @@ import numpy as np
 from retrodb.errors import RecallError
 from retrodb.index import MISSING, Metric, merge
 from retrodb.index.engine import ascending
-from retrodb.neighbours import Exclusion, pair_scores
+from retrodb.neighbours import Exclusion, UidSource, pair_scores
 
 RECALL_AT: Final = 10
 _VECTOR_BLOCK: Final = 4_096
@@ -90,6 +90,24 @@ def merge_exact(partials: Sequence[ExactTop], k: int, metric: Metric) -> ExactTo
     distances, ids = merge(partials, k, metric)
     distances[ids < 0] = np.nan
     return distances, ids
+
+
+def distinct_top(top: ExactTop, uids: UidSource, k: int) -> ExactTop:
+    """The first ``k`` of exact neighbours among which of equal blocks the first alone counts.
+
+    Args:
+        top: as `merge_exact` gives it, of more than k.
+        uids: what tells equal blocks.
+        k: kept for each query; what is missing is NaN and -1, last.
+    """
+    distances, ids = top
+    kept_distances, kept_ids = _nothing(len(ids), k)
+    for row in range(len(ids)):
+        own = ids[row][ids[row] >= 0]
+        _, firsts = np.unique(uids.uid_keys(own), return_index=True)
+        firsts = np.sort(firsts)[:k]
+        kept_ids[row, : len(firsts)], kept_distances[row, : len(firsts)] = own[firsts], distances[row, firsts]
+    return kept_distances, kept_ids
 
 
 def recall_at(found: np.ndarray, exact: np.ndarray, metric: Metric, at: int = RECALL_AT) -> float | None:

@@ -12,26 +12,33 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from retrodb.chunking.duplicates import uid_keys, uid_matrix
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
-from retrodb.manifest import MANIFEST_NAME, STAGES, TABLES, Manifest, Shard
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, TABLES, Manifest, Shard
 from retrodb.neighbours import Exclude, clusters_of
 from retrodb.quality.findings import Findings
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT, TOKEN_TYPES
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
+from retrodb.units import Unit, unit_of
 
 STAGE_OF: Final = {
     "documents": "corpus",
     "quarantine": "corpus",
     "duplicates": "dedup",
     "chunks": "chunk",
+    "block_duplicates": "chunk",
     "embeddings": "embed",
+    "null": "embed",
     "index": "index",
     "neighbours": "neighbours",
     "training": "training",
     "leakage": "report",
+    "spans": SPANS_STAGE,
+    "queries": SPANS_STAGE,
+    "span_quarantine": SPANS_STAGE,
 }
 """The stage that makes a table exist."""
 
@@ -43,7 +50,9 @@ _TOKEN_CACHE_BYTES: Final = 128 << 20
 class Facts:
     """What a database was made with, as its finished stages record it; None for what no finished stage knows."""
 
+    unit: Unit
     chunk_tokens: int | None
+    special_tokens: int
     token_type: str
     vocabulary_size: int
     lossless: bool
@@ -78,7 +87,9 @@ class Facts:
         tokenizer = manifest.fingerprints["tokenizer"] if "chunk" in manifest.stages else {}
         encoder = manifest.fingerprints["encoder"] if "embed" in manifest.stages else {}
         facts = Facts(
+            unit=unit_of(made("chunk")),
             chunk_tokens=_whole(made("chunk"), "chunk_tokens"),
+            special_tokens=int(made("chunk").get("special_tokens", 0)),
             token_type=str(tokenizer.get("token_type", "uint16")),
             vocabulary_size=int(tokenizer.get("vocabulary_size", 0)),
             lossless=bool(tokenizer.get("lossless", False)),
@@ -103,6 +114,8 @@ class Facts:
             raise ValueError(f"token type {self.token_type!r}, metric {metric!r}")
         if self.exclude not in ("document", "cluster", "none"):
             raise ValueError(f"exclude {self.exclude!r}")
+        if self.unit == "block" and not self.own_tokens:
+            raise ValueError("blocks that are not of the encoder's own tokens")
         if self.sequence_tokens is not None and self.sequence_tokens % (self.chunk_tokens or 1):
             raise ValueError(f"sequences of {self.sequence_tokens} tokens from chunks of {self.chunk_tokens}")
 
@@ -126,12 +139,14 @@ class ChunkIds:
         document_ids: int64 [n].
         validation: bool [n], whether the document is of the validation split.
         clusters: int64 [n], `NO_CLUSTER` for a cluster of one.
+        uids: int64 [n], what tells equal blocks; of chunks the ids themselves.
     """
 
     chunk_ids: np.ndarray
     document_ids: np.ndarray
     validation: np.ndarray
     clusters: np.ndarray
+    uids: np.ndarray
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 [p]: the row of each id, -1 for one that does not exist."""
@@ -176,10 +191,6 @@ class Scene:
         """Whether a stage is finished."""
         return stage in self.manifest.stages
 
-    @property
-    def complete(self) -> bool:
-        return all(self.done(stage) for stage in STAGES)
-
     # -- which shards are trusted ----------------------------------------------------------------------------------
 
     def shards(self, table: str) -> list[Shard]:
@@ -221,12 +232,14 @@ class Scene:
         chunks, documents = self.shard("chunks", number), self.shard("documents", number)
         assert chunks is not None, "asked for by ids"
         assert documents is not None, "asked for by ids"
-        table = self.table(chunks, "chunk_id", "document_id")
+        blocks = self.facts.unit == "block"
+        table = self.table(chunks, "chunk_id", "document_id", *(["uid"] if blocks else []))
         chunk_ids, document_ids = scalars(table, "chunk_id"), scalars(table, "document_id")
         owners = self.table(documents, "document_id", "split", "cluster_id")
         rows = np.searchsorted(scalars(owners, "document_id"), document_ids)
         validation = owners["split"].to_numpy() == "validation"
-        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters_of(owners)[rows])
+        uids = uid_keys(uid_matrix(table)) if blocks else chunk_ids
+        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters_of(owners)[rows], uids)
 
     def _load_tokens(self, number: int) -> ChunkTokens:
         chunks = self.shard("chunks", number)

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from retrodb.corpus.near_duplicates import DEDUP_RULES, NEAR_DUPLICATE, VALIDATION_DUPLICATE
-from retrodb.manifest import STAGES, Manifest
+from retrodb.manifest import SPANS_STAGE, STAGES, Manifest
 from retrodb.quality.leakage import distribution
 from retrodb.schemas import SCHEMA_VERSION
+from retrodb.units import is_complete, unit_of
 
 
 def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
@@ -15,17 +16,20 @@ def summarise(manifest: Manifest, url: str) -> dict[str, Any]:
     return {
         "database": url,
         "schema_version": SCHEMA_VERSION,
-        "complete": all(stage in stages for stage in STAGES),
+        "unit": unit_of(manifest.config),
+        "complete": is_complete(manifest),
         "stages": [stage for stage in STAGES if stage in stages],
         "inputs": [{"url": entry["url"], "bytes": entry["size"]} for entry in manifest.inputs],
         "documents": _documents(manifest),
         "chunks": stages["chunk"].counts["chunks"] if "chunk" in stages else None,
         "tokens": stages["chunk"].counts["tokens"] if "chunk" in stages else None,
+        "blocks": _blocks(manifest),
         "embeddings": _embeddings(manifest),
         "index": stages["index"].details if "index" in stages else None,
         "neighbours": _neighbours(manifest),
         "training": _training(manifest),
         "leakage": _leakage(manifest),
+        "spans": _spans(manifest),
         "fingerprints": manifest.fingerprints,
         "config": manifest.config,
         "tables": {
@@ -73,6 +77,21 @@ def _near_duplicates(manifest: Manifest) -> dict[str, Any] | None:
     return {"dedup": state.made_from["dedup"], "clusters": state.counts["clusters"], "in": state.counts["clustered"]}
 
 
+def _blocks(manifest: Manifest) -> dict[str, Any] | None:
+    """What is particular to blocks; None for chunks."""
+    if "chunk" not in manifest.stages or unit_of(manifest.config) != "block":
+        return None
+    counts = dict(manifest.stages["chunk"].counts)
+    return {
+        "budget": manifest.stages["chunk"].made_from["chunk_tokens"],
+        "splitter": manifest.stages["chunk"].made_from["splitter"],
+        "with_a_split_sentence": counts["split_sentence_blocks"],
+        "with_a_truncated_title": counts["truncated_title_blocks"],
+        "repeated_uids": counts["repeated_uids"],
+        "duplicates": counts["duplicate_blocks"],
+    }
+
+
 def _embeddings(manifest: Manifest) -> dict[str, Any] | None:
     if "embed" not in manifest.stages:
         return None
@@ -102,6 +121,19 @@ def _training(manifest: Manifest) -> dict[str, Any] | None:
         "neighbours": state.made_from["training_neighbours"],
         **state.counts,
     }
+
+
+def _spans(manifest: Manifest) -> dict[str, Any] | None:
+    if SPANS_STAGE not in manifest.stages:
+        return None
+    state = manifest.stages[SPANS_STAGE]
+    made = {name: state.made_from[name] for name in ("mask", "seed", "taggers")}
+    counts = {name: state.counts[name] for name in ("sentences", "spans", "queries", "imported", "quarantined")}
+    left_out = {
+        kind: {name.partition(".")[2]: number for name, number in state.counts.items() if name.startswith(f"{kind}.")}
+        for kind in ("dropped", "rejected")
+    }
+    return {**made, **counts, **left_out}
 
 
 def _leakage(manifest: Manifest) -> dict[str, Any] | None:

@@ -5,10 +5,12 @@ In order, each step trusting only what the ones before have found whole:
     files            every bit of the manifest, and of its copy; what it says in itself; every recorded file's size
                      and sha256; no file besides
     content          schemas and rows; counts from stage to stage; documents, chunks, vectors
+    block_content    blocks within their budget; which of them are equal; the vector of the null document
     duplicate_content  clusters as the documents have them; nothing of a validation cluster, nor a repeat, left behind
     index_content    the index holds every chunk that may be a neighbour, once
     neighbour_content  existence, exclusion, order, honest counts
     training_content every chunk once; tokens, neighbours and continuations re-joined
+    span_content     spans and masked queries, where there are any: offsets, chunks, wordpieces, masks
     leakage_content  one row a chunk, of its neighbours; some derived again; the report's figures
     recompute        with ``sample``: a random fraction made once more from the source text
 
@@ -18,7 +20,8 @@ One shard of each table is in memory at a time, and bounded caches of the chunks
 from typing import TYPE_CHECKING
 
 from retrodb.errors import MismatchError, RetrodbError
-from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, STAGES, Manifest
+from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, Manifest
+from retrodb.quality.block_content import check_blocks
 from retrodb.quality.content import check_chunks, check_counts, check_documents, check_embeddings, check_schemas
 from retrodb.quality.deletion_content import check_deleted
 from retrodb.quality.duplicate_content import check_duplicates
@@ -29,8 +32,10 @@ from retrodb.quality.leakage_content import check_leakage
 from retrodb.quality.neighbour_content import check_neighbours
 from retrodb.quality.recompute import load_tools, recompute
 from retrodb.quality.scene import Facts, Scene
+from retrodb.quality.span_content import check_spans
 from retrodb.quality.training_content import check_training
 from retrodb.storage import Storage
+from retrodb.units import stages_of, unit_of
 
 if TYPE_CHECKING:
     from retrodb.database import Database
@@ -66,7 +71,7 @@ def verify_database(db: "Database", sample: float = 0.0, seed: int = 0, encoder:
     if findings.problems:
         _refuse_changed(db)
         _write_damage(db.storage, findings)
-    missing = [stage for stage in STAGES if stage not in db.manifest.stages]
+    missing = [stage for stage in stages_of(unit_of(db.manifest.config)) if stage not in db.manifest.stages]
     if missing:
         findings.note(f"not complete: {', '.join(missing)} not done; what is done was verified")
     return findings.report(complete=not missing)
@@ -79,12 +84,14 @@ def _check_all(scene: Scene) -> None:
     check_documents(scene)
     check_duplicates(scene)
     check_chunks(scene)
+    check_blocks(scene)
     check_embeddings(scene)
     check_index(scene)
     check_neighbours(scene)
     check_training(scene)
     check_leakage(scene)
     check_deleted(scene)
+    check_spans(scene)
 
 
 def _recompute(scene: Scene, db: "Database", sample: float, seed: int, encoder: str | None) -> None:

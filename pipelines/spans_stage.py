@@ -1,0 +1,164 @@
+"""``retrodb spans``: the one stage that a database has on request, beside those of its build.
+
+It is made from the finished documents and chunks alone, with receipts as every stage. A build leaves it as it is, and
+undoes it where the chunks are made again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from retrodb.pipelines import stages
+from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
+from retrodb.pipelines.driver import BuildOutcome
+from retrodb.pipelines.ingredients import Ingredients
+from retrodb.pipelines.integrity import mend_manifest
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.receipts import ReceiptBook
+from retrodb.pipelines.runners import make_runner
+from retrodb.pipelines.runners.leftover import end_leftover_job
+from retrodb.pipelines.spans import SpanWork, span_pipeline, span_tasks, write_pieces
+
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import ScannedFile
+from retrodb.errors import DamagedError, InputError
+from retrodb.lock import build_lock
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
+from retrodb.spans import SpanSettings
+from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
+from retrodb.spans.taggers import resolve_taggers
+from retrodb.spans.wordpieces import load_wordpieces
+from retrodb.storage import Storage
+
+_SMALL_TAG_DOCUMENTS: Final = 50
+_MADE_OF: Final = ("documents", "chunks")
+
+
+def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress: Progress) -> BuildOutcome:
+    """Find the salient spans of a database and draw masked queries, or bring them up to date.
+
+    Args:
+        out: the database, whose chunk stage is done.
+        settings: how; other ones than the database has make its tables anew.
+        run: how it is carried out.
+        progress: is told what happens.
+
+    Raises:
+        InputError: there is no such database, its documents have no text, or a tagger or tokenizer is missing.
+        DamagedError: what it would be made from is damaged.
+        LockedError: a build holds the database.
+        WorkerError: a worker failed; what was finished is kept.
+    """
+    if Manifest.recover(out) is None:
+        out.check_bucket()
+        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+    taggers, imports = resolve_taggers(settings.taggers if settings.mask == "salient" else ())
+    files = scan_imports(imports)
+    runner = make_runner(run)
+    runner.check([out.url, *(file.url for file in files)])
+    try:
+        with build_lock(out):
+            end_leftover_job(out, progress)
+            mend_manifest(out, progress)
+            builder = _builder(out, run, progress, runner)
+            _refuse_unfit(builder)
+            wordpieces = load_wordpieces(_encoder(builder))
+            identities = [tagger.identity for tagger in taggers]
+            work = SpanWork(
+                replace(settings, taggers=tuple(spec for spec in settings.taggers if not spec.startswith("import:"))),
+                _encoder(builder),
+                wordpieces.fingerprint,
+                tuple(map(repr, identities)),
+            )
+            known = [*identities, import_identity(files)] if files else identities
+            chunk = builder.manifest.stages["chunk"].fingerprint
+            _run(builder, stages.spans_parts(chunk, settings, known, wordpieces.fingerprint), work, files)
+            return BuildOutcome(
+                builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
+            )
+    finally:
+        runner.close()
+
+
+def _builder(out: Storage, run: RunSettings, progress: Progress, runner: Any) -> Builder:
+    """A builder that needs no inputs: the settings of the database are those it has."""
+    builder = Builder((), out, BuildConfig(), run, progress, Ingredients(None, "", None), runner)
+    with taken_from(out.describe(MANIFEST_NAME)):
+        builder.config = BuildConfig(**builder.manifest.config)
+    return builder
+
+
+def _encoder(builder: Builder) -> str:
+    """The encoder that made the vectors, or that will."""
+    recorded = builder.manifest.fingerprints.get("encoder") if "embed" in builder.manifest.stages else None
+    return str(recorded["name"] if recorded else builder.config.encoder)
+
+
+def _refuse_unfit(builder: Builder) -> None:
+    manifest, url = builder.manifest, builder.storage.url
+    if "chunk" not in manifest.stages:
+        raise InputError(f"{url} has no chunks yet: run the build, at least --until chunk.")
+    if not manifest.stages["chunk"].made_from.get("text", True):
+        raise InputError(f"{url} was built with --no-text: spans are found in the documents' text. Build it with text.")
+    damaged = [table for table in _MADE_OF if builder.damage.get(table)]
+    if damaged:
+        raise DamagedError(f"{url}: {' and '.join(damaged)} are damaged. Run the build again: it repairs them.")
+
+
+def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequence[ScannedFile]) -> None:
+    book = builder.book(SPANS_STAGE, parts)
+    tables = stages.STAGE_TABLES[SPANS_STAGE]
+    damaged = set().union(*(builder.damage.get(table, set()) for table in tables))
+    if builder.is_current(SPANS_STAGE, parts) and not damaged:
+        return
+    builder.begin(SPANS_STAGE, parts)
+    imported = _assign(builder, book, files) if files else {}
+    receipts = builder.run_stage(
+        StageWork(
+            stage=SPANS_STAGE,
+            parts=parts,
+            tasks=span_tasks(builder.manifest, imported),
+            damaged=damaged,
+            pipeline=lambda pipeline, book, tasks: span_pipeline(pipeline, book, tasks, work),
+            unit="documents",
+            small=_SMALL_TAG_DOCUMENTS,
+        )
+    )
+    if receipts is None:
+        return
+    counts = add_counts(receipts)
+    wordpieces = load_wordpieces(work.encoder)
+    details = {"mask_id": wordpieces.mask_id, "token_type": wordpieces.token_type, "encoder": work.encoder}
+    builder.record(SPANS_STAGE, parts, shards_by_table(receipts, *tables), counts, details)
+    if not builder.storage.list_folders(WORK_FOLDER):
+        builder.storage.delete_folder(WORK_FOLDER)
+    builder.progress.end(describe_counts(counts))
+
+
+def _assign(builder: Builder, book: ReceiptBook, files: Sequence[ScannedFile]) -> dict[int, tuple[str, ...]]:
+    """Bring imported spans to the shards of their documents: the same pieces each time, for a run that goes on."""
+    paths: dict[int, list[str]] = {}
+    first = builder.manifest.shards("documents")[0].number
+
+    def resolve(wanted: set[str | int]) -> dict[str | int, list[int]]:
+        found: dict[str | int, list[int]] = {}
+        for shard in builder.manifest.shards("documents"):
+            table = builder.storage.read_table(shard, ["document_id", "key"])
+            for document_id, key in zip(table["document_id"].to_pylist(), table["key"].to_pylist(), strict=True):
+                for name in (key, document_id):
+                    if name in wanted:
+                        found.setdefault(name, []).append(document_id)
+        return found
+
+    for batch, tables in enumerate(assigned_rows(files, resolve, first)):
+        for shard, path in write_pieces(book, batch, tables).items():
+            paths.setdefault(shard, []).append(path)
+    return {shard: tuple(own) for shard, own in paths.items()}
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """``5,210 spans in 3,400 sentences, 2,900 queries; 12 too_late``."""
+    left_out = [f"{number:,} {name.partition('.')[2]}" for name, number in counts.items() if "." in name and number]
+    left_out += [f"{counts['quarantined']:,} quarantined"] if counts.get("quarantined") else []
+    text = f"{counts['spans']:,} spans in {counts['sentences']:,} sentences, {counts['queries']:,} queries"
+    return text + (f"; {', '.join(left_out)}" if left_out else "")
