@@ -13,11 +13,12 @@ from models import build_topics, make_batch, make_model
 from support import Progress, Running, retrodb
 
 import retrodb as package
-from retrodb.errors import DamagedError, InputError, MismatchError, UsageError
+from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
 from retrodb.learning import TrainSettings, make_settings
 from retrodb.learning.device import Device
 from retrodb.learning.run import retrofit, train
 from retrodb.learning.schedule import learning_rate
+from retrodb.lock import TRAIN, writer_lock
 from retrodb.model.checkpoint import WEIGHTS, load_model, open_checkpoint
 from retrodb.storage import Storage
 
@@ -215,6 +216,38 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(database, undistu
     assert load_model(str(tmp_path))
     monkeypatch.undo()
     run(database, tmp_path, save_every=4)
+    assert same(weights(undisturbed), weights(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_second_run_into_the_same_checkpoint_is_refused_and_a_finished_one_needs_no_lock(
+    database, undisturbed, tmp_path
+):
+    out = tmp_path / "new" / "ckpt"
+    out.mkdir(parents=True)
+    with writer_lock(Storage(str(out)), TRAIN), pytest.raises(LockedError, match=r"being trained by process \d+"):
+        run(database, out)
+    run(database, out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.json", "step-00000012"], "no lock stays behind"
+    with writer_lock(Storage(str(out)), TRAIN):
+        run(database, out)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_finished_meanwhile_is_not_begun_from_the_start(
+    database, undisturbed, tmp_path, monkeypatch
+):
+    """It saw an empty folder, waited in line for a moment, and then holds the lock of a finished checkpoint."""
+    from retrodb.learning import run as module
+
+    original = module.writer_lock
+
+    def late(storage, work):
+        shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        return original(storage, work)
+
+    monkeypatch.setattr(module, "writer_lock", late)
+    assert run(database, tmp_path).step == 12
     assert same(weights(undisturbed), weights(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""The experiment behind docs/experiments.md: the page follows from the committed figures; a tiny one runs to its end."""
+"""The experiment behind docs/experiments.md: its page follows from its figures; a tiny one runs to its end."""
 
 import gzip
 import json

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.formats import Committed
+from retrodb.lock import LOCK_NAME
 from retrodb.model.config import ModelConfig, parse_model
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
@@ -107,7 +108,8 @@ def check_free(storage: Storage) -> None:
     """
     if storage.is_a_file():
         raise InputError(f"{storage.url} is a file; name a folder for the checkpoint.")
-    foreign = [name for name in storage.list_files("") + storage.list_folders("") if not _STEP_FOLDER.fullmatch(name)]
+    there = storage.list_files("") + storage.list_folders("")
+    foreign = [name for name in there if name != LOCK_NAME and not _STEP_FOLDER.fullmatch(name)]
     if foreign:
         raise InputError(
             f"{storage.url} has no {CHECKPOINT_NAME} and holds other things ({', '.join(foreign[:3])}): name another"
