@@ -1,12 +1,14 @@
 """What a database is worth to a model: the experiment behind docs/experiments.md.
 
-    python benchmarks/retro_gain.py --corpora FOLDER [--quick] [--work FOLDER]
+    python benchmarks/retro_gain.py --corpora FOLDER [--quick] [--work FOLDER] [--only SETTING]
     python benchmarks/retro_gain.py --report-only
 
 Builds the databases, trains the models (base, RETRO from scratch, RETROfit, and bases of as many tokens and of as much
 compute), measures each with either database, and writes the figures (``benchmarks/results/retro_gain.json``) and the
 page that is made of them (``docs/experiments.md``), anew after each model. Killed at any moment, the same command goes
 on from there. ``--quick`` takes minutes, and writes both files into the work folder: they are not the experiment's.
+With ``--only docs`` and ``--only wiki`` two processes share the work, a core each; neither writes figures or page, which
+the command without it then does.
 
 FOLDER holds the corpora as ``NAME.jsonl.gz``, with ``id`` and ``text`` in each line; gain/plan.py names them.
 """
@@ -28,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "retro_gain.json"
 PAGE = ROOT / "docs" / "experiments.md"
 
 
-def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: Path) -> None:
+def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: Path, only: str | None = None) -> None:
     """The whole experiment, or what of it is left to do.
 
     Args:
@@ -37,6 +39,7 @@ def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: P
         work: folder for texts, databases, models and finished parts; may be gone on with.
         results: the JSON file of all figures.
         out: the page.
+        only: name of the one setting to work on, without writing figures and page.
     """
     from gain.corpora import build_databases, describe, open_database
     from gain.models import costs, use_one_thread
@@ -48,17 +51,18 @@ def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: P
     built: dict[str, dict[str, Path]] = {}
     spent = {}
     for seed in experiment.seeds:
-        for setting in experiment.settings:
+        for setting in (one for one in experiment.settings if only in (None, one.name)):
             if setting.name not in built:
                 built[setting.name] = build_databases(setting, experiment, corpora, work)
                 found["databases"][setting.name] = {w: describe(path) for w, path in built[setting.name].items()}
-                spent[setting.name] = costs(experiment, open_database(built[setting.name][setting.trained_on]))
+                spent[setting.name] = costs(experiment, setting, open_database(built[setting.name][setting.trained_on]))
                 found["costs"][setting.name] = spent[setting.name].as_json()
             for kind in MODELS:
                 steps = spent[setting.name].steps[kind]
                 parts.append(_part(experiment, setting, kind, seed, built[setting.name], work, steps))
-                _write_json(results, {**found, "parts": parts})
-                write_page(results, out)
+                if only is None:
+                    _write_json(results, {**found, "parts": parts})
+                    write_page(results, out)
 
 
 def _claim(work: Path, experiment: Experiment) -> None:
@@ -130,6 +134,7 @@ def main() -> None:
         "--work", type=Path, default=Path("retro-gain"), help="for databases, models and finished parts"
     )
     parser.add_argument("--quick", action="store_true", help="a small experiment, in minutes")
+    parser.add_argument("--only", choices=[setting.name for setting in FULL.settings], help="one setting alone")
     parser.add_argument("--report-only", action="store_true", help="write the page of the committed figures anew")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -142,7 +147,7 @@ def main() -> None:
     if given.quick:
         given.work.mkdir(parents=True, exist_ok=True)
         given.results, given.page = given.work / "retro_gain.json", given.work / "experiments.md"
-    run(QUICK if given.quick else FULL, given.corpora, given.work, given.results, given.page)
+    run(QUICK if given.quick else FULL, given.corpora, given.work, given.results, given.page, given.only)
 
 
 if __name__ == "__main__":

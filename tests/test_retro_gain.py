@@ -40,6 +40,7 @@ def tiny_experiment(encoder: Path):
         larger=(Selection("new", but=4),),
         trained_on="larger",
         validation=(Selection("new", every=4),),
+        steps=4,
         decontaminate=False,
         about="Few words in many orders.",
     )
@@ -52,7 +53,6 @@ def tiny_experiment(encoder: Path):
         sequence_tokens=64,
         width=16,
         heads=2,
-        steps=4,
         batch=2,
         seeds=(0, 1),
         rows=12,

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gain.corpora import open_database
-from gain.plan import BASE, FITTED, LONGER, MIDDLE, RETRO, Experiment
+from gain.plan import BASE, FITTED, LONGER, MIDDLE, RETRO, Experiment, Setting
 from retrodb.database import Database
 from retrodb.evaluation import EvaluationSettings
 from retrodb.evaluation.intervals import by_document
@@ -44,10 +44,9 @@ class Costs:
     steps: dict[str, int]
 
     @staticmethod
-    def of(experiment: Experiment, data: DataSettings, rows: Any) -> "Costs":
+    def of(experiment: Experiment, steps: int, data: DataSettings, rows: Any) -> "Costs":
         """Counted by torch, forwards and backwards, over real rows (their numbers are the same whatever they hold)."""
         plain, retro, fitted = (_operations(experiment, data, rows, kind) for kind in (BASE, RETRO, FITTED))
-        steps = experiment.steps
         fit = max(1, round(steps * (retro - plain) / fitted))
         longer = round(steps * retro / plain)
         return Costs(
@@ -78,10 +77,10 @@ def _operations(experiment: Experiment, data: DataSettings, rows: Any, kind: str
     return float(counter.get_total_flops() / rows.tokens.numel())
 
 
-def costs(experiment: Experiment, database: Database) -> Costs:
-    """The costs of an experiment's models on a database's rows."""
+def costs(experiment: Experiment, setting: Setting, database: Database) -> Costs:
+    """The costs of a setting's models on a database's rows."""
     data = DataSettings.of(database)
-    return Costs.of(experiment, data, RowStream(database, data.neighbours, 0).batch(experiment.batch))
+    return Costs.of(experiment, setting.steps, data, RowStream(database, data.neighbours, 0).batch(experiment.batch))
 
 
 def train_model(
@@ -116,7 +115,7 @@ def _settings(experiment: Experiment, kind: str, seed: int, steps: int) -> Train
         "learning_rate": experiment.learning_rate,
         "seed": seed,
         "precision": "fp32",
-        "save_every": max(1, min(steps, 50)),
+        "save_every": 200,
     }
     if kind != FITTED:
         sizes = {"width": experiment.width, "layers": experiment.layers, "heads": experiment.heads}

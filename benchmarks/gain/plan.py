@@ -1,6 +1,6 @@
 """What is compared with what: the settings of the experiment, frozen, and recorded beside its figures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 SMALLER, LARGER = "smaller", "larger"
@@ -40,6 +40,7 @@ class Setting:
         trained_on: ``smaller`` or ``larger``: the database whose training rows the models are trained on, which is the
             database made of the training corpus.
         validation: what is predicted.
+        steps: of the base and of RETRO from scratch; those of the other models follow from the compute.
         decontaminate: whether training documents that repeat a validation document are removed.
         about: a paragraph for the page.
     """
@@ -51,13 +52,14 @@ class Setting:
     larger: tuple[Selection, ...]
     trained_on: str
     validation: tuple[Selection, ...]
+    steps: int
     decontaminate: bool
     about: str
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings. ``steps`` are those of the base and of RETRO from scratch; the others follow from the compute."""
+    """All settings, and what they have in common."""
 
     name: str
     settings: tuple[Setting, ...]
@@ -67,12 +69,11 @@ class Experiment:
     sequence_tokens: int = 512
     kept_neighbours: int = 10
     training_neighbours: int = 1
-    width: int = 128
+    width: int = 64
     layers: int = 2
-    heads: int = 4
-    steps: int = 250
-    batch: int = 8
-    learning_rate: float = 0.004
+    heads: int = 2
+    batch: int = 2
+    learning_rate: float = 0.003
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 60
     """Validation rows that are predicted, evenly spaced."""
@@ -90,6 +91,7 @@ _DOCS = Setting(
     larger=(Selection("docs_new", every=3, but=30),),
     trained_on="larger",
     validation=(Selection("docs_new", every=30),),
+    steps=2000,
     decontaminate=False,
     about=(
         "Pages of technical documentation of 2026 that were held out, predicted with databases of the same"
@@ -109,6 +111,7 @@ _WIKI = Setting(
     larger=(Selection("wiki_large", every=8),),
     trained_on="smaller",
     validation=(Selection("wikitext103", every=2),),
+    steps=1000,
     decontaminate=True,
     about=(
         "Articles of the validation split of WikiText-103, predicted with a database of Featured and Good articles of"
@@ -121,5 +124,14 @@ FULL = Experiment("full", (_DOCS, _WIKI))
 
 QUICK = Experiment(
     "quick",
-    (Setting(**{**vars(_DOCS), "smaller": (Selection("docs_old", every=16),), "larger": (), "trained_on": "smaller"}),),
+    (
+        replace(
+            _DOCS,
+            smaller=(Selection("docs_old", every=15),),
+            larger=(Selection("docs_new", every=15, but=30),),
+            steps=60,
+        ),
+    ),
+    seeds=(0, 1),
+    rows=12,
 )
