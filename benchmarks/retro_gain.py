@@ -5,10 +5,10 @@
 
 Builds the databases, trains the models (base, RETRO from scratch, RETROfit, and bases of as many tokens and of as much
 compute), measures each with either database, and writes the figures (``benchmarks/results/retro_gain.json``) and the
-page that is made of them (``docs/experiments.md``), anew after each model. Killed at any moment, the same command goes
+page that is made of them (``docs/experiments.md``), anew after each seed. Killed at any moment, the same command goes
 on from there. ``--quick`` takes minutes, and writes both files into the work folder: they are not the experiment's.
-With ``--only docs`` and ``--only wiki`` two processes share the work, a core each; neither writes figures or page, which
-the command without it then does.
+With ``--only docs`` and ``--only wiki`` two processes share the work, a core each; neither writes figures or page,
+which the command without it then does.
 
 FOLDER holds the corpora as ``NAME.jsonl.gz``, with ``id`` and ``text`` in each line; gain/plan.py names them.
 """
@@ -60,9 +60,9 @@ def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: P
             for kind in MODELS:
                 steps = spent[setting.name].steps[kind]
                 parts.append(_part(experiment, setting, kind, seed, built[setting.name], work, steps))
-                if only is None:
-                    _write_json(results, {**found, "parts": parts})
-                    write_page(results, out)
+            if only is None:
+                _write_json(results, {**found, "parts": parts})
+                write_page(results, out)
 
 
 def _claim(work: Path, experiment: Experiment) -> None:

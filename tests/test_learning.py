@@ -256,6 +256,9 @@ def test_settings_are_checked_and_the_database_s_own_are_refused():
         make_settings({}, {"steps": 0})
     with pytest.raises(InputError, match="sets chunk-tokens: data settings come from the database alone"):
         make_settings({"chunk_tokens": 32}, {})
+    for name, value in {"learning_rate": "inf", "weight_decay": "nan", "batch": 10**9, "clip": 0}.items():
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
+            make_settings({}, {name: value})
     with pytest.raises(InputError, match="--speed 3: Extra inputs"):
         make_settings({"speed": 3}, {})
     assert make_settings({"steps": 50, "seed": 3}, {"seed": "4"}).seed == 4

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from gain.plan import OFF
 from retrodb.evaluation.intervals import Estimate, Estimates, estimate
 
-DRAWS = 2000
+DRAWS = 1000
 
 Floats = npt.NDArray[np.float64]
 

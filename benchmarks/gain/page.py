@@ -77,9 +77,14 @@ class _Section:
         self.k = f"k={results['experiment']['training_neighbours']}"
         self.titles = dict(zip((SMALLER, LARGER), setting["database_names"], strict=True))
         self.whiches = [which for which in (SMALLER, LARGER) if which in self.databases]
+        self._buckets = {
+            (which, alpha): bucket(self.parts, self.name, which, alpha, seeds)
+            for which in self.whiches
+            for alpha in ("all", *ALPHAS)
+        }
 
     def bucket(self, which: str, alpha: str = "all") -> Bucket:
-        return bucket(self.parts, self.name, which, alpha, self.seeds)
+        return self._buckets[which, alpha]
 
     # -- what came out, in a table of words ------------------------------------------------------------------------
 
