@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +250,37 @@ def test_a_run_that_another_finished_meanwhile_is_not_begun_from_the_start(
     monkeypatch.setattr(module, "writer_lock", late)
     assert run(database, tmp_path).step == 12
     assert same(weights(undisturbed), weights(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "at", ["step-00000004/model.safetensors", "checkpoint.json", "step-00000008/state.safetensors"]
+)
+def test_a_run_killed_while_it_writes_a_checkpoint_is_gone_on_with(database, undisturbed, tmp_path, monkeypatch, at):
+    """As SIGKILL leaves it: a file half written under its temporary name, and nothing tidied up."""
+    original = Storage.commit_bytes
+
+    def commit_bytes(self, relative, data):
+        if relative == at:
+            folder = Path(self.path(relative)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f".tmp-{Path(relative).name}-0123456789ab").write_bytes(data[: len(data) // 2])
+            raise Killed
+        return original(self, relative, data)
+
+    monkeypatch.setattr(Storage, "commit_bytes", commit_bytes)
+    with pytest.raises(Killed):
+        run(database, tmp_path, save_every=4)
+    monkeypatch.undo()
+    run(database, tmp_path, save_every=4)
+    assert same(weights(undisturbed), weights(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.json", "step-00000012"]
+    left = [path.name for path in (tmp_path / "step-00000012").iterdir()]
+    assert sorted(left) == ["log.jsonl", "loss.png", "model.safetensors", "state.safetensors"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
 
 
 def test_settings_are_checked_and_the_database_s_own_are_refused():
