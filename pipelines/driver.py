@@ -23,7 +23,7 @@ from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embe
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import DamagedError, InputError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, STAGES, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 from retrodb.units import BLOCK_TOKENS, stages_of
@@ -68,7 +68,7 @@ def build(
     runner.check([out.url, *(file.url for file in inputs)])
     made = out.make_root()
     try:
-        with build_lock(out):
+        with writer_lock(out):
             end_leftover_job(out, progress)
             new = not mend_manifest(out, progress)
             if new:

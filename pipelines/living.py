@@ -12,7 +12,7 @@ from retrodb import schemas
 from retrodb.corpus.selection import Selection
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, UsageError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, Version, shard_of, shard_path, version_folder
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_version, now, publish
@@ -50,7 +50,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
     if Manifest.recover(out) is None:
         out.check_bucket()
         raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    with build_lock(out):
+    with writer_lock(out):
         end_leftover_job(out, progress)
         mend_manifest(out, progress)
         current = Manifest.load_whole(out)

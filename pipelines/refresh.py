@@ -20,7 +20,7 @@ from retrodb.pipelines.stages import STAGE_TABLES
 from retrodb.chunking import OWN_TOKENIZER
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.errors import DamagedError, InputError, MismatchError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import (
     MANIFEST_NAME,
     STAGES,
@@ -75,7 +75,7 @@ def refresh(
     runner = make_runner(run)
     runner.check([out.url])
     try:
-        with build_lock(out):
+        with writer_lock(out):
             end_leftover_job(out, progress)
             mend_manifest(out, progress)
             current = _finished(out)

@@ -22,7 +22,7 @@ from retrodb.pipelines.spans import SpanWork, span_pipeline, span_tasks, write_p
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
@@ -57,7 +57,7 @@ def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in files)])
     try:
-        with build_lock(out):
+        with writer_lock(out):
             end_leftover_job(out, progress)
             mend_manifest(out, progress)
             builder = _builder(out, run, progress, runner)

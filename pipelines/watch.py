@@ -10,7 +10,7 @@ from retrodb.pipelines.refresh import refresh
 
 from retrodb.config import RunSettings
 from retrodb.errors import InputError, LockedError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
@@ -103,7 +103,7 @@ class Watch:
             self._same = export.step
             return
         self.published.append(outcome.version)
-        with build_lock(self.out):
+        with writer_lock(self.out):
             collect(self.out, self.settings.keep)
 
     def _tell(self, exports: list[Export]) -> None:

@@ -48,7 +48,7 @@ class RecallError(RetrodbError):
 
 
 class LockedError(RetrodbError):
-    """Someone else is building this database (exit 6)."""
+    """Someone else is building this database, or training into this checkpoint (exit 6)."""
 
     exit_code = 6
 

@@ -1,9 +1,9 @@
-"""One writer at a time: the lock of a database, whose dead holder is never waited for.
+"""One writer at a time: the lock of a database, or of a checkpoint, whose dead holder is never waited for.
 
 On a local disk the lock is an ``flock`` on a file, which the kernel drops with the process, however it ends.
 
 On an object store it is a small object that is made on the condition that there is none (S3: ``If-None-Match: *``; GCS:
-``ifGenerationMatch=0``), so that of two builders one alone gets it; a store that ignores the condition is asked again a
+``ifGenerationMatch=0``), so that of two writers one alone gets it; a store that ignores the condition is asked again a
 moment later who has it. The holder renews it every `BEAT_SECONDS`. A killed holder leaves it behind: one that ran in
 the same system and process namespace is known to be dead, and its lock is taken over at once; one elsewhere is dead if
 its last beat is older than `STALE_SECONDS`, and does not change while two more beats would, by our own clock, so that
@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -36,15 +37,27 @@ WATCH_SECONDS: Final = 2 * BEAT_SECONDS + 5
 _SETTLE_SECONDS: Final = 0.2
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a writer does to a folder, in the words of a refusal."""
+
+    doing: str
+    instead: str
+
+
+BUILD: Final = Work("being built", "build into another folder")
+TRAIN: Final = Work("being trained", "name another --out")
+
+
 @contextlib.contextmanager
-def build_lock(storage: Storage) -> Iterator[None]:
-    """Hold the database's lock; the file is gone afterwards.
+def writer_lock(storage: Storage, work: Work = BUILD) -> Iterator[None]:
+    """Hold the lock of a folder; the file is gone afterwards.
 
     Raises:
-        LockedError: another build holds it; says who.
+        LockedError: another writer holds it; says who.
         InputError: the folder cannot be written.
     """
-    with _local_lock(storage) if storage.is_local else _remote_lock(storage):
+    with _local_lock(storage, work) if storage.is_local else _remote_lock(storage, work):
         yield
 
 
@@ -52,19 +65,19 @@ def _holder() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 
-def _refusal(storage: Storage, text: str) -> LockedError:
+def _refusal(storage: Storage, work: Work, text: str) -> LockedError:
     try:
         holder = json.loads(text)
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         who = "another process"
-    return LockedError(f"{storage.url} is being built by {who}. Wait for it, or build into another folder.")
+    return LockedError(f"{storage.url} is {work.doing} by {who}. Wait for it, or {work.instead}.")
 
 
 @contextlib.contextmanager
-def _local_lock(storage: Storage) -> Iterator[None]:
+def _local_lock(storage: Storage, work: Work) -> Iterator[None]:
     path = Path(storage.path(LOCK_NAME))
-    file = _acquire(storage, path)
+    file = _acquire(storage, path, work)
     try:
         yield
     finally:
@@ -73,7 +86,7 @@ def _local_lock(storage: Storage) -> Iterator[None]:
         file.close()
 
 
-def _acquire(storage: Storage, path: Path) -> IO[str]:
+def _acquire(storage: Storage, path: Path, work: Work) -> IO[str]:
     while True:
         try:
             # No link is followed: what it led to would be overwritten.
@@ -88,7 +101,7 @@ def _acquire(storage: Storage, path: Path) -> IO[str]:
             file.seek(0)
             text = file.read()
             file.close()
-            raise _refusal(storage, text) from None
+            raise _refusal(storage, work, text) from None
         # The holder before us may have unlinked the file between our open and our flock.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -103,9 +116,9 @@ def _acquire(storage: Storage, path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _remote_lock(storage: Storage) -> Iterator[None]:
+def _remote_lock(storage: Storage, work: Work) -> Iterator[None]:
     token = uuid.uuid4().hex
-    _acquire_object(storage, token)
+    _acquire_object(storage, token, work)
     heart = _Heart(storage, token)
     heart.start()
     try:
@@ -120,7 +133,7 @@ def _remote_lock(storage: Storage) -> Iterator[None]:
         raise heart.refusal()
 
 
-def _acquire_object(storage: Storage, token: str) -> None:
+def _acquire_object(storage: Storage, token: str, work: Work) -> None:
     """Make the lock's object, or take over one whose holder is dead.
 
     Raises:
@@ -129,17 +142,17 @@ def _acquire_object(storage: Storage, token: str) -> None:
     held = storage.read_if_there(LOCK_NAME)  # first: a store that knows no conditions would write over it
     if held is not None:
         if not _is_dead(storage, held):
-            raise _refusal(storage, held.decode(errors="replace"))
+            raise _refusal(storage, work, held.decode(errors="replace"))
         # Of several that see it dead, one alone makes the new one: it is deleted, and then made by the same condition.
         # Who deletes late may delete the lock that another has just made; that one sees it when it looks again.
         if storage.read_if_there(LOCK_NAME) == held:
             storage.delete(LOCK_NAME)
     if not storage.create(LOCK_NAME, _beat(token)):
-        raise _refusal(storage, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
+        raise _refusal(storage, work, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
     time.sleep(_SETTLE_SECONDS)  # a store that knows no conditions has let everybody write: the last one has it
     held = storage.read_if_there(LOCK_NAME)
     if held is None or _parsed(held).get("token") != token:
-        raise _refusal(storage, (held or b"").decode(errors="replace"))
+        raise _refusal(storage, work, (held or b"").decode(errors="replace"))
 
 
 def _is_dead(storage: Storage, held: bytes) -> bool:
@@ -227,6 +240,6 @@ class _Heart(threading.Thread):
     def refusal(self) -> LockedError:
         who = _parsed(self.lost_to or b"").get("host", "another process")
         return LockedError(
-            f"{self._storage.url} was taken over by {who}: this build had given no sign of life for more than "
+            f"{self._storage.url} was taken over by {who}: this process had given no sign of life for more than "
             f"{STALE_SECONDS:.0f} s. It has stopped; what was finished before is kept."
         )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from models import build_topics, make_batch, make_model
 from support import Progress, Running, retrodb
 
 import retrodb as package
-from retrodb.errors import DamagedError, InputError, MismatchError, UsageError
+from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
 from retrodb.learning import TrainSettings, make_settings
 from retrodb.learning.device import Device
 from retrodb.learning.run import retrofit, train
 from retrodb.learning.schedule import learning_rate
+from retrodb.lock import TRAIN, writer_lock
 from retrodb.model.checkpoint import WEIGHTS, load_model, open_checkpoint
 from retrodb.storage import Storage
 
@@ -218,11 +220,77 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(database, undistu
     assert same(weights(undisturbed), weights(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_second_run_into_the_same_checkpoint_is_refused_and_a_finished_one_needs_no_lock(
+    database, undisturbed, tmp_path
+):
+    out = tmp_path / "new" / "ckpt"
+    out.mkdir(parents=True)
+    with writer_lock(Storage(str(out)), TRAIN), pytest.raises(LockedError, match=r"being trained by process \d+"):
+        run(database, out)
+    run(database, out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.json", "step-00000012"], "no lock stays behind"
+    with writer_lock(Storage(str(out)), TRAIN):
+        run(database, out)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_finished_meanwhile_is_not_begun_from_the_start(
+    database, undisturbed, tmp_path, monkeypatch
+):
+    """It saw an empty folder, waited in line for a moment, and then holds the lock of a finished checkpoint."""
+    from retrodb.learning import run as module
+
+    original = module.writer_lock
+
+    def late(storage, work):
+        shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+        return original(storage, work)
+
+    monkeypatch.setattr(module, "writer_lock", late)
+    assert run(database, tmp_path).step == 12
+    assert same(weights(undisturbed), weights(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "at", ["step-00000004/model.safetensors", "checkpoint.json", "step-00000008/state.safetensors"]
+)
+def test_a_run_killed_while_it_writes_a_checkpoint_is_gone_on_with(database, undisturbed, tmp_path, monkeypatch, at):
+    """As SIGKILL leaves it: a file half written under its temporary name, and nothing tidied up."""
+    original = Storage.commit_bytes
+
+    def commit_bytes(self, relative, data):
+        if relative == at:
+            folder = Path(self.path(relative)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f".tmp-{Path(relative).name}-0123456789ab").write_bytes(data[: len(data) // 2])
+            raise Killed
+        return original(self, relative, data)
+
+    monkeypatch.setattr(Storage, "commit_bytes", commit_bytes)
+    with pytest.raises(Killed):
+        run(database, tmp_path, save_every=4)
+    monkeypatch.undo()
+    run(database, tmp_path, save_every=4)
+    assert same(weights(undisturbed), weights(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.json", "step-00000012"]
+    left = [path.name for path in (tmp_path / "step-00000012").iterdir()]
+    assert sorted(left) == ["log.jsonl", "loss.png", "model.safetensors", "state.safetensors"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
 def test_settings_are_checked_and_the_database_s_own_are_refused():
     with pytest.raises(UsageError, match="--steps 0: Input should be greater than or equal to 1"):
         make_settings({}, {"steps": 0})
     with pytest.raises(InputError, match="sets chunk-tokens: data settings come from the database alone"):
         make_settings({"chunk_tokens": 32}, {})
+    for name, value in {"learning_rate": "inf", "weight_decay": "nan", "batch": 10**9, "clip": 0}.items():
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
+            make_settings({}, {name: value})
     with pytest.raises(InputError, match="--speed 3: Extra inputs"):
         make_settings({"speed": 3}, {})
     assert make_settings({"steps": 50, "seed": 3}, {"seed": "4"}).seed == 4

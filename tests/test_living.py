@@ -17,7 +17,7 @@ from retrodb.corpus.selection import Condition, Selection
 from retrodb.database import Database
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, LockedError, UsageError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.storage import Storage
 from retrodb.training.table import TrainingTable
@@ -228,7 +228,7 @@ def test_a_deletion_of_what_is_not_there_changes_nothing(database: Path) -> None
     ):
         ran = retrodb("delete", database, *flags)
         assert (ran.code, said in ran.err) == (code, True), ran.err
-    with build_lock(Storage(str(database))), pytest.raises(LockedError):
+    with writer_lock(Storage(str(database))), pytest.raises(LockedError):
         deleted(database, ids=(0,))
     with pytest.raises(UsageError):
         deleted(database)

@@ -24,7 +24,7 @@ from support import Ran, Running, build_here, manifest_of, retrodb
 from retrodb.corpus import expand_inputs
 from retrodb.corpus.source import refuse_written
 from retrodb.errors import InputError, LockedError
-from retrodb.lock import LOCK_NAME, build_lock
+from retrodb.lock import LOCK_NAME, writer_lock
 from retrodb.remote import filesystem_of
 from retrodb.storage import Storage
 
@@ -260,7 +260,7 @@ def test_of_two_builders_that_see_no_lock_one_alone_gets_it(store: ObjectStore) 
         assert "ifGenerationMatch=0" in store.lines()[-1]
 
     def build(name: str) -> None:
-        with contextlib.suppress(LockedError), build_lock(storage):
+        with contextlib.suppress(LockedError), writer_lock(storage):
             held.append(name)
             time.sleep(1)
 
@@ -284,10 +284,10 @@ def test_a_silent_holder_elsewhere_is_watched_before_its_lock_is_taken(
     storage.commit_bytes(LOCK_NAME, lock_of(beat=time.time() - 1000))
     beating = threading.Timer(0.4, lambda: storage.commit_bytes(LOCK_NAME, lock_of(beat=time.time() - 990)))
     beating.start()
-    with pytest.raises(LockedError), build_lock(storage):
+    with pytest.raises(LockedError), writer_lock(storage):
         pass
     beating.join()
-    with build_lock(storage):
+    with writer_lock(storage):
         assert json.loads(storage.read_bytes(LOCK_NAME))["token"] != "t"
     assert storage.size(LOCK_NAME) is None
 

@@ -34,7 +34,7 @@ from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
 from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
-from retrodb.lock import build_lock
+from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower, Schedule, Staleness, StalenessLimit
@@ -217,7 +217,7 @@ def test_a_refresh_to_no_encoder_leaves_the_database_as_it_was(database: Path, t
 
 
 def test_another_process_building_is_named(database: Path, encoders: list[Path]) -> None:
-    with build_lock(Storage(str(database))), pytest.raises(LockedError):
+    with writer_lock(Storage(str(database))), pytest.raises(LockedError):
         refreshed(database, encoders[1])
 
 
@@ -235,7 +235,7 @@ def test_an_earlier_version_is_current_again_by_one_pointer(database: Path, enco
     after = answers(package.open(str(database)))
     storage = Storage(str(database))
     for version, expected in ((1, before), (2, after), (1, before)):
-        with build_lock(storage):
+        with writer_lock(storage):
             switch(storage, version)
         db = package.open(str(database))
         assert (db.version, answers(db)) == (version, expected)

@@ -94,12 +94,12 @@ def gc(
 ) -> None:
     """Retire old versions, never one in use, and remove files that no version names."""
     from retrodb.cli.render import size_text  # noqa: PLC0415
-    from retrodb.lock import build_lock  # noqa: PLC0415
+    from retrodb.lock import writer_lock  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
     from retrodb.versions import collect  # noqa: PLC0415
 
     storage = Storage(database)
-    with build_lock(storage):
+    with writer_lock(storage):
         done = collect(storage, keep, grace * 3600, dry_run=dry_run)
     if as_json:
         echo_json(

@@ -51,6 +51,34 @@ class Evaluated:
         }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What models make of a database's rows, chunk by chunk, before any mean is taken.
+
+    Attributes:
+        conditions: what the models were given, ``off`` first.
+        chunks: nats of each chunk, model and condition.
+        lengths: float64 ``[C]``, bytes of each chunk's predicted tokens.
+        leakage: float64 ``[C]``, r(C) of each chunk; None where the database has no such table.
+        about: what was measured, for a report.
+        notes: what a reader of the figures should know.
+    """
+
+    conditions: list[Condition]
+    chunks: ChunkNats
+    lengths: npt.NDArray[np.float64]
+    leakage: npt.NDArray[np.float64] | None
+    about: dict[str, Any]
+    notes: list[str]
+
+    def below(self, alpha: float) -> npt.NDArray[np.bool_]:
+        """bool ``[C]``: which chunks have r(C) <= alpha."""
+        if self.leakage is None:
+            raise InputError("the database has no leakage table: run the build to its end.")
+        found: npt.NDArray[np.bool_] = self.leakage <= alpha
+        return found
+
+
 def evaluate(
     database: Database,
     checkpoints: Sequence[str],
@@ -61,6 +89,23 @@ def evaluate(
     cache: str | None = None,
 ) -> Evaluated:
     """Bits per byte of a database's documents, with its neighbours and without.
+
+    Args and what is raised: as `measure_database`.
+    """
+    measured = measure_database(database, checkpoints, settings, progress, device=device, cache=cache)
+    return _estimated(measured, settings, database.storage.url)
+
+
+def measure_database(
+    database: Database,
+    checkpoints: Sequence[str],
+    settings: EvaluationSettings,
+    progress: Progress,
+    *,
+    device: str = "auto",
+    cache: str | None = None,
+) -> Measured:
+    """Predict a database's documents, with its neighbours and without.
 
     Args:
         database: whose rows and neighbours.
@@ -85,7 +130,7 @@ def evaluate(
         table = TrainingTable(database.storage, database.manifest, cache or folder, most, settings.split)
         rows = _rows(table, settings, database)
         progress.begin("evaluate", len(rows), 0, "rows")
-        measured = measure(
+        chunks = measure(
             [model.to(chosen.name) for model in models],
             table,
             rows,
@@ -95,27 +140,25 @@ def evaluate(
             seed=settings.seed,
             advance=progress.advance,
         )
-    lengths, whole = predicted_bytes(database, measured)
-    evaluated = _estimated(database, measured, lengths, wanted, settings)
-    evaluated.about.update(
-        {
-            "database": database.storage.url,
-            "checkpoints": list(checkpoints),
-            "split": settings.split,
-            "sequences": len(rows),
-            "documents": len(np.unique(measured.document_ids)),
-            "chunks": len(measured.chunk_ids),
-            "tokens_predicted": int(measured.predicted.sum()),
-            "bytes_predicted": int(lengths.sum()),
-            "share_of_bytes": float(lengths.sum() / max(1, whole)),
-            "precision": chosen.precision,
-            "seed": settings.seed,
-        }
-    )
+    lengths, whole = predicted_bytes(database, chunks)
+    about = {
+        "database": database.storage.url,
+        "checkpoints": list(checkpoints),
+        "split": settings.split,
+        "sequences": len(rows),
+        "documents": len(np.unique(chunks.document_ids)),
+        "chunks": len(chunks.chunk_ids),
+        "tokens_predicted": int(chunks.predicted.sum()),
+        "bytes_predicted": int(lengths.sum()),
+        "share_of_bytes": float(lengths.sum() / max(1, whole)),
+        "precision": chosen.precision,
+        "seed": settings.seed,
+    }
+    notes = []
     if any(one.data.training_fingerprint != data.training_fingerprint for one in found):
-        evaluated.notes.append("the model was trained on another database than it is evaluated with.")
+        notes.append("the model was trained on another database than it is evaluated with.")
     progress.end(f"{len(rows):,} sequences, {len(wanted)} conditions, {len(models)} models")
-    return evaluated
+    return Measured(wanted, chunks, lengths, _leakage(database, chunks), about, notes)
 
 
 def _models(checkpoints: Sequence[str], data: DataSettings, database: Database) -> tuple[list[Retro], list[Checkpoint]]:
@@ -178,34 +221,30 @@ def predicted_bytes(database: Database, measured: ChunkNats) -> tuple[npt.NDArra
     return lengths, int(whole.sum())
 
 
-def _estimated(
-    database: Database,
-    measured: ChunkNats,
-    lengths: npt.NDArray[np.float64],
-    wanted: list[Condition],
-    settings: EvaluationSettings,
-) -> Evaluated:
+def _estimated(measured: Measured, settings: EvaluationSettings, url: str) -> Evaluated:
+    chunks, lengths, wanted = measured.chunks, measured.lengths, measured.conditions
+
     def of(some: npt.NDArray[np.bool_]) -> Estimates | None:
         if not some.any():
             return None
-        sums = by_document(measured.document_ids[some], measured.nats[:, :, some], lengths[some])
+        sums = by_document(chunks.document_ids[some], chunks.nats[:, :, some], lengths[some])
         return estimate(*sums, draws=settings.draws, seed=settings.seed)
 
     overall = of(np.ones(len(lengths), dtype=bool))
     if overall is None:
-        raise InputError(f"no token of the {settings.split} documents of {database.storage.url} has a prediction.")
-    evaluated = Evaluated({}, wanted, overall)
-    leakage = _leakage(database, measured)
-    if leakage is None:
+        raise InputError(f"no token of the {settings.split} documents of {url} has a prediction.")
+    evaluated = Evaluated(measured.about, wanted, overall)
+    if measured.leakage is None:
         evaluated.notes.append("the database has no leakage table: run the build to its end for figures by leakage.")
     else:
-        below = [(alpha, leakage <= alpha) for alpha in THRESHOLDS]
+        below = [(alpha, measured.below(alpha)) for alpha in THRESHOLDS]
         evaluated.by_leakage.extend((alpha, int(some.sum()), of(some)) for alpha, some in below)
     for condition, gain in zip(wanted, overall.gains, strict=True):
         if condition.random and gain.interval and gain.interval[0] > 0:
             evaluated.notes.append(
                 f"random neighbours gain {gain.value:.4f} bits per byte: so much of each gain is not retrieval's."
             )
+    evaluated.notes.extend(measured.notes)
     return evaluated
 
 

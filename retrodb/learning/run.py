@@ -14,6 +14,7 @@ from retrodb.learning.plot import loss_plot
 from retrodb.learning.settings import TrainSettings
 from retrodb.learning.stream import RowStream
 from retrodb.learning.trainer import Trainer
+from retrodb.lock import TRAIN, writer_lock
 from retrodb.manifest import fingerprint
 from retrodb.model.bases import Base, load_base
 from retrodb.model.checkpoint import (
@@ -54,6 +55,7 @@ def train(
     Raises:
         InputError: the database has no training rows, or the sizes do not fit each other.
         MismatchError: ``out`` holds another run, or one on another database.
+        LockedError: another process trains into ``out``.
         DamagedError: a file of the checkpoint is not what was saved.
         KeyboardInterrupt: after the checkpoint of the last whole step was written.
     """
@@ -104,30 +106,62 @@ def _run(
     device = Device.choose(device_name, settings.precision)
     database.storage.refuse_inside(storage.url)
     run = {**settings.identity, "precision": device.precision, "base": _base_fingerprint(base)}
-    kept = read_checkpoint(storage)
-    if kept is None:
-        check_free(storage)
-    else:
+
+    def begun() -> tuple[Checkpoint | None, bool]:
+        """What is there of this very run, and whether it is all."""
+        kept = read_checkpoint(storage)
+        if kept is None:
+            check_free(storage)
+            return None, False
         _check_same_run(kept, storage, run, config, data, database)
-        if kept.step >= settings.steps:
-            progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")
-            return kept
+        if kept.step < settings.steps:
+            return kept, False
+        progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")
+        return kept, True
+
+    kept, finished = begun()
+    if kept is not None and finished:
+        return kept
+    made = storage.make_root()
+    try:
+        with writer_lock(storage, TRAIN):
+            kept, finished = begun()  # once more: before the lock was ours, another run may have gone on with it
+            if kept is not None and finished:
+                return kept
+            trainer = _make_trainer(database, data, settings, config, base, device)
+            if kept is not None:
+                _go_on(trainer, storage, kept)
+                progress.note(f"going on from step {kept.step:,} of {storage.url}")
+            _introduce(trainer, device, progress)
+            return _steps(trainer, storage, Checkpoint(config, data, run, {"step": 0}), progress)
+    finally:
+        storage.unmake(made)
+
+
+def _make_trainer(
+    database: Database,
+    data: DataSettings,
+    settings: TrainSettings,
+    config: ModelConfig,
+    base: Base | None,
+    device: Device,
+) -> Trainer:
+    """At step 0."""
     torch.manual_seed(settings.seed)
     model = Retro(config)
     if base is not None:
         load_weights(model.decoder, base.weights, base.name)
         model.freeze_base()
     stream = RowStream(database, data.neighbours if config.retrieval is not None else 0, settings.seed)
-    trainer = Trainer(model, stream, settings, device)
-    if kept is not None:
-        _go_on(trainer, storage, kept)
-        progress.note(f"going on from step {kept.step:,} of {storage.url}")
-    counts = model.parameter_counts()
+    return Trainer(model, stream, settings, device)
+
+
+def _introduce(trainer: Trainer, device: Device, progress: Progress) -> None:
+    counts = trainer.model.parameter_counts()
     progress.note(
         f"{counts['decoder']:,} parameters in the decoder, {counts['retrieval']:,} in the retrieval;"
-        f" {counts['training']:,} train. {len(stream):,} rows an epoch. {device.name}, {device.precision}"
+        f" {counts['training']:,} train. {len(trainer.stream):,} rows an epoch. {device.name}, {device.precision}"
     )
-    return _steps(trainer, storage, Checkpoint(config, data, run, {"step": 0}), progress)
 
 
 def _steps(trainer: Trainer, storage: Storage, start: Checkpoint, progress: Progress) -> Checkpoint:

@@ -9,6 +9,9 @@ from retrodb.errors import InputError, UsageError
 DATA_SETTINGS: Final = ("tokenizer", "chunk_tokens", "sequence_tokens", "neighbours", "training_neighbours")
 """What follows from the database alone."""
 
+LARGEST_BATCH: Final = 1 << 16
+"""Rows: what is beyond is a slip of the finger, and would fill the memory before anything is computed."""
+
 
 class TrainSettings(BaseModel):
     """How a model is trained. What a resumed run must have the same; the device and threads are no part of it."""
@@ -21,16 +24,16 @@ class TrainSettings(BaseModel):
     heads: int | None = Field(default=None, ge=1)
     retrieval: bool = True
     steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=8, ge=1)
+    batch: int = Field(default=8, ge=1, le=LARGEST_BATCH)
     """Rows that are computed together."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=LARGEST_BATCH)
     """Batches whose gradients make one step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Share of the learning rate that is left at the last step."""
     warmup: int = Field(default=100, ge=0)
     """Steps in which the learning rate rises to its full height."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -15,10 +15,11 @@ from safetensors.torch import load, save
 
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.formats import Committed
+from retrodb.lock import LOCK_NAME
 from retrodb.model.config import ModelConfig, parse_model
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
-from retrodb.storage import Storage
+from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 CHECKPOINT_NAME: Final = "checkpoint.json"
 WEIGHTS: Final = "model.safetensors"
@@ -107,7 +108,9 @@ def check_free(storage: Storage) -> None:
     """
     if storage.is_a_file():
         raise InputError(f"{storage.url} is a file; name a folder for the checkpoint.")
-    foreign = [name for name in storage.list_files("") + storage.list_folders("") if not _STEP_FOLDER.fullmatch(name)]
+    own = (LOCK_NAME, *_leftovers(storage))
+    there = storage.list_files("") + storage.list_folders("")
+    foreign = [name for name in there if name not in own and not _STEP_FOLDER.fullmatch(name)]
     if foreign:
         raise InputError(
             f"{storage.url} has no {CHECKPOINT_NAME} and holds other things ({', '.join(foreign[:3])}): name another"
@@ -127,6 +130,8 @@ def open_checkpoint(url: str) -> tuple[Storage, Checkpoint]:
 def write_checkpoint(storage: Storage, checkpoint: Checkpoint, contents: dict[str, bytes]) -> Checkpoint:
     """Write the files of a step into a folder of their own, then ``checkpoint.json``, then remove the step before.
 
+    Whatever killed saves left behind goes, too; the caller holds the lock.
+
     Args:
         storage: the checkpoint's folder.
         checkpoint: its ``files`` are taken from ``contents``.
@@ -134,13 +139,20 @@ def write_checkpoint(storage: Storage, checkpoint: Checkpoint, contents: dict[st
     """
     before = storage.list_folders("")
     folder = f"step-{checkpoint.step:08d}"
+    storage.delete_folder(folder)  # what a killed save left of this step: no checkpoint names it yet
     files = {name: storage.commit_bytes(f"{folder}/{name}", data) for name, data in contents.items()}
     written = Checkpoint(checkpoint.model, checkpoint.data, checkpoint.settings, checkpoint.progress, files)
     storage.commit_json(CHECKPOINT_NAME, written.as_json())
     for name in before:
         if _STEP_FOLDER.fullmatch(name) and name != folder:
             storage.delete_folder(name)
+    storage.delete(*_leftovers(storage))
     return written
+
+
+def _leftovers(storage: Storage) -> list[str]:
+    """Files that a killed writer had not finished."""
+    return [name for name in storage.list_files("") if name.startswith(TEMPORARY_PREFIX)]
 
 
 def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:

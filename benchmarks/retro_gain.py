@@ -1,0 +1,154 @@
+"""What a database is worth to a model: the experiment behind docs/experiments.md.
+
+    python benchmarks/retro_gain.py --corpora FOLDER [--quick] [--work FOLDER] [--only SETTING]
+    python benchmarks/retro_gain.py --report-only
+
+Builds the databases, trains the models (base, RETRO from scratch, RETROfit, and bases of as many tokens and of as much
+compute), measures each with either database, and writes the figures (``benchmarks/results/retro_gain.json``) and the
+page that is made of them (``docs/experiments.md``), anew after each seed. Killed at any moment, the same command goes
+on from there. ``--quick`` takes minutes, and writes both files into the work folder: they are not the experiment's.
+With ``--only docs`` and ``--only wiki`` two processes share the work, a core each; neither writes figures or page,
+which the command without it then does.
+
+FOLDER holds the corpora as ``NAME.jsonl.gz``, with ``id`` and ``text`` in each line; gain/plan.py names them.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gain.page import page
+from gain.plan import FULL, LARGER, MODELS, QUICK, RETRO, Experiment, Setting
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "retro_gain.json"
+PAGE = ROOT / "docs" / "experiments.md"
+
+
+def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: Path, only: str | None = None) -> None:
+    """The whole experiment, or what of it is left to do.
+
+    Args:
+        experiment: what is compared with what.
+        corpora: folder of the texts.
+        work: folder for texts, databases, models and finished parts; may be gone on with.
+        results: the JSON file of all figures.
+        out: the page.
+        only: name of the one setting to work on, without writing figures and page.
+    """
+    from gain.corpora import build_databases, describe, open_database
+    from gain.models import costs, use_one_thread
+
+    use_one_thread()
+    _claim(work, experiment)
+    found: dict[str, Any] = {"experiment": experiment.as_json(), "machine": _machine(), "databases": {}, "costs": {}}
+    parts: list[dict[str, Any]] = []
+    built: dict[str, dict[str, Path]] = {}
+    spent = {}
+    for seed in experiment.seeds:
+        for setting in (one for one in experiment.settings if only in (None, one.name)):
+            if setting.name not in built:
+                built[setting.name] = build_databases(setting, experiment, corpora, work)
+                found["databases"][setting.name] = {w: describe(path) for w, path in built[setting.name].items()}
+                spent[setting.name] = costs(experiment, setting, open_database(built[setting.name][setting.trained_on]))
+                found["costs"][setting.name] = spent[setting.name].as_json()
+            for kind in MODELS:
+                steps = spent[setting.name].steps[kind]
+                parts.append(_part(experiment, setting, kind, seed, built[setting.name], work, steps))
+            if only is None:
+                _write_json(results, {**found, "parts": parts})
+                write_page(results, out)
+
+
+def _claim(work: Path, experiment: Experiment) -> None:
+    """Refuse a folder that another experiment was begun in."""
+    path, own = work / "experiment.json", json.loads(json.dumps(experiment.as_json()))
+    if path.exists() and json.loads(path.read_text("utf-8")) != own:
+        sys.exit(f"{work} holds another experiment (see {path}): name another --work, or remove it.")
+    _write_json(path, own)
+
+
+def _part(
+    experiment: Experiment, setting: Setting, kind: str, seed: int, built: dict[str, Path], work: Path, steps: int
+) -> dict[str, Any]:
+    """A model, trained and measured with both databases; what was done before is read."""
+    from gain.corpora import open_database
+    from gain.models import measure_model, train_model
+
+    path = work / "parts" / f"{setting.name}-{seed}-{kind}.json"
+    if path.exists():
+        done: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return done
+    models = work / "models" / setting.name
+    trained = train_model(experiment, kind, seed, open_database(built[setting.trained_on]), models, steps)
+    measured = {
+        which: measure_model(
+            experiment,
+            models / f"{kind}-{seed}",
+            database,
+            kind,
+            sweep=kind == RETRO and which == LARGER,
+            cache=work / "cache",
+        )
+        for which, database in built.items()
+    }
+    part = {"setting": setting.name, "model": kind, "seed": seed, "training": trained, "measured": measured}
+    _write_json(path, part)
+    return part
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    cpu = next((ln.split(":")[1].strip() for ln in _cpu_lines() if ln.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text("utf-8").splitlines() if path.exists() else []
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_page(results: Path, out: Path) -> None:
+    """The page of a results file."""
+    out.write_text(page(json.loads(results.read_text("utf-8"))), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, help="folder of the texts")
+    parser.add_argument(
+        "--work", type=Path, default=Path("retro-gain"), help="for databases, models and finished parts"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small experiment, in minutes")
+    parser.add_argument("--only", choices=[setting.name for setting in FULL.settings], help="one setting alone")
+    parser.add_argument("--report-only", action="store_true", help="write the page of the committed figures anew")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    given = parser.parse_args()
+    if given.report_only:
+        write_page(given.results, given.page)
+        return
+    if given.corpora is None:
+        parser.error("--corpora is needed: the folder of the texts")
+    if given.quick:
+        given.work.mkdir(parents=True, exist_ok=True)
+        given.results, given.page = given.work / "retro_gain.json", given.work / "experiments.md"
+    run(QUICK if given.quick else FULL, given.corpora, given.work, given.results, given.page, given.only)
+
+
+if __name__ == "__main__":
+    main()
