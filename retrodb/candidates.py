@@ -140,7 +140,8 @@ class Candidates:
             stored = np.zeros((*batch.ids.shape, len(null)), dtype=np.float16)
             stored[:, 0] = null
             valid = found.neighbour_ids != MISSING
-            stored[:, 1:][valid] = self._searcher.vectors.rows(found.neighbour_ids[valid])
+            if valid.any():
+                stored[:, 1:][valid] = self._searcher.vectors.rows(found.neighbour_ids[valid])
             batch = replace(batch, vectors=stored)
         return replace(batch, **self._tokens.of(batch.ids)) if tokens else batch
 
