@@ -30,9 +30,11 @@ from retrodb.quality.summary import summarise
 from retrodb.schemas import ID_SHIFT
 from retrodb.snapshot import Snapshot
 from retrodb.storage import Storage
+from retrodb.units import refuse_table
 from retrodb.versions import load_version
 
 if TYPE_CHECKING:
+    from retrodb.candidates import CandidateBatch, Candidates
     from retrodb.encoding.encoder import Encoder
     from retrodb.neighbours.searcher import Searcher
     from retrodb.spans.reader import QueryBatch
@@ -204,6 +206,7 @@ class Database:
             split: ``train``, ``validation``, or None for both.
             options: rank, world_size, shuffle, seed, ..., passed on.
         """
+        refuse_table(self.manifest, "training", self.storage.url)
         from retrodb.training.dataset import TrainingDataset  # noqa: PLC0415 - imports torch
 
         return TrainingDataset(self.storage, self.manifest, split=split, **options)
@@ -297,6 +300,29 @@ class Database:
         rows = zip(*(column[: found.n_valid[0]].tolist() for column in columns), strict=True)
         return [Neighbour(*row) for row in rows]
 
+    def candidates(self, queries: Sequence[str] | np.ndarray, k: int = 8, **options: Any) -> "CandidateBatch":
+        """What a REALM trainer asks for: the null document and the best blocks of each query, `Candidates.of`.
+
+        Args:
+            queries: texts, embedded by the database's encoder, or vectors [q, d] made by it.
+            k: slots; slot 0 is the null document.
+            options: own_chunks, own_documents, own_keys, exclude, metric, vectors, tokens, encoder.
+
+        Raises:
+            InputError: it is a database of chunks, or has no index yet; or the arguments do not fit.
+            MismatchError: another metric or encoder, or vectors of another width.
+        """
+        encoder = options.pop("encoder", None)
+        asked = queries if isinstance(queries, np.ndarray) else self.embed(list(queries), encoder)
+        return self._candidates.of(asked, k, **options)
+
+    @cached_property
+    def _candidates(self) -> "Candidates":
+        from retrodb.candidates import Candidates  # noqa: PLC0415 - imports faiss
+
+        with self._taken_from_manifest():
+            return Candidates(self.storage, self.manifest, self._searcher)
+
     @property
     def metric(self) -> str:
         """``l2`` or ``ip``: what the index compares by. Raises InputError when there is none yet."""
@@ -353,6 +379,7 @@ class Database:
             if shard.number == number:
                 return shard
         if table not in self.manifest.tables:
+            refuse_table(self.manifest, table, self.storage.url)
             raise InputError(f"{self.storage.url} has no {table} yet; run the build to its end.")
         raise InputError(f"{self.storage.url} has no shard {number} of {table}.")
 
