@@ -28,6 +28,7 @@ from retrodb.cli.index import index_commands
 from retrodb.cli.living import delete
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
+from retrodb.cli.realm import realm
 from retrodb.cli.spans import spans
 from retrodb.cli.train import retrofit, train
 from retrodb.cli.verify import verify
@@ -60,6 +61,7 @@ for command in (
     generate,
     evaluate_retrieval,
     spans,
+    realm,
 ):
     app.command()(command)
 app.add_typer(index_commands, name="index")

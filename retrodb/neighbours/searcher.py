@@ -97,7 +97,7 @@ class Searcher:
         return rounded_queries(queries)
 
     def find(self, queries: np.ndarray, exclusion: Exclusion, k: int, uids: UidSource | None = None) -> Neighbours:
-        """The ``k`` nearest allowed chunks of `checked` queries, no deleted one; with ``uids``, of equal blocks the best
+        """The ``k`` nearest allowed chunks of `checked` queries, none deleted; with ``uids``, of equal blocks the best
         alone."""
         return find_neighbours(
             np.full(len(queries), -1, dtype=np.int64),

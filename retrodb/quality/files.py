@@ -84,7 +84,7 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
         if table in STAGE_OF and STAGE_OF[table] not in manifest.stages:
             findings.add(MANIFEST_NAME, f"records {table} though the stage {STAGE_OF[table]} is not done")
     for table in tables_of(unit_of(manifest.config)):
-        stage = STAGE_OF[table]
+        stage = STAGE_OF.get(table)
         if stage in manifest.stages and table not in manifest.tables:
             findings.add(MANIFEST_NAME, f"says the stage {stage} is done, but records no table {table}")
     _check_numbers(manifest, findings)

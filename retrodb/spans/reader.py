@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pyarrow as pa
 
+from retrodb.deletions import Deletions
 from retrodb.errors import InputError
 from retrodb.manifest import SPANS_STAGE, Manifest, Shard
 from retrodb.storage import Storage
@@ -57,7 +58,7 @@ def read_queries(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[QueryBatch]:
-    """The masked queries once, in batches; only a shard's last batch is smaller.
+    """The masked queries once, in batches, but those of deleted documents; only a shard's last batch is smaller.
 
     Args:
         storage: the database.
@@ -79,17 +80,24 @@ def read_queries(
     shards: Sequence[Shard] = manifest.shards("queries")
     if shuffle is not None:
         shards = [shards[at] for at in np.random.default_rng([shuffle, 0]).permutation(len(shards))]
-    return _batches(storage, shards, split, batch, shuffle, slice(rank, None, world_size))
+    deletions = Deletions.of(storage, manifest)
+    return _batches(storage, shards, split, batch, shuffle, slice(rank, None, world_size), deletions)
 
 
 def _batches(
-    storage: Storage, shards: Sequence[Shard], split: str | None, batch: int, shuffle: int | None, own: slice
+    storage: Storage,
+    shards: Sequence[Shard],
+    split: str | None,
+    batch: int,
+    shuffle: int | None,
+    own: slice,
+    deletions: Deletions,
 ) -> Iterator[QueryBatch]:
     for shard in shards:
         table = storage.read_table(shard)
-        rows = np.arange(table.num_rows)
+        rows = np.flatnonzero(~deletions.of_documents(scalars(table, "document_id")))
         if split is not None:
-            rows = rows[table["split"].to_numpy() == split]
+            rows = rows[table["split"].to_numpy()[rows] == split]
         if shuffle is not None:
             rows = np.random.default_rng([shuffle, 1, shard.number]).permutation(rows)
         rows = rows[own]

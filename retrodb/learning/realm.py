@@ -1,0 +1,373 @@
+"""The reference REALM pre-training (Guu et al. 2020): a database that is refreshed while its retriever learns.
+
+The trainer and the refresher (``retrodb refresh DB --watch EXPORTS``) are two processes that share the database and the
+folder of exports; either may die and start again. Each step takes masked queries, asks the newest published version for
+candidates by the *live* query vectors, re-scores all of them with live weights, the null document included, and
+marginalises.
+
+Logged besides the loss, since the paper's reviewers missed it: the retriever's gradient norm, retrieval utility, and
+how often a candidate holds the answer.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load, save
+from tokenizers import Tokenizer
+
+from retrodb.database import Database
+from retrodb.encoding import resolve_encoder
+from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
+from retrodb.learning.interrupt import Interruptions
+from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of, trimmed
+from retrodb.learning.run import Progress
+from retrodb.learning.schedule import learning_rate
+from retrodb.lock import TRAIN, writer_lock
+from retrodb.model.realm import Realm, RealmConfig
+from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
+from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
+from retrodb.spans.reader import QueryBatch
+from retrodb.storage import Storage
+
+CHECKPOINT: Final = "realm.json"
+WEIGHTS: Final = "model.safetensors"
+STATE: Final = "state.safetensors"
+LOG: Final = "log.jsonl"
+_POLL_SECONDS: Final = 0.5
+
+
+class RealmSettings(BaseModel):
+    """How a REALM model is pre-trained. Defaults are for a small corpus on a CPU (the paper: 200,000 steps of 512)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: str = "all-MiniLM-L6-v2"
+    dimension: int = Field(default=128, ge=1)
+    steps: int = Field(default=1000, ge=1)
+    cloze_steps: int = Field(default=200, ge=0)
+    batch: int = Field(default=8, ge=1)
+    candidates: int = Field(default=8, ge=2)
+    exclude: Literal["self", "document", "neardup"] = "self"
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    export_every: int = Field(default=100, ge=1)
+    max_staleness: int | None = Field(default=None, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    log_every: int = Field(default=10, ge=1)
+    train_retriever: bool = True
+    train_reader: bool = True
+
+    @staticmethod
+    def make(given: dict[str, Any]) -> "RealmSettings":
+        """Raises UsageError: a setting is out of range."""
+        try:
+            return RealmSettings(**given)
+        except ValidationError as error:
+            lines = [
+                f"--{'.'.join(map(str, e['loc'])).replace('_', '-')} {e['input']!r}: {e['msg']}" for e in error.errors()
+            ]
+            raise UsageError("; ".join(lines) + ".") from error
+
+
+@dataclass
+class _Run:
+    """What a run has done: steps, passes over the queries, batches of this pass, entries of the log."""
+
+    step: int = 0
+    cloze_done: bool = False
+    epoch: int = 0
+    batches: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RealmTrainer:
+    """Pre-training into a folder, beside a refresher.
+
+    Args:
+        database: URL of a database of blocks with inner products and masked queries (``retrodb spans``).
+        out: the checkpoint's folder.
+        exports: the folder that the refresher watches.
+        settings: of the run.
+        progress: is told how it gets on.
+
+    Raises:
+        InputError: the database is none of blocks, or has no masked queries; or the start is no BERT.
+        MismatchError: ``out`` holds another run.
+    """
+
+    def __init__(self, database: str, out: str, exports: str, settings: RealmSettings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.exports = Path(exports)
+        self.storage = Storage(out)
+        self._encoder = resolve_encoder(settings.start)
+        limit = StalenessLimit(settings.max_staleness)
+        self._follower = Follower(database, limit, "block")
+        first = self._follower.database
+        first.storage.refuse_inside(self.storage.url)
+        next(iter(first.queries(batch=1)), None)  # refuses a database without masked queries
+        first.candidates(np.zeros((0, first.encoder_identity.dimension), np.float32))  # and one of chunks
+        self.run = _Run()
+        self._queries: Iterator[QueryBatch] | None = None
+        self.model = Realm.start(settings.start, settings.dimension, settings.seed)
+        self._optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._go_on()
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> _Run:
+        """All steps that are left. Ends with the `DONE_MARKER`, so that the refresher ends too.
+
+        Raises:
+            KeyboardInterrupt: after a checkpoint was written.
+            WorkerError: the loss is not finite.
+            LockedError: another run trains into the folder.
+        """
+        self.storage.make_root()
+        with writer_lock(self.storage, TRAIN), Interruptions() as interruptions:
+            if not self.run.cloze_done:
+                self._warm_up(interruptions)
+                self.run.cloze_done = True
+                self._export()
+            self._await_first_version(interruptions)
+            self.progress.begin("train", self.settings.steps, self.run.step, "steps")
+            while self.run.step < self.settings.steps:
+                self._step()
+                self.progress.advance(self.run.step)
+                finished = self.run.step == self.settings.steps
+                if self.run.step % self.settings.export_every == 0 or finished or interruptions.asked:
+                    self._save()
+                    self._export()
+                if interruptions.asked and not finished:
+                    raise KeyboardInterrupt
+            (self.exports / DONE_MARKER).touch()
+            self.progress.end(f"{self.run.step:,} steps")
+        return self.run
+
+    def _warm_up(self, interruptions: Interruptions) -> None:
+        """The Inverse Cloze Task: a retriever that knows nothing gets no gradient worth having (section 3.4)."""
+        settings = self.settings
+        ends = _sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
+        batches = cloze_batches(self._follower.database, max(2, settings.batch), settings.seed, ends)
+        self.progress.begin("cloze", settings.cloze_steps, 0, "steps")
+        accuracy = 0.0
+        for step in range(settings.cloze_steps):
+            queries, titles, bodies = next(batches)
+            self._set_rate(step, settings.cloze_steps)
+            self._optimiser.zero_grad(set_to_none=True)
+            asked, blocks = self.model.retriever.queries(queries), self.model.retriever.blocks(titles, bodies)
+            loss = cloze_loss(asked, blocks)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.retriever.parameters(), settings.clip)
+            self._optimiser.step()
+            accuracy = 0.9 * accuracy + 0.1 * cloze_accuracy(asked.detach(), blocks.detach()) if step else 0.0
+            self.progress.advance(step + 1)
+            if interruptions.asked:
+                raise KeyboardInterrupt  # a warm start of minutes is begun anew
+        self.progress.end(f"{settings.cloze_steps:,} steps, the own block first in {accuracy:.0%} of the last")
+        self._optimiser.state.clear()
+
+    def _await_first_version(self, interruptions: Interruptions) -> None:
+        """Until a version by an export of this run is published: vectors of another width cannot be searched."""
+        told = False
+        while (db := self._follower.at(0)).encoder_identity.dimension != self.settings.dimension:
+            if not told:
+                self.progress.note(
+                    f"waiting for a version by this retriever: retrodb refresh {db.storage.url} --watch {self.exports}"
+                )
+                told = True
+            time.sleep(_POLL_SECONDS)
+            if interruptions.asked:
+                self._save()
+                raise KeyboardInterrupt
+
+    def _step(self) -> None:
+        settings, model = self.settings, self.model
+        begun = time.monotonic()
+        db = self._follower.at(self.run.step)
+        queries = self._next_queries(db)
+        rate = self._set_rate(self.run.step, settings.steps)
+        with torch.no_grad():
+            vectors = model.retriever.queries(trimmed(texts_of(queries.tokens, queries.n_tokens))).float().numpy()
+        found = db.candidates(
+            vectors,
+            settings.candidates,
+            own_chunks=queries.chunk_ids,
+            own_documents=queries.document_ids,
+            exclude=settings.exclude,
+            tokens=True,
+        )
+        self._optimiser.zero_grad(set_to_none=True)
+        marginal = model(masked_batch(queries, found))
+        loss = marginal.nats.mean()
+        loss.backward()
+        parts = {"retriever": model.retriever, "reader": model.reader}
+        for name, trains in (("retriever", settings.train_retriever), ("reader", settings.train_reader)):
+            if not trains:
+                for parameter in parts[name].parameters():
+                    parameter.grad = None
+        norms = {name: _norm(part) for name, part in parts.items()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        if not math.isfinite(float(loss.detach())):
+            raise WorkerError(f"step {self.run.step + 1}: the loss is {float(loss.detach())}. Lower --learning-rate.")
+        self._optimiser.step()
+        self.run.step += 1
+        if self.run.step % settings.log_every == 0 or self.run.step == settings.steps:
+            holds = holds_answer(queries, found)[:, 1:]
+            utility = marginal.utility[:, 1:]
+            entry = {
+                "step": self.run.step,
+                "version": db.version,
+                "staleness": self._follower.staleness(self.run.step).as_json(),
+                "loss": float(loss.detach()),
+                "learning_rate": rate,
+                "gradient_norm": norms,
+                "null_prior": float(marginal.prior[:, 0].mean()),
+                "utility": float(utility.nanmean()),
+                "best_utility": float(utility.nan_to_num(-math.inf).max(-1).values.clamp(min=-1e3).mean()),
+                "answer_in_candidates": float(holds.any(-1).mean()),
+                "candidates": float(found.n_valid.mean()),
+                "seconds": round(time.monotonic() - begun, 4),
+            }
+            self.run.log.append(entry)
+
+    def _next_queries(self, db: Database) -> QueryBatch:
+        """The next batch of this pass; the place is counted, so that a resumed run takes the very next one.
+
+        A pass is over the queries of the version that it began with: their text does not change with the encoder.
+        """
+        while True:
+            if self._queries is None:
+                seed = self.settings.seed + self.run.epoch
+                self._queries = db.queries(batch=self.settings.batch, shuffle=seed)
+                for _ in range(self.run.batches):
+                    next(self._queries, None)
+            batch = next(self._queries, None)
+            if batch is not None:
+                self.run.batches += 1
+                return batch
+            if self.run.batches == 0:
+                raise InputError(f"{db.storage.url} has no masked queries: the taggers found no span.")
+            self._queries = None
+            self.run.epoch, self.run.batches = self.run.epoch + 1, 0
+
+    def _set_rate(self, step: int, steps: int) -> float:
+        warmup = min(self.settings.warmup, steps // 10)
+        rate = learning_rate(step, steps=steps, warmup=warmup, peak=self.settings.learning_rate, final_share=0.1)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        return rate
+
+    # -- what outlives a process ---------------------------------------------------------------------------------------
+
+    def _export(self) -> None:
+        """Give the refresher the retriever as it is. An export that is there already stays."""
+        folder = self.exports / f"step-{self.run.step:06d}"
+        self.exports.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            self.model.export(folder, self._encoder)
+        self._save()
+
+    def _save(self) -> None:
+        """Weights and optimiser into a folder of their step, then the file that names it."""
+        folder = f"step-{self.run.step:08d}"
+        state = {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self._optimiser.state.get(parameter, {}).items()
+        }
+        self.storage.commit_bytes(f"{folder}/{WEIGHTS}", save(_whole(dict(self.model.state_dict()))))
+        self.storage.commit_bytes(f"{folder}/{STATE}", save(_whole(state)))
+        log = b"".join(json.dumps(entry).encode() + b"\n" for entry in self.run.log)
+        self.storage.commit_bytes(f"{folder}/{LOG}", log)
+        told = {
+            "format": "retrodb-realm",
+            "settings": self.settings.model_dump(mode="json"),
+            "model": self.model.config.model_dump(mode="json"),
+            "folder": folder,
+            "step": self.run.step,
+            "cloze_done": self.run.cloze_done,
+            "epoch": self.run.epoch,
+            "batches": self.run.batches,
+        }
+        self.storage.commit_json(CHECKPOINT, told)
+        for name in self.storage.list_folders(""):
+            if name.startswith("step-") and name != folder:
+                self.storage.delete_folder(name)
+
+    def _go_on(self) -> None:
+        found = self.storage.read_json(CHECKPOINT)
+        if found is None:
+            return
+        where = self.storage.describe(CHECKPOINT)
+        if not isinstance(found, dict) or found.get("format") != "retrodb-realm":
+            raise InputError(f"{where} is no checkpoint of retrodb realm.")
+        own = self.settings.model_dump(mode="json")
+        differs = sorted(key for key in own if found["settings"].get(key) != own[key] and key != "log_every")
+        if differs:
+            raise MismatchError(
+                f"{self.storage.url} holds another run: its {differs[0].replace('_', '-')} is "
+                f"{found['settings'].get(differs[0])!r}, now it is {own[differs[0]]!r}. Name another --out."
+            )
+        folder = str(found["folder"])
+        self.model.load_state_dict(load(self._read(f"{folder}/{WEIGHTS}")))
+        state = load(self._read(f"{folder}/{STATE}"))
+        for name, parameter in self.model.named_parameters():
+            kept = {
+                key: state[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{key}" in state
+            }
+            if kept:
+                self._optimiser.state[parameter] = kept
+        log = [json.loads(line) for line in self._read(f"{folder}/{LOG}").splitlines()]
+        self.run = _Run(int(found["step"]), bool(found["cloze_done"]), int(found["epoch"]), int(found["batches"]), log)
+        self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
+
+    def _read(self, path: str) -> bytes:
+        data = self.storage.read_if_there(path)
+        if data is None:
+            raise DamagedError(f"{self.storage.describe(path)} is missing. Train again into another folder.")
+        return data
+
+
+def load_realm(url: str) -> Realm:
+    """The model of a checkpoint, ready to evaluate.
+
+    Raises:
+        InputError: there is none.
+        DamagedError: a file of it is missing.
+    """
+    storage = Storage(url)
+    found = storage.read_json(CHECKPOINT)
+    if found is None:
+        raise InputError(f"{storage.url} is no checkpoint of retrodb realm: it has no {CHECKPOINT}.")
+    model = Realm.blank(RealmConfig(**found["model"]))
+    data = storage.read_if_there(f"{found['folder']}/{WEIGHTS}")
+    if data is None:
+        raise DamagedError(f"{storage.describe(found['folder'])}/{WEIGHTS} is missing.")
+    model.load_state_dict(load(data))
+    return model.eval()
+
+
+def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+
+
+def _norm(part: torch.nn.Module) -> float:
+    squares = [p.grad.detach().float().square().sum() for p in part.parameters() if p.grad is not None]
+    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+
+def _sentence_ends(tokenizer_json: str) -> tuple[int, ...]:
+    tokenizer = Tokenizer.from_file(tokenizer_json)
+    return tuple(number for mark in ".!?" if (number := tokenizer.token_to_id(mark)) is not None)

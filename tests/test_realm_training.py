@@ -1,0 +1,165 @@
+"""REALM's pre-training: a trainer and a refresher that share a database, and what a step is made of."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from retrodb.schemas import NULL_ID
+from support import Progress, Running, build_here, manifest_of, retrodb
+
+import retrodb as package
+from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.errors import InputError, MismatchError, UsageError
+from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
+from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch
+from retrodb.quality.verify import verify_database
+
+SETTINGS = {"dimension": 16, "steps": 4, "cloze_steps": 3, "batch": 4, "export_every": 2, "log_every": 1, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def first(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks of real text, with randomly masked spans. Do not change it."""
+    folder = tmp_path_factory.mktemp("realm")
+    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][:6]
+    (folder / "topics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = folder / "db"
+    build_here([folder / "topics.jsonl"], out, unit="block", metric="ip", encoder=str(tiny_encoder), chunk_tokens=64)
+    ran = retrodb("spans", out, "--mask", "random-span", "--workers", 1)
+    assert ran.code == 0, ran.err
+    return out
+
+
+@pytest.fixture
+def database(first: Path, tmp_path: Path) -> Path:
+    """A copy of `first` to be changed."""
+    shutil.copytree(first, tmp_path / "db")
+    return tmp_path / "db"
+
+
+def trainer(database: Path, folder: Path, tiny_encoder: Path, **settings: object) -> RealmTrainer:
+    made = RealmSettings.make({**SETTINGS, "start": str(tiny_encoder), **settings})
+    return RealmTrainer(str(database), str(folder / "ckpt"), str(folder / "exports"), made, Progress())
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_the_queries_with_their_candidates_tokens(first: Path) -> None:
+    db = package.open(str(first))
+    queries = next(db.queries(batch=5))
+    vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    found = db.candidates(vectors, 4, own_chunks=queries.chunk_ids, exclude="self", tokens=True)
+    batch = masked_batch(queries, found)
+    assert batch.valid.shape == (5, 4)
+    for row in range(5):
+        n = int(queries.n_tokens[row])
+        assert batch.queries.ids[row, :n].tolist() == queries.tokens[row, :n].tolist()
+        masked = batch.positions[row][batch.wanted[row]].tolist()
+        assert masked == queries.masked_positions[row, : queries.n_masked[row]].tolist()
+        assert found.ids[row, 0] == NULL_ID
+        assert queries.chunk_ids[row] not in found.ids[row], "the block that the query comes from is none"
+        for slot in range(1, 4):
+            tokens = db.chunk(int(found.ids[row, slot])).tokens
+            at = row * 4 + slot
+            assert tuple(batch.bodies.ids[at, : batch.bodies.lengths[at]].tolist()) == tokens
+        assert int(batch.bodies.lengths[row * 4]) == int(batch.titles.lengths[row * 4]) == 0
+
+
+def test_a_candidate_holds_the_answer_where_its_body_has_the_masked_wordpieces_in_order(first: Path) -> None:
+    db = package.open(str(first))
+    queries = next(db.queries(batch=8))
+    vectors = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    found = db.candidates(vectors, 8, tokens=True)
+    holds = holds_answer(queries, found)
+    for row in range(8):
+        target = queries.target_ids[row, : queries.n_masked[row]].tolist()
+        for slot in range(8):
+            body = [] if slot == 0 else list(db.chunk(int(found.ids[row, slot])).tokens)
+            there = any(body[at : at + len(target)] == target for at in range(len(body) - len(target) + 1))
+            assert holds[row, slot] == there
+
+
+def test_the_warm_start_takes_a_sentence_out_of_its_block(first: Path) -> None:
+    db = package.open(str(first))
+    stops = tuple(package.open(str(first)).tokenizer._tokenizer.token_to_id(mark) for mark in ".!?")
+    bodies = {
+        tuple(t[:n])
+        for table in db.chunks()
+        for t, n in zip(*(table[c].to_pylist() for c in ("tokens", "n_tokens")), strict=True)
+    }
+    kept = 0
+    batches = cloze_batches(db, 4, 0, stops)
+    for _ in range(20):
+        queries, _, blocks = next(batches)
+        for row in range(4):
+            query = queries.ids[row, : queries.lengths[row]].tolist()
+            block = tuple(blocks.ids[row, : blocks.lengths[row]].tolist())
+            if block in bodies:
+                kept += 1
+                continue
+            places = [at for at in range(len(block) + 1) if (*block[:at], *query, *block[at:]) in bodies]
+            assert places, "the sentence, put back, makes a block"
+    assert 0 < kept < 30
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_trainer_and_a_refresher_share_a_database_and_either_may_die(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    exports = tmp_path / "exports"
+    flags = ["--exports", exports, "--out", tmp_path / "ckpt", "--start", tiny_encoder, "--threads", 1]
+    for name in ("dimension", "cloze_steps", "batch", "seed"):
+        flags += [f"--{name.replace('_', '-')}", SETTINGS[name]]
+    flags += ["--steps", 12, "--export-every", 4, "--max-staleness", 8]
+    training = Running.start("realm", database, *flags)
+    refreshing = Running.start("refresh", database, "--watch", exports, "--poll", 0.1, "--workers", 1)
+    assert training.wait_for((exports / "step-000004").exists)
+    training.kill()
+    assert refreshing.wait_for(lambda: manifest_of(database)["version"]["step"] is not None)
+    refreshing.kill()
+    refreshing = Running.start("refresh", database, "--watch", exports, "--poll", 0.1, "--workers", 1)
+    ran = retrodb("realm", database, *flags, "--json")
+    assert ran.code == 0, ran.err
+    assert refreshing.end() == 0, refreshing.err
+    assert ran.json["step"] == 12
+    assert manifest_of(database)["version"]["step"] == 12
+    assert verify_database(package.open(str(database)), 1.0).problems == ()
+    log = [json.loads(line) for line in (tmp_path / "ckpt/step-00000012/log.jsonl").read_text("utf-8").splitlines()]
+    assert [entry["step"] for entry in log] == sorted({entry["step"] for entry in log})
+    for entry in log:
+        assert entry["staleness"]["steps"] <= 8
+        assert entry["gradient_norm"]["retriever"] > 0 < entry["gradient_norm"]["reader"]
+        assert 0 < entry["null_prior"] < 1
+        assert np.isfinite([entry["loss"], entry["utility"], entry["best_utility"]]).all()
+    model = load_realm(str(tmp_path / "ckpt"))
+    db = package.open(str(database))
+    with torch.no_grad():
+        null = model.retriever.null().numpy()[0]
+    np.testing.assert_allclose(db._candidates.null_vector.astype(np.float32), null, atol=2e-2, rtol=2e-2)
+    assert retrodb("realm", database, *flags, "--json").json["step"] == 12, "a second time there is nothing to do"
+
+
+def test_what_cannot_be_trained_on_is_refused_in_words(
+    first: Path, built: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no masked queries yet"):
+        trainer(built, tmp_path, tiny_encoder)
+    with pytest.raises(UsageError, match="--steps 0"):
+        RealmSettings.make({"steps": 0})
+    with pytest.raises(UsageError, match="--exclude"):
+        RealmSettings.make({"exclude": "everything"})
+    made = trainer(first, tmp_path, tiny_encoder)
+    made._save()
+    trainer(first, tmp_path, tiny_encoder)
+    with pytest.raises(MismatchError, match="its dimension is 16, now it is 8"):
+        trainer(first, tmp_path, tiny_encoder, dimension=8)
+    (tmp_path / "ckpt" / "realm.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="no checkpoint of retrodb realm"):
+        trainer(first, tmp_path, tiny_encoder)
