@@ -8,6 +8,7 @@ shards beside old ones.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.execute import forget_scans
@@ -24,7 +25,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import build_lock
-from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, TABLES, WORK_FOLDER, Manifest
+from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, SPANS_STAGE, TABLES, WORK_FOLDER, Manifest
 from retrodb.storage import Storage
 from retrodb.units import BLOCK_TOKENS, stages_of
 
@@ -129,5 +130,9 @@ def _run_all(builder: Builder) -> BuildOutcome:
         _STEPS[stage](builder)
         if stage == builder.run.until:
             break
+    if damaged := [table for table in stages.STAGE_TABLES[SPANS_STAGE] if builder.damage.get(table)]:
+        builder.progress.note(
+            f"{' and '.join(damaged)} have damaged shards: run retrodb spans again, which repairs them"
+        )
     builder.clean_up()
     return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs))
