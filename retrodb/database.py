@@ -31,6 +31,7 @@ from retrodb.snapshot import Snapshot
 from retrodb.storage import Storage
 
 if TYPE_CHECKING:
+    from retrodb.candidates import CandidateBatch, Candidates
     from retrodb.encoding.encoder import Encoder
     from retrodb.neighbours.searcher import Searcher
     from retrodb.spans.reader import QueryBatch
@@ -265,6 +266,29 @@ class Database:
         columns = (found.neighbour_ids[0], found.neighbour_document_ids[0], found.distances[0])
         rows = zip(*(column[: found.n_valid[0]].tolist() for column in columns), strict=True)
         return [Neighbour(*row) for row in rows]
+
+    def candidates(self, queries: Sequence[str] | np.ndarray, k: int = 8, **options: Any) -> "CandidateBatch":
+        """What a REALM trainer asks for: the null document and the best blocks of each query, `Candidates.of`.
+
+        Args:
+            queries: texts, embedded by the database's encoder, or vectors [q, d] made by it.
+            k: slots; slot 0 is the null document.
+            options: own_chunks, own_documents, own_keys, exclude, metric, vectors, tokens, encoder.
+
+        Raises:
+            InputError: it is a database of chunks, or has no index yet; or the arguments do not fit.
+            MismatchError: another metric or encoder, or vectors of another width.
+        """
+        encoder = options.pop("encoder", None)
+        asked = queries if isinstance(queries, np.ndarray) else self.embed(list(queries), encoder)
+        return self._candidates.of(asked, k, **options)
+
+    @cached_property
+    def _candidates(self) -> "Candidates":
+        from retrodb.candidates import Candidates  # noqa: PLC0415 - imports faiss
+
+        with self._taken_from_manifest():
+            return Candidates(self.storage, self.manifest, self._searcher)
 
     @property
     def metric(self) -> str:

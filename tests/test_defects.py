@@ -58,6 +58,7 @@ class Far:
     raw_is_exact: bool = True
     nprobe: int = 1
     n_lists: int = 1
+    largest_norm: float | None = None
 
     def __post_init__(self) -> None:
         kind = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT

@@ -34,6 +34,7 @@ class Database:
     raw_is_exact: bool = True
     nprobe: int = 1
     n_lists: int = 1
+    largest_norm: float | None = None
 
     def __post_init__(self) -> None:
         self.asked: list[tuple[int, int, int]] = []
@@ -260,6 +261,7 @@ class Lists:
 
     raw_is_exact = False
     n_lists = 10
+    largest_norm = None
 
     def __init__(self, base: Database, nprobe: int) -> None:
         self.base, self.nprobe, self.asked = base, nprobe, []

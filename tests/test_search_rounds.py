@@ -13,7 +13,15 @@ from support import build_here, digests, write_jsonl
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import DamagedError
 from retrodb.index import merge, search_group
-from retrodb.neighbours import NO_CLUSTER, Exclusion, Neighbours, SameCluster, SearchedIndex, find_neighbours
+from retrodb.neighbours import (
+    NO_CLUSTER,
+    Exclusion,
+    Neighbours,
+    SameBlock,
+    SameCluster,
+    SearchedIndex,
+    find_neighbours,
+)
 from retrodb.neighbours.asking import Ask, first_asks
 from retrodb.neighbours.rounds import (
     Candidates,
@@ -43,6 +51,9 @@ class Corpus:
         self.documents = np.repeat(np.arange(N), lengths)[:N].astype(np.int64)
         self.documents[N // 2 :] += 1 << 32  # a document never spans shards
         self.clusters = np.where(self.documents % 3 == 0, self.documents % 7, NO_CLUSTER)
+        self.uids = np.arange(N, dtype=np.int64)
+        self.uids[150:350] = np.arange(200) % 5
+        self.largest_norm = float(np.linalg.norm(self.vectors.astype(np.float32), axis=1).max())
         trained = faiss.index_factory(
             D, f"IDMap,{key}" if key == "Flat" else key, faiss.METRIC_L2 if metric == "l2" else 0
         )
@@ -77,19 +88,25 @@ class Corpus:
     def cluster_ids(self, ids: np.ndarray) -> np.ndarray:
         return self.clusters[self._rows(ids)]
 
-    def exclusion(self, exclude: str) -> Exclusion:
-        hook = SameCluster(self.clusters, self) if exclude == "cluster" else None
-        return replace(Exclusion.of_chunks(self.ids, self.documents, exclude), hook=hook)
+    def uid_keys(self, ids: np.ndarray) -> np.ndarray:
+        return self.uids[self._rows(ids)]
 
-    def at_once(self, exclude: str) -> Neighbours:
-        return find_neighbours(self.ids, self.vectors, self.exclusion(exclude), self, self, self, K, self.metric)
+    def exclusion(self, exclude: str, blocks: bool) -> Exclusion:
+        found = Exclusion.of_chunks(self.ids, self.documents, exclude)
+        found = found.also(SameCluster(self.clusters, self)) if exclude == "cluster" else found
+        return found.also(SameBlock(self.uids, np.ones(N, dtype=bool), self)) if blocks else found
 
-    def in_rounds(self, exclude: str, budget: int, fetched: bool) -> tuple[Neighbours, int]:
+    def at_once(self, exclude: str, blocks: bool) -> Neighbours:
+        own = self.exclusion(exclude, blocks)
+        uids = self if blocks else None
+        return find_neighbours(self.ids, self.vectors, own, self, self, self, K, self.metric, uids=uids)
+
+    def in_rounds(self, exclude: str, budget: int, fetched: bool, blocks: bool) -> tuple[Neighbours, int]:
         """The steps of the pipeline by hand; and how many rounds there were."""
-        exclusion = self.exclusion(exclude)
-        index = SearchedIndex(N, self.nprobe, self.n_lists, self.raw_is_exact)
+        exclusion = self.exclusion(exclude, blocks)
+        index = SearchedIndex(N, self.nprobe, self.n_lists, self.raw_is_exact, self.largest_norm)
         clusters = self.clusters if exclude == "cluster" else np.full(N, NO_CLUSTER)
-        queries = Queries(self.vectors, exclusion.first, exclusion.last, clusters)
+        queries = Queries(self.vectors, exclusion.first, exclusion.last, clusters, self.uids)
         state, rounds = Unfinished.start(N, K, first_asks(exclusion, K, index)), 0
         while not state.is_done:
             rounds += 1
@@ -105,7 +122,8 @@ class Corpus:
             for parts in pieces.values():
                 nearest = merged([merged(parts[2:], self.metric), merged(parts[:2], self.metric)], self.metric)
                 source = self._fetched(nearest) if fetched else self
-                done.append(settled(nearest, index, source, source, source, K, self.metric).to_bytes())
+                uids = source if blocks else None
+                done.append(settled(nearest, index, source, source, source, K, self.metric, uids).to_bytes())
             state = Unfinished.from_bytes(state.updated(map(Unfinished.from_bytes, done)).to_bytes())
         return state.neighbours(self.ids), rounds
 
@@ -115,19 +133,21 @@ class Corpus:
         for shard, ids in wanted_chunks(found).items():
             assert (ids >> 32 == shard).all()
             rows = self._rows(ids)
-            parts.append(Chunks(ids, self.vectors[rows], self.documents[rows], self.clusters[rows]))
+            parts.append(Chunks(ids, self.vectors[rows], self.documents[rows], self.clusters[rows], self.uids[rows]))
         return Chunks.joined(parts[::-1], D)
 
 
-@pytest.mark.parametrize("exclude", ["document", "cluster", "none"])
+@pytest.mark.parametrize("exclude", ["document", "cluster", "none", "document, of blocks", "cluster, of blocks"])
 @pytest.mark.parametrize("key", ["Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,SQ4"])
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_groups_searched_apart_in_rounds_equal_the_whole_index(metric: str, key: str, exclude: str) -> None:
     base = Corpus(metric, key)
-    expected = base.at_once(exclude)
+    exclude, _, unit = exclude.partition(", of ")
+    blocks = unit == "blocks"
+    expected = base.at_once(exclude, blocks)
     assert (expected.n_valid == K).all()
     for budget, fetched in ((64 << 20, False), (64 << 20, True), (60_000, True)):
-        found, rounds = base.in_rounds(exclude, budget, fetched)
+        found, rounds = base.in_rounds(exclude, budget, fetched, blocks)
         assert rounds > 1, "nobody was asked again: the test shows less than it should"
         for name, value in vars(expected).items():
             assert np.array_equal(getattr(found, name), value, equal_nan=name == "distances"), name
@@ -158,7 +178,9 @@ def test_what_is_cut_short_or_something_else_is_refused() -> None:
 
 
 def test_a_candidate_whose_shard_did_not_answer_is_an_error_never_a_guess() -> None:
-    chunks = Chunks.joined([Chunks(np.array([3, 5]), np.ones((2, D), np.float16), np.arange(2), np.arange(2))], D)
+    chunks = Chunks.joined(
+        [Chunks(np.array([3, 5]), np.ones((2, D), np.float16), np.arange(2), np.arange(2), np.arange(2))], D
+    )
     with pytest.raises(DamagedError, match="chunk 4"):
         chunks.rows(np.array([3, 4]))
 

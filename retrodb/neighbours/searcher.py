@@ -7,7 +7,7 @@ import numpy as np
 from retrodb.errors import InputError, MismatchError
 from retrodb.index import GroupedIndex, IndexFile, has_exact_codes
 from retrodb.manifest import LARGEST_NORM, Manifest
-from retrodb.neighbours.exclusion import Exclusion
+from retrodb.neighbours.exclusion import Exclusion, UidSource
 from retrodb.neighbours.select import find_neighbours
 from retrodb.neighbours.sources import StoredDocuments, StoredVectors
 from retrodb.neighbours.table import Neighbours
@@ -47,9 +47,9 @@ class Searcher:
         self.dimension = int(manifest.fingerprints["encoder"]["dimension"])
         tuned = manifest.stages.get("neighbours")
         chunks = {shard.number: shard for shard in manifest.shards("chunks")}
-        self._documents = StoredDocuments(storage, chunks)
+        self.documents = StoredDocuments(storage, chunks)
         embeddings = {shard.number: shard for shard in manifest.shards("embeddings")}
-        self._vectors = StoredVectors(storage, embeddings, self._documents.locate)
+        self.vectors = StoredVectors(storage, embeddings, self.documents.locate)
         self._index = GroupedIndex(
             storage,
             tuple(IndexFile(shard, shard.rows) for shard in manifest.shards("index") if shard.number >= 0),
@@ -72,6 +72,16 @@ class Searcher:
 
         Raises:
             MismatchError: another metric or another width.
+            InputError: a number that float16 cannot hold.
+        """
+        rounded = self.checked(queries, metric)
+        return self.find(rounded, Exclusion.of_nothing(len(rounded)), k)
+
+    def checked(self, queries: np.ndarray, metric: str | None = None) -> np.ndarray:
+        """float16 [q, d]: query vectors as the index can be asked for them.
+
+        Raises:
+            MismatchError, InputError: as `search` does.
         """
         if metric is not None and metric != self.metric:
             raise MismatchError(
@@ -82,14 +92,18 @@ class Searcher:
                 f"a query of shape {queries.shape} does not fit vectors of width {self.dimension}: "
                 "it was made by another encoder."
             )
-        rounded = rounded_queries(queries)
+        return rounded_queries(queries)
+
+    def find(self, queries: np.ndarray, exclusion: Exclusion, k: int, uids: UidSource | None = None) -> Neighbours:
+        """The ``k`` nearest allowed chunks of `checked` queries; with ``uids``, of equal blocks the best one alone."""
         return find_neighbours(
             np.full(len(queries), -1, dtype=np.int64),
-            rounded,
-            Exclusion.of_nothing(len(queries)),
+            queries,
+            exclusion,
             self._index,
-            vectors=self._vectors,
-            documents=self._documents,
+            vectors=self.vectors,
+            documents=self.documents,
             k=k,
             metric=self.metric,
+            uids=uids,
         )

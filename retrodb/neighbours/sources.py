@@ -155,6 +155,14 @@ class StoredClusters:
         """
         return by_shard(self.documents.document_ids(ids), self._take, np.empty(0, np.int64))
 
+    def of_documents(self, document_ids: np.ndarray) -> np.ndarray:
+        """The cluster of each document, int64 [n], likewise.
+
+        Raises:
+            DamagedError: a document does not exist.
+        """
+        return by_shard(document_ids, self._take, np.empty(0, np.int64))
+
     def _take(self, shard: int, document_ids: np.ndarray) -> np.ndarray:
         known, clusters = self._recent.get(shard)
         rows = np.minimum(np.searchsorted(known, document_ids), len(known) - 1)
