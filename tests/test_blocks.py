@@ -197,16 +197,17 @@ def blocks(topics, tiny_encoder):
 
 @pytest.mark.slow
 def test_blocks_B2_one_or_two_workers_with_the_default_encoder_give_the_same_bytes(topics, tmp_path, monkeypatch):
-    outcome = build_here([topics], tmp_path / "one", unit="block", shard_bytes="8KiB")
+    topics = write_jsonl(tmp_path / "few.jsonl", topics.read_text(encoding="utf-8").splitlines()[:4])
+    outcome = build_here([topics], tmp_path / "one", unit="block", shard_bytes="4KiB")
     assert list(outcome.done) == ["corpus", "dedup", "chunk", "embed", "index", "neighbours"]
     assert manifest_of(tmp_path / "one")["config"]["chunk_tokens"] == 256, "what all-MiniLM-L6-v2 reads"
     always_use_workers(monkeypatch)
-    build_here([topics], tmp_path / "two", unit="block", shard_bytes="8KiB", workers=2)
+    build_here([topics], tmp_path / "two", unit="block", shard_bytes="4KiB", workers=2)
     assert digests(tmp_path / "one", TABLES) == digests(tmp_path / "two", TABLES)
     ran = retrodb("verify", tmp_path / "two", "--sample", "1", "--json")
     assert (ran.code, ran.json["problems"], ran.json["complete"]) == (0, [], True)
     assert ran.json["checked"]["null documents"] == 1
-    assert build_here([topics], tmp_path / "one", unit="block", shard_bytes="8KiB").done == ()
+    assert build_here([topics], tmp_path / "one", unit="block", shard_bytes="4KiB").done == ()
 
 
 def test_blocks_B2_uids_and_duplicates_are_the_same_for_any_number_of_shards(blocks, topics, tiny_encoder, tmp_path):
