@@ -29,6 +29,7 @@ from retrodb.quality.summary import summarise
 from retrodb.schemas import ID_SHIFT
 from retrodb.snapshot import Snapshot
 from retrodb.storage import Storage
+from retrodb.units import refuse_table
 
 if TYPE_CHECKING:
     from retrodb.candidates import CandidateBatch, Candidates
@@ -174,6 +175,7 @@ class Database:
             split: ``train``, ``validation``, or None for both.
             options: rank, world_size, shuffle, seed, ..., passed on.
         """
+        refuse_table(self.manifest, "training", self.storage.url)
         from retrodb.training.dataset import TrainingDataset  # noqa: PLC0415 - imports torch
 
         return TrainingDataset(self.storage, self.manifest, split=split, **options)
@@ -342,6 +344,7 @@ class Database:
             if shard.number == number:
                 return shard
         if table not in self.manifest.tables:
+            refuse_table(self.manifest, table, self.storage.url)
             raise InputError(f"{self.storage.url} has no {table} yet; run the build to its end.")
         raise InputError(f"{self.storage.url} has no shard {number} of {table}.")
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args
 
+from retrodb.errors import InputError
 from retrodb.manifest import STAGES, TABLES, Manifest
 
 Unit = Literal["chunk", "block"]
@@ -31,6 +32,21 @@ def tables_of(unit: Unit) -> tuple[str, ...]:
     """The tables of a database of this unit."""
     others = _TABLES_OF_BLOCKS if unit == "chunk" else _TABLES_OF_CHUNKS
     return tuple(table for table in TABLES if table not in others)
+
+
+def refuse_table(manifest: Manifest, table: str, url: str) -> None:
+    """Say that a table is of the other unit, where it is.
+
+    Raises:
+        InputError: a database of this unit never has it.
+    """
+    unit = unit_of(manifest.config)
+    if table not in tables_of(unit):
+        other = "chunk" if unit == "block" else "block"
+        raise InputError(
+            f"{url} is a database of {unit}s and has no {table}, which belongs to {other}s: "
+            f"build one with --unit {other}."
+        )
 
 
 def is_complete(manifest: Manifest) -> bool:

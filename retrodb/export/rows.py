@@ -16,6 +16,7 @@ from retrodb.errors import DamagedError, InputError
 from retrodb.manifest import Shard
 from retrodb.schemas import ID_SHIFT
 from retrodb.training.columns import lists, scalars
+from retrodb.units import refuse_table
 
 Ints = npt.NDArray[np.int64]
 GPT2_END: Final = 50_256
@@ -76,6 +77,7 @@ def check_built(database: Database, *tables: str) -> None:
     """
     for table in tables:
         if table not in database.manifest.tables:
+            refuse_table(database.manifest, table, database.storage.url)
             raise InputError(f"{database.storage.url} has no {table} yet; run the build to its end.")
         if not database.manifest.rows(table):
             raise InputError(f"{database.storage.url} has no rows in {table}: there is nothing to export.")

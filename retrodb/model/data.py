@@ -5,7 +5,7 @@ from typing import Any
 
 from retrodb.database import Database
 from retrodb.errors import InputError, MismatchError
-from retrodb.units import unit_of
+from retrodb.units import refuse_table
 
 _SHOWN = 16
 
@@ -36,11 +36,7 @@ class DataSettings:
     def of(database: Database) -> "DataSettings":
         """Of a finished database. Raises InputError where it has no training rows."""
         manifest = database.manifest
-        if unit_of(manifest.config) == "block":
-            raise InputError(
-                f"{database.storage.url} is a database of blocks: it has no training rows, which are sequences of "
-                "chunks. Build one with --unit chunk to train RETRO; a REALM trainer asks this one for candidates."
-            )
+        refuse_table(manifest, "training", database.storage.url)
         state = manifest.stages.get("training")
         if state is None or not manifest.shards("training"):
             url = database.storage.url
