@@ -24,7 +24,16 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import writer_lock
-from retrodb.manifest import MANIFEST_COPY, MANIFEST_NAME, REPORTS_FOLDER, STAGES, TABLES, WORK_FOLDER, Manifest
+from retrodb.manifest import (
+    MANIFEST_COPY,
+    MANIFEST_NAME,
+    REPORTS_FOLDER,
+    SPANS_STAGE,
+    STAGES,
+    TABLES,
+    WORK_FOLDER,
+    Manifest,
+)
 from retrodb.storage import Storage
 from retrodb.units import BLOCK_TOKENS, stages_of
 
@@ -146,5 +155,9 @@ def _run_all(builder: Builder, first: str) -> BuildOutcome:
         _STEPS[stage](builder)
         if stage == builder.run.until:
             break
+    if damaged := [table for table in stages.STAGE_TABLES[SPANS_STAGE] if builder.damage.get(table)]:
+        builder.progress.note(
+            f"{' and '.join(damaged)} have damaged shards: run retrodb spans again, which repairs them"
+        )
     builder.clean_up()
     return BuildOutcome(builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs))

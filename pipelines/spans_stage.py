@@ -23,7 +23,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import writer_lock
-from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
+from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
 from retrodb.spans.taggers import resolve_taggers
@@ -34,7 +34,9 @@ _SMALL_TAG_DOCUMENTS: Final = 50
 _MADE_OF: Final = ("documents", "chunks")
 
 
-def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress: Progress) -> BuildOutcome:
+def build_spans(
+    out: Storage, settings: SpanSettings, run: RunSettings, progress: Progress, encoder: str | None = None
+) -> BuildOutcome:
     """Find the salient spans of a database and draw masked queries, or bring them up to date.
 
     Args:
@@ -42,6 +44,7 @@ def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress
         settings: how; other ones than the database has make its tables anew.
         run: how it is carried out.
         progress: is told what happens.
+        encoder: where the database's encoder is now, whose tokenizer queries are made with; None: where it was.
 
     Raises:
         InputError: there is no such database, its documents have no text, or a tagger or tokenizer is missing.
@@ -62,11 +65,12 @@ def build_spans(out: Storage, settings: SpanSettings, run: RunSettings, progress
             mend_manifest(out, progress)
             builder = _builder(out, run, progress, runner)
             _refuse_unfit(builder)
-            wordpieces = load_wordpieces(_encoder(builder))
+            where = encoder or _encoder(builder)
+            wordpieces = load_wordpieces(where)
             identities = [tagger.identity for tagger in taggers]
             work = SpanWork(
                 replace(settings, taggers=tuple(spec for spec in settings.taggers if not spec.startswith("import:"))),
-                _encoder(builder),
+                where,
                 wordpieces.fingerprint,
                 tuple(map(repr, identities)),
             )
@@ -124,6 +128,7 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
             small=_SMALL_TAG_DOCUMENTS,
         )
     )
+    _forget_damage(builder)
     if receipts is None:
         return
     counts = add_counts(receipts)
@@ -154,6 +159,19 @@ def _assign(builder: Builder, book: ReceiptBook, files: Sequence[ScannedFile]) -
         for shard, path in write_pieces(book, batch, tables).items():
             paths.setdefault(shard, []).append(path)
     return {shard: tuple(own) for shard, own in paths.items()}
+
+
+def _forget_damage(builder: Builder) -> None:
+    """What a verification found of these tables is repaired; of others the next build has to know."""
+    try:
+        report = builder.storage.read_json(DAMAGE_REPORT)
+        left = [path for path in report["paths"] if path.partition("/")[0] not in stages.STAGE_TABLES[SPANS_STAGE]]
+    except (DamagedError, LookupError, TypeError, AttributeError):
+        return  # there is none, or none that can be read
+    if left:
+        builder.storage.commit_json(DAMAGE_REPORT, {"paths": left})
+    else:
+        builder.storage.delete(DAMAGE_REPORT)
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:

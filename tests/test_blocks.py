@@ -1,5 +1,6 @@
 """Blocks: whole sentences with their title, within the budget without exception; nothing lost, nothing across."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -21,6 +22,7 @@ from support import (
     vectors_of,
     write_jsonl,
 )
+from tokenizers import Tokenizer, models, processors
 
 from retrodb import schemas
 from retrodb.chunking import load_tokenizer
@@ -29,6 +31,7 @@ from retrodb.chunking.pairs import PairTemplate
 from retrodb.chunking.sentences import sentences, splitter_identity
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.encoding import DEFAULT_ENCODER, resolve_encoder
+from retrodb.errors import InputError
 
 SPECIAL = 3
 WORDS = st.sampled_from(
@@ -140,6 +143,37 @@ def test_blocks_B1_the_template_is_the_encoders_own(transformer):
     assert pairs.second([7]) == 3
 
 
+@given(text=TEXT, budget=st.sampled_from([16, 40]))
+@settings(max_examples=100, deadline=None)
+def test_blocks_B1_of_a_byte_level_tokenizer_whose_tokens_hold_the_blanks(text, budget):
+    gpt2 = load_gpt2_once()
+    table, _ = block_documents(np.arange(1), ["A title"], [text], gpt2, Room(budget, 4), shard=0)
+    rows = table.to_pylist()
+    bodies = [row["tokens"][: row["n_tokens"]] for row in rows]
+    assert gpt2.decode(list(itertools.chain(*bodies))) == text.encode(), "no token is lost or doubled"
+    assert all(4 + len(row["title_tokens"]) + row["n_tokens"] <= budget for row in rows)
+    assert all(a["end"] <= b["start"] for a, b in itertools.pairwise(rows))
+
+
+@functools.cache
+def load_gpt2_once():
+    return load_tokenizer("gpt2")
+
+
+def test_blocks_B1_a_roberta_has_four_special_tokens_and_no_token_types(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pairs = PairTemplate.load(tmp_path)
+    assert (pairs.special_tokens, pairs.typed) == (4, False)
+    assert pairs.wrap([2], [2, 2]) == [0, 2, 1, 1, 2, 2, 1]
+    tokenizer.post_processor = None
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert PairTemplate.load(tmp_path).special_tokens == 0
+    with pytest.raises(InputError, match="no tokenizer.json"):
+        PairTemplate.load(tmp_path / "nowhere")
+
+
 # -- in a build --------------------------------------------------------------------------------------------------------
 
 TABLES = ("documents", "chunks", "block_duplicates", "embeddings", "null", "index", "neighbours")
@@ -163,16 +197,17 @@ def blocks(topics, tiny_encoder):
 
 @pytest.mark.slow
 def test_blocks_B2_one_or_two_workers_with_the_default_encoder_give_the_same_bytes(topics, tmp_path, monkeypatch):
-    outcome = build_here([topics], tmp_path / "one", unit="block", shard_bytes="8KiB")
+    topics = write_jsonl(tmp_path / "few.jsonl", topics.read_text(encoding="utf-8").splitlines()[:4])
+    outcome = build_here([topics], tmp_path / "one", unit="block", shard_bytes="4KiB")
     assert list(outcome.done) == ["corpus", "dedup", "chunk", "embed", "index", "neighbours"]
     assert manifest_of(tmp_path / "one")["config"]["chunk_tokens"] == 256, "what all-MiniLM-L6-v2 reads"
     always_use_workers(monkeypatch)
-    build_here([topics], tmp_path / "two", unit="block", shard_bytes="8KiB", workers=2)
+    build_here([topics], tmp_path / "two", unit="block", shard_bytes="4KiB", workers=2)
     assert digests(tmp_path / "one", TABLES) == digests(tmp_path / "two", TABLES)
     ran = retrodb("verify", tmp_path / "two", "--sample", "1", "--json")
     assert (ran.code, ran.json["problems"], ran.json["complete"]) == (0, [], True)
     assert ran.json["checked"]["null documents"] == 1
-    assert build_here([topics], tmp_path / "one", unit="block", shard_bytes="8KiB").done == ()
+    assert build_here([topics], tmp_path / "one", unit="block", shard_bytes="4KiB").done == ()
 
 
 def test_blocks_B2_uids_and_duplicates_are_the_same_for_any_number_of_shards(blocks, topics, tiny_encoder, tmp_path):

@@ -29,6 +29,9 @@ def test_every_column_is_described():
         schemas.leakage(),
         schemas.quarantine(),
         schemas.duplicates(),
+        schemas.spans(),
+        schemas.queries(96, 10, "uint16"),
+        schemas.span_quarantine(),
     ):
         assert all(field.metadata[b"description"] for field in schema)
 

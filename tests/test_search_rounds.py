@@ -206,7 +206,15 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_groups")
-@pytest.mark.parametrize("settings", [{"exclude": "cluster"}, {"index_key": "IVF8,SQ8", "metric": "ip"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude": "cluster"},
+        {"index_key": "IVF8,SQ8", "metric": "ip"},
+        {"unit": "block", "chunk_tokens": 48, "metric": "ip", "exclude": "cluster"},
+    ],
+    ids=str,
+)
 def test_a_build_in_small_waves_or_from_an_object_store_finds_the_same(
     settings, topics, tiny_encoder, tmp_path, monkeypatch
 ):

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrodb.pipelines import spans_stage
@@ -417,7 +418,7 @@ def test_spans_stage_other_settings_make_just_its_tables_anew_and_other_chunks_u
 
 
 @pytest.mark.slow
-def test_spans_stage_verification_names_what_is_off_and_the_stage_repairs_it(database):
+def test_spans_stage_verification_names_what_is_off_and_the_stage_repairs_it(database, monkeypatch):
     make(database)
     whole = digests(database, SPAN_TABLES)
     faults = {
@@ -454,8 +455,15 @@ def test_spans_stage_verification_names_what_is_off_and_the_stage_repairs_it(dat
     (database / "reports" / "damage.json").unlink()
     shards_of(database, "queries")[1].write_bytes(b"")
     assert verified(database).paths == [str(shards_of(database, "queries")[1].relative_to(database))]
+    progress = Progress()
+    monkeypatch.setattr(support, "Progress", lambda: progress)
+    assert build_again(database).done == ()
+    assert any("run retrodb spans again" in line for line in progress.lines)
+    verified(database)
     assert make(database).done == ("spans",)
     assert digests(database, SPAN_TABLES) == whole
+    assert make(database).done == ()
+    assert verified(database).paths == []
 
 
 @pytest.mark.slow

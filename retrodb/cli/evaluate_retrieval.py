@@ -28,6 +28,7 @@ def evaluate_retrieval(
     ks = _numbers(k)
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.errors import RetrodbError  # noqa: PLC0415
     from retrodb.evaluation.questions import QuestionSet  # noqa: PLC0415
     from retrodb.evaluation.retrieval import evaluate_retrieval as run  # noqa: PLC0415 - imports faiss
 
@@ -37,9 +38,14 @@ def evaluate_retrieval(
         result = run(db, QuestionSet(questions), ks, progress=progress, encoder=encoder)
     finally:
         progress.close()
-    db.storage.commit_json(result.report_path, result.as_json())
+    try:
+        db.storage.commit_json(result.report_path, result.as_json())
+        kept: str | None = result.report_path
+    except (OSError, RetrodbError) as error:  # a database that can only be read is worth its figures, too
+        kept = None
+        result.notes.append(f"{result.report_path} could not be written: {error}")
     if as_json:
-        echo_json({**result.as_json(), "report": result.report_path})
+        echo_json({**result.as_json(), "report": kept})
         return
     _print(result)
 
@@ -75,7 +81,7 @@ def _print(result: "RetrievalResult") -> None:
     echo(f"the index gave of exact search's chunks {agreed}")
     for note in result.notes:
         echo(f"note: {note}")
-    echo(f"intervals are 95%; kept in {result.report_path}")
+    echo(f"intervals are 95%; the figures are kept in {result.report_path}")
 
 
 def _cell(estimate: "Estimate") -> str:

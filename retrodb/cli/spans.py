@@ -20,6 +20,9 @@ def spans(
     ] = None,
     mask: Annotated[str, typer.Option(help="salient; or, to compare with: random-span, random-token.")] = "salient",
     seed: Annotated[int, typer.Option(min=0, help="Which span of a sentence is masked.")] = 0,
+    encoder: Annotated[
+        Optional[str], typer.Option(help="Where the encoder is now, whose tokenizer is used, if not where it was.")
+    ] = None,
     workers: Annotated[Number, typer.Option(metavar="<int>", help="Worker processes. [the cores]")] = None,
     runner: Annotated[Optional[str], typer.Option(help="local, flink, dataflow, portable. [local]")] = None,
     runner_option: Annotated[
@@ -49,7 +52,7 @@ def spans(
     storage = Storage(database)
     progress = make_progress()
     try:
-        outcome = build_spans(storage, settings, run, progress)
+        outcome = build_spans(storage, settings, run, progress, encoder)
     finally:
         progress.close()
     state = outcome.manifest.stages[SPANS_STAGE]

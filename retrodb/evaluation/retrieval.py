@@ -30,9 +30,10 @@ DEFAULT_KS: Final = (5, 20, 100)
 EXACT, INDEX = "exact", "index"
 SIDES: Final = (EXACT, INDEX)
 
-_SEARCHED_AT_ONCE: Final = 4_096
-_JUDGED_AT_ONCE: Final = 256
-"""Questions whose bodies are in memory together."""
+_CANDIDATES_AT_ONCE: Final = 4_096 * 100
+"""Of the questions that are searched together."""
+_BODIES_AT_ONCE: Final = 256 * 100
+"""Of the questions whose bodies are in memory together."""
 
 
 @dataclass
@@ -125,7 +126,8 @@ def evaluate_retrieval(
     loaded = database.encoder(encoder)
     run = _Run(database, searcher, loaded.embed_queries, ks, asked.documents_there > 0)
     progress.begin("questions", asked.with_gold, 0, "questions")
-    for batch in _batches(question for question in questions.read() if run.is_asked(question)):
+    asked_here = (question for question in questions.read() if run.is_asked(question))
+    for batch in _batches(asked_here, max(1, _CANDIDATES_AT_ONCE // run.most)):
         run.ask(batch)
         progress.advance(run.done)
     results = run.results()
@@ -203,8 +205,8 @@ def _retrievable_keys(database: Database, wanted: set[str]) -> set[str]:
     return found
 
 
-def _batches(questions: Iterator[Question]) -> Iterator[list[Question]]:
-    while batch := list(islice(questions, _SEARCHED_AT_ONCE)):
+def _batches(questions: Iterator[Question], size: int) -> Iterator[list[Question]]:
+    while batch := list(islice(questions, size)):
         yield batch
 
 
@@ -225,6 +227,11 @@ class _Run:
     def __post_init__(self) -> None:
         self._common = np.zeros((2, len(self.ks)), dtype=np.int64)
 
+    @property
+    def most(self) -> int:
+        """Chunks looked at for a question: the largest k, as far as there are so many."""
+        return min(self.ks[-1], self.database.manifest.rows("chunks"))
+
     def is_asked(self, question: Question) -> bool:
         """Whether anything that is retrieved here could be a hit."""
         return any(question.answers.values()) or (self.by_documents and bool(question.documents))
@@ -232,11 +239,11 @@ class _Run:
     def ask(self, batch: Sequence[Question]) -> None:
         """Embed and search some thousand questions, and judge what comes."""
         vectors = self.embed([question.text for question in batch])
-        most = self.ks[-1]
-        exact = exact_search(self.database, vectors, most)
-        for start in range(0, len(batch), _JUDGED_AT_ONCE):
-            rows = slice(start, start + _JUDGED_AT_ONCE)
-            found = self.searcher.search(vectors[rows], most).neighbour_ids
+        exact = exact_search(self.database, vectors, self.most)
+        step = max(1, _BODIES_AT_ONCE // self.most)
+        for start in range(0, len(batch), step):
+            rows = slice(start, start + step)
+            found = self.searcher.search(vectors[rows], self.most).neighbour_ids
             self._judge(batch[rows], {EXACT: exact[rows], INDEX: found})
             self._compare(exact[rows], found)
             self.done += len(batch[rows])

@@ -231,7 +231,7 @@ def _check_order(scene: Scene, shard: Shard, table: pa.Table, n_tokens: np.ndarr
     else:
         refuse(path, inside & (starts[1:] < ends[:-1]), "byte ranges that overlap, after block")
     refuse(path, (starts < 0) | (ends < starts), "a byte range that ends before it starts")
-    if scene.facts.lossless:
+    if scene.facts.tiles:
         refuse(path, inside & (starts[1:] != ends[:-1]), "byte ranges that do not tile the text, after chunk")
         refuse(path, firsts & (starts != 0), "the first chunk of a document does not start at byte 0")
     else:
@@ -254,10 +254,10 @@ def _join_documents(scene: Scene, shard: Shard, table: pa.Table, firsts: np.ndar
         sizes = pc.binary_length(documents["text"]).fill_null(0).to_numpy()
         lasts = np.concatenate([firsts[1:], np.ones(min(1, len(firsts)), dtype=bool)])
         beyond = ends > sizes[rows]
-        if scene.facts.lossless:
+        if scene.facts.tiles:
             beyond |= lasts & (ends != sizes[rows])
         refuse(path, beyond, "byte ranges that do not end with the text")
-        if scene.facts.lossless:
+        if scene.facts.tiles:
             refuse(path, (sizes > 0) & (counted == 0), "documents with text and no chunk, by document")
 
 

@@ -69,6 +69,11 @@ class Facts:
     training_neighbours: int | None
     leakage_neighbours: int | None
 
+    @property
+    def tiles(self) -> bool:
+        """Whether the byte ranges of a document's chunks tile its text: those of blocks leave out what is blank."""
+        return self.lossless and self.unit == "chunk"
+
     @staticmethod
     def of(manifest: Manifest) -> "Facts":
         """Raises DamagedError where a finished stage does not say what it was made from."""

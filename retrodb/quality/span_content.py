@@ -5,15 +5,18 @@ lie fully inside its span. The latter needs the encoder's tokenizer: where that 
 and what a query says in itself is checked alone.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from retrodb import schemas
+from retrodb.encoding import DEFAULT_ENCODER
 from retrodb.errors import RetrodbError
 from retrodb.manifest import SPANS_STAGE, Manifest, Shard
 from retrodb.quality.scene import Scene
@@ -84,10 +87,10 @@ def check_spans(scene: Scene) -> None:
 
 def _wordpieces(scene: Scene) -> Wordpieces | None:
     state = scene.manifest.stages[SPANS_STAGE]
-    try:
-        found = load_wordpieces(str(state.details["encoder"]))
-    except RetrodbError:
-        found = None
+    name, found = str(state.details["encoder"]), None
+    if name == DEFAULT_ENCODER or Path(name).is_dir():  # nothing that a manifest names is fetched from a hub
+        with contextlib.suppress(RetrodbError):
+            found = load_wordpieces(name)
     if found is not None and found.fingerprint == state.made_from["wordpieces"]:
         return found
     scene.findings.note("the tokenizer of the masked queries is not here: they were not tokenised again")

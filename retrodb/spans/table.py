@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from retrodb.spans.settings import SpanSettings
 from retrodb.spans.taggers import Tagger
 from retrodb.spans.wordpieces import Wordpieces
 
+_PENDING_ROWS: Final = 4_096
 COUNTS = ("sentences", "spans", "queries", "imported", "quarantined")
 
 
@@ -30,17 +31,44 @@ class SpanTables:
 
 
 @dataclass
-class _Rows:
-    """Columns under construction."""
+class _Growing:
+    """A table under construction: a million rows are not kept as Python objects."""
 
+    schema: pa.Schema
     shard: int
-    spans: list[dict[str, Any]]
-    queries: list[dict[str, Any]]
-    bad: list[dict[str, Any]]
-    counts: Counter[str]
+    made: list[pa.Table] = field(default_factory=list)
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
 
-    def id(self, rows: Sequence[Any]) -> int:
-        return self.shard << schemas.ID_SHIFT | len(rows)
+    @property
+    def next_id(self) -> int:
+        """The id of the row that is added next."""
+        return self.shard << schemas.ID_SHIFT | self.rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.pending.append(row)
+        self.rows += 1
+        if len(self.pending) == _PENDING_ROWS:
+            self._settle()
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        self._settle()
+        return pa.concat_tables(self.made).combine_chunks()
+
+    def _settle(self) -> None:
+        self.made.append(pa.Table.from_pylist(self.pending, schema=self.schema))
+        self.pending = []
+
+
+@dataclass
+class _Rows:
+    """A shard's rows under construction, and what is counted."""
+
+    spans: _Growing
+    queries: _Growing
+    bad: list[dict[str, Any]]
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def span_tables(
@@ -64,7 +92,9 @@ def span_tables(
         settings: how they are drawn.
         shard: its number.
     """
-    rows = _Rows(shard, [], [], [dict(row) for row in imported.get(-1, ())], Counter())
+    query_schema = schemas.queries(settings.max_tokens, settings.max_masked, wordpieces.token_type)
+    unplaced = [dict(row) for row in imported.get(-1, ())]
+    rows = _Rows(_Growing(schemas.spans(), shard), _Growing(query_schema, shard), unplaced)
     owners = chunks["document_id"].to_numpy()
     chunk_ids, starts, ends = (chunks[name].to_numpy() for name in ("chunk_id", "start", "end"))
     columns = (documents[name].to_pylist() for name in ("document_id", "text", "content_hash", "split"))
@@ -79,12 +109,11 @@ def span_tables(
         _add(rows, document, found, wordpieces, settings)
     rows.counts["imported"] += len(imported.get(-1, ()))
     rows.counts["quarantined"] = len(rows.bad)
-    rows.counts["spans"], rows.counts["queries"] = len(rows.spans), len(rows.queries)
+    rows.counts["spans"], rows.counts["queries"] = rows.spans.rows, rows.queries.rows
     names = [*COUNTS, *(f"dropped.{rule}" for rule in RULES), *(f"rejected.{rule}" for rule in REJECTIONS)]
-    query_schema = schemas.queries(settings.max_tokens, settings.max_masked, wordpieces.token_type)
     return SpanTables(
-        pa.Table.from_pylist(rows.spans, schema=schemas.spans()),
-        pa.Table.from_pylist(rows.queries, schema=query_schema),
+        rows.spans.table(),
+        rows.queries.table(),
         quarantined(rows.bad, schemas.span_quarantine()),
         {name: rows.counts[name] for name in names},
     )
@@ -114,10 +143,10 @@ def _add(rows: _Rows, document: _Document, found: Found, wordpieces: Wordpieces,
     ids = {}
     for span in found.spans:
         start, end = found.sentences[span.sentence].tolist()
-        ids[span] = rows.id(rows.spans)
+        ids[span] = rows.spans.next_id
         cells = {"span_id": ids[span], "document_id": document.document_id, "chunk_id": document.chunk_of(start, end)}
         place = {"sentence_start": start, "sentence_end": end, "start": span.start, "end": span.end}
-        rows.spans.append({**cells, **place, "label": span.label, "tagger": span.tagger})
+        rows.spans.add({**cells, **place, "label": span.label, "tagger": span.tagger})
     by_sentence: dict[int, list[Any]] = {}
     for span in found.spans:
         by_sentence.setdefault(span.sentence, []).append(span)
@@ -134,7 +163,7 @@ def _add(rows: _Rows, document: _Document, found: Found, wordpieces: Wordpieces,
             query = random_query(tokens, sentence, text, document.content_hash, settings)
         if query is not None:
             span_id = ids[query.span] if query.span is not None else None
-            rows.queries.append(_query_row(rows, document, sentence, query, span_id, wordpieces, settings))
+            rows.queries.add(_query_row(rows, document, sentence, query, span_id, wordpieces, settings))
     rows.counts.update({f"rejected.{rule}": number for rule, number in rejected.items()})
 
 
@@ -152,7 +181,7 @@ def _query_row(
     tokens[query.positions] = wordpieces.mask_id
     beyond = [None] * (settings.max_masked - len(query.positions))
     return {
-        "query_id": rows.id(rows.queries),
+        "query_id": rows.queries.next_id,
         "span_id": span_id,
         "document_id": document.document_id,
         "chunk_id": document.chunk_of(*sentence),
