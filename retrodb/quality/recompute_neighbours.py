@@ -1,4 +1,4 @@
-"""The neighbours of a shard once more: distances from the stored vectors; of an exact index, whole rows by brute force."""
+"""The neighbours of a shard once more: distances from the stored vectors; of an exact index, rows by brute force."""
 
 from dataclasses import dataclass
 from typing import Final
