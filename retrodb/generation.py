@@ -24,7 +24,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest.
         top_k: only so many of the likeliest; None for all.
-        top_p: only the likeliest that together have this probability (Holtzman et al. 2020).
+        top_p: only the likeliest that together have this probability (Holtzman et al. 2020), one of them at least.
         seed: of the draws.
     """
 
@@ -40,6 +40,7 @@ class Sampling:
         scores, order = (logits / self.temperature).sort(descending=True, stable=True)
         shares = scores.softmax(-1)
         keep = shares.cumsum(-1) - shares < self.top_p
+        keep[0] = True
         if self.top_k is not None:
             keep[self.top_k :] = False
         drawn = torch.multinomial(torch.where(keep, shares, 0), 1, generator=generator)
@@ -189,10 +190,12 @@ def generate(
     start = next(iter(database.tokenizer.tokenize([prompt]))).ids.tolist() if prompt else []
     if not start:
         raise UsageError("the prompt is empty: there is nothing to continue.")
-    if len(start) + tokens > data.sequence_tokens:
+    room = data.sequence_tokens - len(start)
+    if tokens > room:
         raise UsageError(
             f"the prompt has {len(start)} tokens; with {tokens} more it is longer than the {data.sequence_tokens} of a"
-            f" sequence, all that the model was trained to see. Ask for at most {data.sequence_tokens - len(start)}."
+            " sequence, all that the model was trained to see. "
+            + (f"Ask for at most {room}." if room > 0 else "Shorten the prompt.")
         )
     chosen = device or Device("cpu", "fp32")
     retriever = Retriever(database, k, encoder) if k else None

@@ -92,6 +92,8 @@ def test_what_cannot_be_continued_is_refused(database, model):
         attempt("")
     with pytest.raises(UsageError, match=r"longer than the 64 of a sequence.*Ask for at most"):
         attempt(PROMPT, tokens=64)
+    with pytest.raises(UsageError, match="Shorten the prompt"):
+        attempt(PROMPT * 9)
     assert attempt(PROMPT, k=0).found == []
     model_without = type(model)(model.config.model_copy(update={"retrieval": None}))
     with pytest.raises(InputError, match="-k 2: the model has no retrieval"):
@@ -105,11 +107,14 @@ def test_generate_from_the_command_line(topics_db, checkpoint):
     assert ran.json["prompt"] == PROMPT
     assert ran.json["text"]
     assert [one["chunk"] for one in ran.json["retrieved"]] == list(range(len(ran.json["tokens"][:-1]) // 16))
+    for flags in (["-k", 10**9], ["--seed", 2**70], ["--top-p", "nan"]):
+        assert retrodb("generate", topics_db, PROMPT, "--checkpoint", checkpoint, *flags).code == 2
 
 
 def test_top_p_keeps_the_likeliest_alone():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     drawn = {Sampling(1.0, None, 0.7).draw(logits, torch.Generator().manual_seed(s)) for s in range(100)}
     assert drawn == {1, 3}
+    assert Sampling(1.0, None, 0.0).draw(logits, torch.Generator().manual_seed(0)) == 1, "one of them at least"
     drawn = {Sampling(1.0, 3, 1.0).draw(logits, torch.Generator().manual_seed(s)) for s in range(200)}
     assert drawn == {1, 2, 3}

@@ -54,6 +54,7 @@ def page(results: dict[str, Any]) -> str:
 def _experiment(results: dict[str, Any]) -> list[str]:
     e, machine = results["experiment"], results["machine"]
     seeds = ", ".join(str(seed) for seed in sorted({part["seed"] for part in results["parts"]}))
+    most = max(part["training"]["tokens"] for part in results["parts"])
     return [
         f"The `{e['name']}` configuration on {machine['cpu']}, one thread, fp32, torch {machine['torch']}. Decoders of"
         f" {e['layers']} layers, width {e['width']}, {e['heads']} heads; byte-level BPE of {e['vocabulary']:,} tokens"
@@ -62,8 +63,8 @@ def _experiment(results: dict[str, Any]) -> list[str]:
         f" batches of {e['batch']} rows, highest learning rate {e['learning_rate']:g}; seeds {seeds}. Of each"
         f" validation set {e['rows']} rows, evenly spaced, are predicted.",
         "",
-        "These models are tiny, and have seen a million tokens rather than billions. The paper's smallest has 172"
-        " million parameters and saw 419 billion tokens; on open text it took databases of billions of tokens to gain.",
+        f"These models are tiny, and have seen at most {most:,} tokens. The paper's smallest has 172 million parameters"
+        " and saw 419 billion tokens; on open text it took databases of billions of tokens to gain.",
     ]
 
 

@@ -122,16 +122,12 @@ _WIKI = Setting(
 
 FULL = Experiment("full", (_DOCS, _WIKI))
 
-QUICK = Experiment(
-    "quick",
-    (
-        replace(
-            _DOCS,
-            smaller=(Selection("docs_old", every=15),),
-            larger=(Selection("docs_new", every=15, but=30),),
-            steps=60,
-        ),
-    ),
-    seeds=(0, 1),
-    rows=12,
+_FEW = replace(
+    _DOCS,
+    smaller=(Selection("docs_old", every=30),),
+    larger=(Selection("docs_new", every=30, but=60),),
+    validation=(Selection("docs_new", every=60),),
+    steps=60,
 )
+
+QUICK = Experiment("quick", (_FEW,), seeds=(0, 1), rows=12)

@@ -14,11 +14,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", metavar="CKPT", help="The model.")],
     tokens: Annotated[int, typer.Option(min=1, help="How many more.")] = 100,
-    k: Annotated[Optional[int], typer.Option("-k", min=0, help="Neighbours of a chunk. [the training rows']")] = None,
+    k: Annotated[
+        Optional[int], typer.Option("-k", min=0, max=1000, help="Neighbours of a chunk. [the training rows']")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Only so many of the likeliest; 0 for all.")] = 40,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest of so much probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the draws.")] = 0,
     encoder: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
     device: Device = "auto",
     threads: Threads = None,

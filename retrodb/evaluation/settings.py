@@ -19,7 +19,7 @@ class EvaluationSettings(BaseModel):
     rows: int | None = Field(default=None, ge=1)
     """Sequences to measure, evenly spaced; None for all."""
     batch: int = Field(default=4, ge=1)
-    draws: int = Field(default=1000, ge=1)
+    draws: int = Field(default=1000, ge=1, le=10**6)
     """Bootstrap samples."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
