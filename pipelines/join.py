@@ -90,6 +90,8 @@ class Ask(_NeighboursDoFn):
 
     def process(self, task: Task) -> Iterator[tuple[int, bytes]]:
         with self._naming(task.number):
+            if self._left(task) is None:
+                return
             for shard, request in requests(self._wanted(task.payload), task.number).items():
                 yield shard, request.to_bytes()
 
@@ -126,7 +128,8 @@ class FromAnswers(_NeighboursDoFn):
         number, parts = element
         with self._naming(number):
             for task in parts["tasks"]:
-                finish(self._book, self.make(task, map(Answer.from_bytes, parts["answers"])))
+                if self._left(task) is not None:
+                    finish(self._book, self.make(task, map(Answer.from_bytes, parts["answers"])))
                 yield number
 
     def _look_up(self, task: Task) -> Iterator[int]:

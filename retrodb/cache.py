@@ -65,7 +65,8 @@ class ShardCache:
         if size > self.limit or not _ENTRY.fullmatch(sha256):
             with tempfile.TemporaryDirectory(prefix="retrodb-") as folder:
                 path = Path(folder) / "shard"
-                fetch(path)
+                with _naming_a_full_disk(f"{tempfile.gettempdir()} (TMPDIR), for {name} is not kept in the cache"):
+                    fetch(path)
                 _check(path, name, sha256, size)
                 yield path
             return
@@ -137,14 +138,8 @@ class ShardCache:
             if error.errno != errno.ENOSPC:
                 raise
             self._make_room(self.limit)  # all that is not in use gives way
-            try:
+            with _naming_a_full_disk(f"{self.folder} ({FOLDER_VARIABLE})"):
                 fetch(part)
-            except OSError as again:
-                if again.errno == errno.ENOSPC:
-                    raise OSError(
-                        errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self.folder} ({FOLDER_VARIABLE})"
-                    ) from again
-                raise
 
     def _make_folder(self) -> None:
         try:
@@ -233,6 +228,17 @@ def _check(path: Path, name: str, sha256: str, size: int) -> None:
             f"{name} has {length:,} bytes with sha256 {digest.hexdigest()[:16]}.., recorded are {size:,} bytes with "
             f"{sha256[:16]}..: it is damaged, or was made again. Open the database anew, or run the build to repair it."
         )
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(where: str) -> Iterator[None]:
+    """Whoever reads that no space is left is told where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
+        raise
 
 
 @contextlib.contextmanager

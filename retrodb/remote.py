@@ -56,6 +56,8 @@ def absolute_url(url: str) -> str:
     Raises:
         InputError: no filesystem is installed for the protocol.
     """
+    if not url.partition("://")[2].strip("/") and "://" in url and url != "file:///":
+        raise InputError(f"{url!r} names no bucket and no folder; write it as s3://BUCKET/FOLDER.")
     if url.startswith("file://"):
         url = url[len("file://") :]
     if "://" not in url:
@@ -99,10 +101,9 @@ class ObjectStore:
     """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, url: str) -> None:
-        protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
         self._filesystem = filesystem
         self._url = url
-        self._one_stream = next((_ONE_STREAM[name] for name in protocols if name in _ONE_STREAM), {})
+        self._one_stream = next((_ONE_STREAM[name] for name in _protocols(filesystem) if name in _ONE_STREAM), {})
 
     def fetch(self, path: str, target: Path) -> None:
         """Write an object to a local file: one request. Raises FileNotFoundError."""
@@ -234,6 +235,15 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+
+
+def has_buckets(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Whether paths begin with a bucket, which may not exist."""
+    return any(name in _ONE_STREAM for name in _protocols(filesystem))
 
 
 def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:

@@ -218,14 +218,15 @@ def test_each_stage_has_the_machine_and_the_memory_that_suit_it(launched, stage)
     machines = {"embed": "g2-standard-4", "index": "n2-highmem-8", "neighbours": "n2-highmem-8"}
     jobs = launched.of(stage)
     assert {job.pool["machineType"] for job in jobs} == {machines.get(stage, "n2-standard-4")}
-    found = {name: value for job in jobs for hints in job.hints().values() for name, value in hints.items()}
+    ram = {"embed": b"8000000000", "index": b"16000000000", "neighbours": b"16000000000"}.get(stage, b"4000000000")
     card = {"beam:resources:accelerator:v1": b"type:nvidia-l4;count:1;install-nvidia-driver"}
-    if stage == "embed":
-        assert found == {"beam:resources:min_ram_bytes:v1": b"8000000000", **card}
-        assert {"no_use_multiple_sdk_containers"} <= set(jobs[0].message["environment"]["experiments"])
-    else:
-        assert not set(card) & set(found), "no other stage asks for a card"
-        assert "no_use_multiple_sdk_containers" not in jobs[0].message["environment"]["experiments"]
+    for job in jobs:
+        on_card = {name for name, hints in job.hints().items() if card.items() <= hints.items()}
+        assert {hints["beam:resources:min_ram_bytes:v1"] for hints in job.hints().values()} == {ram}
+        assert len({name for name, hints in job.hints().items() if set(card) & set(hints)}) == len(on_card)
+        assert {name.split("/")[0] for name in on_card} == ({"embed"} if stage == "embed" else set())
+        one_process = "no_use_multiple_sdk_containers" in job.message["environment"]["experiments"]
+        assert one_process == (stage == "embed")
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------

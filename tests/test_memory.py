@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def under_limit(script, *arguments):
     )
 
 
+OUT_OF_MEMORY = ("MemoryError", "malloc", "realloc failed", "memory allocation of")
+
+
+def ran_out_of_memory(done):
+    """Whoever's allocation it is that fails: Python's, Arrow's, Beam's, Rust's; some die of it without a word."""
+    return done.returncode == -signal.SIGSEGV or (
+        done.returncode and any(word in done.stderr for word in OUT_OF_MEMORY)
+    )
+
+
 def search_under_limit(folder, chunks, wave_mb):
     """A search of so many chunks that is allowed `LIMIT_MB`."""
     return under_limit("search_under_limit.py", folder, chunks, LIMIT_MB, wave_mb)
@@ -69,8 +80,7 @@ def test_a_search_fits_a_limit_below_the_size_of_what_it_searches(tmp_path):
 def test_less_than_half_of_it_in_one_wave_does_not_fit(tmp_path):
     """What shows that the limit bites, and that waves are what keeps a search below it."""
     done = search_under_limit(tmp_path / "wave", 20_000, wave_mb=1_000)
-    assert done.returncode != 0
-    assert "MemoryError" in done.stderr or "realloc failed" in done.stderr  # whose allocation it is that fails: Beam's
+    assert ran_out_of_memory(done), (done.returncode, done.stderr[-2000:])
 
 
 LIMITS_MB = {"corpus": 48, "dedup": 32, "chunk": 48}
@@ -90,18 +100,17 @@ def test_stages_that_read_text_fit_limits_below_the_size_of_what_they_read(tmp_p
 @on_linux
 def test_a_limit_below_one_shard_does_stop_a_stage(tmp_path):
     done = stages_under_limit(tmp_path, "scans", 120, {"corpus": 2})
-    assert done.returncode != 0
-    assert "MemoryError" in done.stderr or "malloc" in done.stderr, done.stderr[-2000:]
+    assert ran_out_of_memory(done), (done.returncode, done.stderr[-2000:])
 
 
-EMBED_LIMIT_MB = 16
+EMBED_LIMIT_MB = 24
 
 
 @pytest.mark.slow
 @on_linux
 def test_embedding_fits_a_limit_below_the_size_of_the_text(tmp_path):
     """Without the code that oneDNN keeps for each shape of a batch, up to 100 MB: here for sixteen shapes alone."""
-    done = stages_under_limit(tmp_path, "words", 350, {"embed": EMBED_LIMIT_MB})
+    done = stages_under_limit(tmp_path, "words", 500, {"embed": EMBED_LIMIT_MB})
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["stages"][-1] == "embed"
@@ -126,5 +135,4 @@ def test_the_join_and_the_report_fit_a_limit_below_the_size_of_the_neighbours_to
 def test_the_same_tokens_in_a_shuffle_do_not_fit(tmp_path):
     """What shows that the limit bites, and that looking up is what keeps a machine below it."""
     done = under_limit("join_under_limit.py", tmp_path / "db", 30, JOIN_LIMIT_MB, "shuffle")
-    assert done.returncode != 0
-    assert "MemoryError" in done.stderr or "malloc" in done.stderr, done.stderr[-2000:]
+    assert ran_out_of_memory(done), (done.returncode, done.stderr[-2000:])

@@ -297,7 +297,8 @@ def test_a_silent_holder_elsewhere_is_watched_before_its_lock_is_taken(
 
 def test_a_bucket_that_does_not_exist_is_named(store: ObjectStore, quickstart_corpus: Path, tiny_encoder: Path) -> None:
     url = f"{store.protocol}://no-such-bucket/db"
-    for ran in (retrodb(*command_of(str(quickstart_corpus), url, tiny_encoder)), retrodb("info", url)):
+    reading = retrodb(*command_of(f"{store.protocol}://no-such-bucket/*.jsonl", store.url("unread"), tiny_encoder))
+    for ran in (retrodb(*command_of(str(quickstart_corpus), url, tiny_encoder)), retrodb("info", url), reading):
         assert ran.code == 3
         assert "no such bucket" in ran.err
         assert "Traceback" not in ran.err

@@ -32,7 +32,10 @@ def test_sizes_are_read_as_people_write_them(text, tokens):
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "many", "-1", "0", "1e99", "1.7.5T", "5 GB", "nan", "inf", "1e-3", "0x10", "½T"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "many", "-1", "0", "1e99", "1.7.5T", "5 GB", "nan", "inf", "1e-3", "0x10", "½T", "1,5e9", "1,00", "1__0"],
+)
 def test_what_names_no_size_is_refused(text):
     with pytest.raises(UsageError, match="--tokens"):
         parse_tokens(text)
@@ -69,6 +72,20 @@ def test_more_neighbours_wider_vectors_and_shorter_chunks_cost_what_they_should(
 def test_bert_large_at_retros_size_takes_what_instructretro_measured():
     plan = plan_build(Assumed(10**12, encoder_size("bert-large-uncased"), document_tokens=10**6))
     assert plan.value("time", "embedding, A100-hours") == pytest.approx(10**12 / 64 / 6.22e6, rel=0.001)
+
+
+def test_the_largest_size_is_planned_at_once_and_what_ids_cannot_number_is_refused():
+    encoder = encoder_size("all-MiniLM-L6-v2")
+    largest = plan_build(Assumed(parse_tokens("1e17"), encoder))
+    assert largest.value("index", "index shards") > 10**7
+    with pytest.raises(InputError, match="shards are more than the 2,147,483,648 that ids can number.*--shard-bytes"):
+        plan_build(Assumed(parse_tokens("1e17"), encoder, shard_bytes=64_000))
+
+
+@pytest.mark.parametrize(("document_tokens", "chunks"), [(10, 1.0), (64, 1.58), (100, 2.1), (1_000, 16.1)])
+def test_a_document_shorter_than_a_chunk_is_a_chunk(document_tokens, chunks):
+    assumed = Assumed(10**9, encoder_size("all-MiniLM-L6-v2"), document_tokens=document_tokens)
+    assert assumed.chunks / assumed.documents == pytest.approx(chunks, rel=0.01)
 
 
 def test_an_encoder_is_sized_by_its_card_or_refused(tmp_path, tiny_encoder):

@@ -157,31 +157,39 @@ def test_the_environment_says_where_and_how_much(tmp_path: Path, monkeypatch: py
 
 
 UNSHARE = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+DISK = "DISK"
 ON_A_SMALL_DISK = 'mount -t tmpfs -o size=64k tmpfs "$1" || exit 99; shift; exec "$@"'
 
 
 @pytest.mark.parametrize(
-    ("variable", "code"),
+    ("variable", "given", "code"),
     [
-        ("TMPDIR", "Storage('memory://x/db').commit_bytes('a', bytes(1 << 20))"),
-        ("RETRODB_CACHE", "open_array()"),
+        ("TMPDIR", {"TMPDIR": DISK}, "Storage('memory://x/db').commit_bytes('a', bytes(1 << 20))"),
+        ("RETRODB_CACHE", {"RETRODB_CACHE": DISK}, "open_array()"),
+        ("TMPDIR", {"LATER": DISK, "RETRODB_CACHE_BYTES": "0"}, "open_array()"),
     ],
 )
-def test_a_full_disk_is_named_by_the_variable_that_chose_it(tmp_path: Path, variable: str, code: str) -> None:
-    """A staged upload, and a shard that is fetched: nothing is taken for damaged, and the remedy is plain."""
+def test_a_full_disk_is_named_by_the_variable_that_chose_it(
+    tmp_path: Path, variable: str, given: dict[str, str], code: str
+) -> None:
+    """A staged upload, a shard that is fetched, and one that the cache is too small for: nothing is taken for damaged,
+    and the remedy is plain."""
     program = f"""
+import os, tempfile
 import numpy as np
 from retrodb.storage import Storage
 def open_array():
     storage = Storage('memory://x/db')
-    storage.read_array(storage.commit_array('a.npy', np.zeros(1 << 20, np.uint8)))
+    committed = storage.commit_array('a.npy', np.zeros(1 << 20, np.uint8))
+    tempfile.tempdir = os.environ.get("LATER")
+    storage.read_array(committed)
 {code}
 """
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(
         [*UNSHARE, "sh", "-c", ON_A_SMALL_DISK, "sh", disk, sys.executable, "-c", program],
-        env={**os.environ, variable: str(disk)},
+        env={**os.environ, **{name: value.replace(DISK, str(disk)) for name, value in given.items()}},
         capture_output=True,
         text=True,
         check=False,

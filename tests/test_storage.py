@@ -142,3 +142,10 @@ def test_storage_travels_to_workers_by_its_url(storage):
 def test_an_unknown_protocol_is_an_input_error():
     with pytest.raises(InputError, match="nosuch"):
         absolute_url("nosuch://x/y")
+
+
+@pytest.mark.parametrize("url", ["s3://", "gs:///", "file://", "memory://"])
+def test_a_url_that_names_nothing_is_refused(url):
+    """Its slashes cut off, it would be a local folder named `s3:`."""
+    with pytest.raises(InputError, match="names no bucket and no folder"):
+        absolute_url(url)

@@ -90,8 +90,9 @@ class DataflowRunner:
         return stage == EMBED and self._device != "cpu"
 
     def hints(self, stage: str) -> dict[str, str]:
+        """Memory for all of a stage, which its jobs are given as an option; the card for what computes alone."""
         accelerator = {"accelerator": ACCELERATOR} if self.has_accelerator(stage) else {}
-        return {"min_ram": _MIN_RAM.get(stage, _MIN_RAM[""]), **accelerator}
+        return {"min_ram": _min_ram(stage), **accelerator}
 
     def describe(self, stage: str) -> dict[str, str]:
         options = self.options_of(stage)
@@ -138,6 +139,7 @@ class DataflowRunner:
         options.setdefault("worker_machine_type", [machine])
         options.setdefault("number_of_worker_harness_threads", ["1"])
         options.setdefault("disk_size_gb", ["50"])
+        options["resource_hint"] = [f"min_ram={_min_ram(stage)}"]
         options.setdefault("sdk_location", ["container"])  # else Beam fetches itself from the package index, to ship it
         if self._max_workers is not None:
             options.setdefault("max_num_workers", [str(self._max_workers)])
@@ -168,6 +170,10 @@ class DataflowRunner:
 
     def close(self) -> None:
         """Nothing here was started."""
+
+
+def _min_ram(stage: str) -> str:
+    return _MIN_RAM.get(stage, _MIN_RAM[""])
 
 
 def _follow(result: Any, tick: Tick) -> str:

@@ -18,6 +18,7 @@ _OURS: Final = {
     "streaming": "a build is a batch job",
     "job_name": "retrodb names its jobs after the stage and the database",
     "save_main_session": "the pipelines are installed on the workers",
+    "resource_hint": "stages carry their own",
     "resource_hints": "stages carry their own",
 }
 

@@ -24,7 +24,7 @@ def plan(
     index_key: Annotated[Optional[str], typer.Option(help="faiss index key. [autofaiss' choice]")] = None,
     shard_bytes: Annotated[Optional[str], typer.Option(help="Text per shard, as 64MB. [from the size]")] = None,
     document_tokens: Annotated[
-        Optional[float], typer.Option(min=1.0, help="Tokens of an average document. [1000]")
+        Optional[float], typer.Option(min=1.0, max=1e15, help="Tokens of an average document. [1000]")
     ] = None,
     as_json: Json = False,
 ) -> None:

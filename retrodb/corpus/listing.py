@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 
 from retrodb.corpus.source import CONTENT_KEYS, is_local, local_stamp
 from retrodb.errors import InputError
-from retrodb.remote import absolute_url, filesystem_of
+from retrodb.remote import ObjectStore, absolute_url, filesystem_of, has_buckets
 from retrodb.schemas import SPLITS
 
 Format = Literal["jsonl", "parquet", "text"]
@@ -243,6 +243,8 @@ def _expand_remote(given: str, url: str, found: _Found) -> bool:
         raise
     except Exception as error:  # s3fs, gcsfs and http raise their own
         raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}.") from error
+    if not remote.chain and has_buckets(filesystem):
+        ObjectStore(filesystem, url).check_bucket(path)
     raise InputError(f"there is no file, folder or match for the input {given!r}.")
 
 

@@ -7,16 +7,20 @@ from typing import Any, Final
 
 from retrodb.config import BuildConfig
 from retrodb.corpus import default_shard_bytes
+from retrodb.errors import InputError
 from retrodb.index import KeyChoice, choose_key, group_shards
 from retrodb.index.engine import Metric, has_exact_codes
 from retrodb.neighbours import Exclude, initial_candidates
 from retrodb.planning import figures as f
 from retrodb.planning.encoders import EncoderSize
 from retrodb.planning.figures import BENCHMARKS, BUILD, CODE, INSTRUCT_RETRO, Figure
+from retrodb.schemas import ID_SHIFT
 
 _HNSW_BYTES_PER_LIST: Final = 32 * 2 * 4 + 16
 _REPORTED_NEIGHBOURS: Final = 10
 _BLOCK_QUERIES: Final = 8_192
+_MOST_SHARDS: Final = 1 << (63 - ID_SHIFT)
+_GROUPED_SHARDS: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,10 @@ class Assumed:
 
     @property
     def chunks(self) -> int:
-        """Half of each document's last chunk is empty, on average."""
-        return math.ceil(self.tokens / self.chunk_tokens + self.documents / 2)
+        """Of documents whose lengths are spread geometrically. Half of the last chunk of a long one is empty, on
+        average; one that is shorter than a chunk is one chunk all the same."""
+        own_tokens = self.tokens / self.documents
+        return math.ceil(self.documents / -math.expm1(-self.chunk_tokens / own_tokens))
 
     @property
     def text_bytes(self) -> int:
@@ -107,8 +113,13 @@ def plan_build(assumed: Assumed) -> Scale:
     """What a build takes.
 
     Raises:
-        InputError: no index is possible with these settings.
+        InputError: no index is possible with these settings, or there are more shards than ids can number.
     """
+    if assumed.shards >= _MOST_SHARDS:
+        raise InputError(
+            f"{assumed.shards:,} shards are more than the {_MOST_SHARDS:,} that ids can number: "
+            "give a larger --shard-bytes."
+        )
     choice = choose_key(
         assumed.chunks, assumed.encoder.dimension, assumed.memory_bytes, assumed.metric, assumed.index_key
     )
@@ -145,9 +156,11 @@ class _Index:
             template += choice.n_lists * _HNSW_BYTES_PER_LIST
         if choice.key.startswith("OPQ"):
             template += dimension * dimension * 4
-        rows = [assumed.chunks // assumed.shards] * assumed.shards
-        groups = group_shards(rows, template, math.ceil(vector_bytes), choice.exact)
-        return _Index(template, vector_bytes, len(groups), max(len(group) for group in groups) * rows[0])
+        grouped = min(assumed.shards, _GROUPED_SHARDS)  # the rest are grouped in the same way
+        rows = assumed.chunks // assumed.shards
+        groups = group_shards([rows] * grouped, template, math.ceil(vector_bytes), choice.exact)
+        shards = math.ceil(len(groups) * (assumed.shards / grouped))
+        return _Index(template, vector_bytes, shards, max(len(group) for group in groups) * rows)
 
 
 def _corpus(a: Assumed) -> dict[str, Figure]:

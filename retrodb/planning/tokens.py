@@ -17,7 +17,10 @@ _UNITS: Final = {
     "t": 10**12,
     "trillion": 10**12,
 }
-_NUMBER: Final = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([a-z]*)", re.IGNORECASE)
+_NUMBER: Final = re.compile(
+    r"((?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([a-z]*)", re.IGNORECASE
+)
+"""Commas by threes: ``1,5e9`` is one and a half billion to some, and fifteen to others."""
 MAXIMUM_TOKENS: Final = 10**17
 """Beyond this ids, ``shard << 32 | row``, would not be the limit, but sense would."""
 
