@@ -207,7 +207,7 @@ class Builder:
             old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
             self.manifest = self.manifest.without(gone_stages, gone_tables)
             self.manifest.save(self.storage)
-            self.storage.delete(*(shard.path for shard in old))
+            self.storage.delete(*(shard.path for shard in old if self.storage.owns(shard.path)))
         for table in gone_tables:
             self.damage.pop(table, None)
 

@@ -8,6 +8,7 @@ shards beside old ones.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.execute import forget_scans
@@ -150,8 +151,8 @@ def run_mending(make_builder: Callable[[], Builder], first: str = STAGES[0]) -> 
 
 def _run_all(builder: Builder, first: str) -> BuildOutcome:
     builder.ingredients.prove(builder.manifest, builder.run)
-    stages = stages_of(builder.config.unit)
-    for stage in stages[stages.index(first) :]:
+    names = stages_of(builder.config.unit)
+    for stage in names[names.index(first) :]:
         _STEPS[stage](builder)
         if stage == builder.run.until:
             break

@@ -23,15 +23,26 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import writer_lock
-from retrodb.manifest import DAMAGE_REPORT, MANIFEST_NAME, SPANS_STAGE, WORK_FOLDER, Manifest, taken_from
+from retrodb.manifest import (
+    DAMAGE_REPORT,
+    MANIFEST_NAME,
+    SPANS_STAGE,
+    WORK_FOLDER,
+    Manifest,
+    Version,
+    taken_from,
+    version_folder,
+)
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
 from retrodb.spans.taggers import resolve_taggers
 from retrodb.spans.wordpieces import load_wordpieces
 from retrodb.storage import Storage
+from retrodb.versions import VersionStorage, next_version, now, publish
 
 _SMALL_TAG_DOCUMENTS: Final = 50
 _MADE_OF: Final = ("documents", "chunks")
+_TABLES: Final = stages.STAGE_TABLES[SPANS_STAGE]
 
 
 def build_spans(
@@ -63,7 +74,8 @@ def build_spans(
         with writer_lock(out):
             end_leftover_job(out, progress)
             mend_manifest(out, progress)
-            builder = _builder(out, run, progress, runner)
+            place = _place(out)
+            builder = _builder(place, run, progress, runner)
             _refuse_unfit(builder)
             where = encoder or _encoder(builder)
             wordpieces = load_wordpieces(where)
@@ -77,6 +89,8 @@ def build_spans(
             known = [*identities, import_identity(files)] if files else identities
             chunk = builder.manifest.stages["chunk"].fingerprint
             _run(builder, stages.spans_parts(chunk, settings, known, wordpieces.fingerprint), work, files)
+            if isinstance(place, VersionStorage):
+                _publish(out, place, builder)
             return BuildOutcome(
                 builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
             )
@@ -84,9 +98,36 @@ def build_spans(
         runner.close()
 
 
+def _place(out: Storage) -> Storage:
+    """Where the tables go: into the database itself, or, where it has versions, into the next one."""
+    current = Manifest.load_whole(out)
+    if current is None or not current.versions:
+        return out
+    view = VersionStorage(out.url, next_version(current))
+    version = Version(view.version, current.version.id, "spans", current.version.step)
+    start = replace(current, version=version, versions=())
+    try:
+        left = Manifest.load_whole(view)
+    except (InputError, DamagedError):
+        left = None
+    if left is None or replace(left.without([SPANS_STAGE], _TABLES), fingerprints={}) != replace(
+        start.without([SPANS_STAGE], _TABLES), fingerprints={}
+    ):
+        view.delete_folder(version_folder(view.version))
+        start.save(view)
+    return view
+
+
+def _publish(out: Storage, view: VersionStorage, builder: Builder) -> None:
+    if builder.done:
+        publish(out, replace(builder.manifest, version=replace(builder.manifest.version, created=now())))
+    else:
+        view.delete_folder(version_folder(view.version))
+
+
 def _builder(out: Storage, run: RunSettings, progress: Progress, runner: Any) -> Builder:
     """A builder that needs no inputs: the settings of the database are those it has."""
-    builder = Builder((), out, BuildConfig(), run, progress, Ingredients(None, "", None), runner)
+    builder = Builder((), out, BuildConfig(), run, progress, Ingredients(None, "", None), runner, _TABLES)
     with taken_from(out.describe(MANIFEST_NAME)):
         builder.config = BuildConfig(**builder.manifest.config)
     return builder

@@ -121,6 +121,10 @@ class Storage:
         """Where a table's file, or a report, of this relative path is written: here, under that very path."""
         return relative
 
+    def owns(self, relative: str) -> bool:
+        """Whether a recorded file is this writer's to delete."""
+        return True
+
     def describe(self, file: File) -> str:
         """A file as a person would name it, for messages."""
         return posixpath.join(self.url, path_of(file))

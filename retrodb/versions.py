@@ -60,6 +60,9 @@ class VersionStorage(Storage):
     def placed(self, relative: str) -> str:
         return self._own(relative, (*TABLES, REPORTS_FOLDER))
 
+    def owns(self, relative: str) -> bool:
+        return relative.startswith(f"{version_folder(self.version)}/")
+
     def path(self, relative: str) -> str:
         return super().path(self._own(relative, _CONTROL))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from retrodb.schemas import NULL_ID
-from support import Progress, Running, build_here, manifest_of, retrodb
+from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps
 
 import retrodb as package
 from retrodb.corpus.quickstart import quickstart_lines
@@ -104,6 +104,27 @@ def test_the_warm_start_takes_a_sentence_out_of_its_block(first: Path) -> None:
             places = [at for at in range(len(block) + 1) if (*block[:at], *query, *block[at:]) in bodies]
             assert places, "the sentence, put back, makes a block"
     assert 0 < kept < 30
+
+
+def test_other_spans_of_a_database_with_versions_are_a_version_of_their_own(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    again = make_tiny_encoder(tmp_path / "again", seed=5)
+    assert retrodb("refresh", database, "--encoder", again, "--workers", 1, "--json").json["version"] == 2
+    before = stamps(database)
+    assert retrodb("spans", database, "--mask", "random-span", "--workers", 1).code == 0
+    assert stamps(database) == before, "they are there: nothing to do"
+    ran = retrodb("spans", database, "--mask", "random-token", "--workers", 1)
+    assert ran.code == 0, ran.err
+    assert manifest_of(database)["version"]["made_by"] == "spans"
+    for version in (1, 2, 3):
+        db = package.open(str(database), version=version)
+        assert verify_database(db, 1.0).problems == ()
+        masked = {int(n) for batch in db.queries(batch=9) for n in batch.span_ids}
+        assert masked == {-1}
+    assert {shard["path"].split("/")[0] for shard in manifest_of(database)["tables"]["queries"]["shards"]} == {
+        "versions"
+    }
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
