@@ -206,6 +206,19 @@ def test_the_command_prints_the_figures_with_their_sources_and_refuses_nonsense(
         assert "Traceback" not in refused.err
 
 
+def test_what_it_takes_from_the_code_is_what_the_code_has():
+    from retrodb.pipelines import search
+
+    from retrodb.neighbours import rounds, sources
+    from retrodb.planning import figures, scale
+    from retrodb.quality.leakage import NEAREST
+
+    assert scale._BLOCK_QUERIES == search.BLOCK_QUERIES
+    assert scale._REPORTED_NEIGHBOURS == NEAREST
+    assert figures.SELECT_BYTES == sources.VECTOR_CACHE_BYTES
+    assert figures.COMBINE_BYTES == 1_000 * rounds.PIECE_BYTES
+
+
 def test_the_table_of_the_scale_page_is_made_by_the_plan():
     assert scale_page_table() in DOCS.read_text(encoding="utf-8")
 
