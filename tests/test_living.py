@@ -17,6 +17,7 @@ from retrodb.corpus.selection import Condition, Selection
 from retrodb.database import Database
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, LockedError, UsageError
+from retrodb.evaluation.exact import exact_search
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.storage import Storage
@@ -105,6 +106,8 @@ def test_delete_C2_masks_search_neighbours_documents_and_chunks_at_once(database
                     look(chunk)
         else:
             assert now.neighbours(chunk) == [one for one in before if one.document_id != victim.document_id]
+    exact = exact_search(now, query[None, :], 30)[0].tolist()
+    assert exact == found + [-1] * (30 - len(found))
     assert sum(table.num_rows for table in now.chunks()) == len(old) - len(gone)
     with pytest.raises(InputError, match="was deleted"):
         now.document(victim.document_id)

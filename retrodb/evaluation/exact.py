@@ -35,7 +35,7 @@ def exact_search(database: Database, queries: np.ndarray, k: int) -> np.ndarray:
 
 
 def _retrievable(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks that an index holds: none of validation."""
+    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks that may be found: none of validation, none deleted."""
     manifest, storage = database.manifest, database.storage
     documents = {shard.number: shard for shard in manifest.shards("documents")}
     for shard in manifest.shards("chunks"):
@@ -43,7 +43,7 @@ def _retrievable(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         owners = storage.read_table(documents[shard.number], ["document_id", "split"])
         training = owners["document_id"].filter(pc.equal(owners["split"], "train")).to_numpy()
         chunk_ids = chunks["chunk_id"].to_numpy()
-        kept = np.isin(chunks["document_id"].to_numpy(), training)
+        kept = np.isin(chunks["document_id"].to_numpy(), training) & ~database.deletions.of_chunks(chunk_ids)
         vectors = database.embeddings(shard.number)
         for start in range(0, len(chunk_ids), _VECTORS_AT_ONCE):
             rows = slice(start, start + _VECTORS_AT_ONCE)
