@@ -1,6 +1,8 @@
 """REALM's pre-training: a trainer and a refresher that share a database, and what a step is made of."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -165,6 +167,31 @@ def test_a_trainer_and_a_refresher_share_a_database_and_either_may_die(
         null = model.retriever.null().numpy()[0]
     np.testing.assert_allclose(db._candidates.null_vector.astype(np.float32), null, atol=2e-2, rtol=2e-2)
     assert retrodb("realm", database, *flags, "--json").json["step"] == 12, "a second time there is nothing to do"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guide_run(
+    first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "realm.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {"wikipedia.jsonl.gz": str(first.parent / "topics.jsonl"), "path/to/encoder": str(tiny_encoder)}
+    fewer = {
+        "build": ["--chunk-tokens", "64"],
+        "spans": ["--mask", "random-span"],
+        "refresh": ["--poll", "0.1"],
+        "realm": ["--start", str(tiny_encoder), "--steps", "2", "--cloze-steps", "1", "--batch", "2"],
+    }
+    beside = []
+    for line in "".join(re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)).splitlines():
+        words = [names.get(word, word) for word in shlex.split(line, comments=True)[1:]]
+        if words[-1] == "&":
+            beside.append(Running.start(*words[:-1], *fewer[words[0]]))
+            continue
+        ran = retrodb(*words, *fewer.get(words[0], []))
+        assert ran.code == 0, (line, ran.err)
+    assert [running.end() for running in beside] == [0]
+    assert manifest_of(tmp_path / "wiki")["version"]["step"] == 2
 
 
 def test_what_cannot_be_trained_on_is_refused_in_words(

@@ -35,7 +35,7 @@ def exact_search(database: Database, queries: np.ndarray, k: int) -> np.ndarray:
 
 
 def _retrievable(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks that may be found: none of validation, none deleted."""
+    """Chunk ids int64 [n] and vectors float16 [n, d] of what may be found: no validation chunk, none deleted."""
     manifest, storage = database.manifest, database.storage
     documents = {shard.number: shard for shard in manifest.shards("documents")}
     for shard in manifest.shards("chunks"):
