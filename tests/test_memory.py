@@ -117,6 +117,22 @@ def test_embedding_fits_a_limit_below_the_size_of_the_text(tmp_path):
     assert found["text_mb"] > 1.2 * EMBED_LIMIT_MB, "the limit is no limit"
 
 
+INDEX_LIMIT_MB = 64
+
+
+@pytest.mark.slow
+@on_linux
+def test_an_index_is_trained_and_added_to_under_a_limit_below_its_size(tmp_path):
+    """Of one index shard a group at a time; all in one group, which shows that the limit bites, do not fit."""
+    done = under_limit("index_under_limit.py", tmp_path / "groups", 40, INDEX_LIMIT_MB, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["added"] == 40 * 4_000
+    assert found["index_mb"] > 2 * INDEX_LIMIT_MB, "the limit is no limit"
+    done = under_limit("index_under_limit.py", tmp_path / "one", 40, INDEX_LIMIT_MB, 40)
+    assert ran_out_of_memory(done), (done.returncode, done.stderr[-2000:])
+
+
 JOIN_LIMIT_MB = 32
 
 
