@@ -32,7 +32,7 @@ Five models a seed. **Equal tokens**: RETRO against the base, which took the sam
 against a base that saw as many tokens as RETROfit and the base it started from. **Equal compute**: both against a base
 trained for as many floating point operations as RETRO (counted by torch over a step); base and RETROfit together cost
 the same. The **control** has random chunks of other documents in place of the neighbours. Few seeds say little about
-how much seeds differ: a small difference between two models may be theirs, unlike one between two conditions of a model.
+how much seeds differ: a small difference between two models may be theirs, not so one between two conditions of one.
 """
 
 
