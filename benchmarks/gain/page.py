@@ -31,7 +31,8 @@ difference".
 Five models a seed. **Equal tokens**: RETRO against the base, which took the same steps over the same rows; RETROfit
 against a base that saw as many tokens as RETROfit and the base it started from. **Equal compute**: both against a base
 trained for as many floating point operations as RETRO (counted by torch over a step); base and RETROfit together cost
-the same. The **control** has random chunks of other documents in place of the neighbours.
+the same. The **control** has random chunks of other documents in place of the neighbours. Few seeds say little about
+how much seeds differ: a small difference between two models may be theirs, not so one between two conditions of one.
 """
 
 
@@ -236,8 +237,8 @@ def _shown(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
     if estimate.interval is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.interval[0]:.3f}, {estimate.interval[1]:.3f}]"
+        return f"{estimate.value:.4f}"
+    return f"{estimate.value:.4f} [{estimate.interval[0]:.4f}, {estimate.interval[1]:.4f}]"
 
 
 def _verdict(gain: Estimate | None) -> str:
