@@ -1,11 +1,15 @@
 """``retrodb plan``: what it says of a size is what builds of that size show; and nonsense is refused."""
 
+import contextlib
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
-from support import build_here, corpus, manifest_of, retrodb, shards_of, write_jsonl
+from support import Progress, always_use_workers, build_here, corpus, manifest_of, retrodb, shards_of, write_jsonl
 
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, UsageError
@@ -179,6 +183,45 @@ def test_what_it_says_of_a_size_is_what_a_build_of_that_size_shows(
     if source == "wiki_large":  # long documents are asked again, and the plan counts what is asked once
         assert found.pop(("shuffle", "neighbours, candidates")) < 1
     assert {where: ratio for where, ratio in found.items() if not 1 - WITHIN < ratio < 1 + WITHIN} == {}
+
+
+PLANNED_AS = {
+    "chunk": "corpus, chunk",
+    "embed": "embed",
+    "neighbours": "neighbours",
+    "training": "training",
+    "report": "report",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_worker_of_each_stage_holds_what_the_plan_says(quickstart_corpus, tmp_path, monkeypatch):
+    """The default encoder on real text: the peak of the worker processes of each stage, as the kernel counts it."""
+    always_use_workers(monkeypatch)
+    at = {"stage": ""}
+    peaks: Counter[str] = Counter()
+    monkeypatch.setattr(Progress, "begin", lambda self, stage, *rest: at.update(stage=stage))
+    over = threading.Event()
+
+    def watch():
+        me = psutil.Process()
+        while not over.wait(0.02):
+            for child in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error, OSError):
+                    peaks[at["stage"]] = max(peaks[at["stage"]], child.memory_info().rss)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        build_here([quickstart_corpus], tmp_path / "db", shard_bytes="32KB", workers=2)
+    finally:
+        over.set()
+        watching.join()
+    counts = manifest_of(tmp_path / "db")["stages"]["chunk"]["counts"]
+    plan = plan_build(Assumed(counts["tokens"], encoder_size("all-MiniLM-L6-v2"), shard_bytes=32_000))
+    found = {stage: plan.value("memory per worker", name) / peaks[stage] for stage, name in PLANNED_AS.items()}
+    assert {stage: ratio for stage, ratio in found.items() if not 1 - WITHIN < ratio < 1 + WITHIN} == {}, dict(peaks)
 
 
 def _lines(source: str, path: Path) -> Path:

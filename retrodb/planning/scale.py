@@ -209,15 +209,17 @@ def _memory(a: Assumed, choice: KeyChoice, index: _Index) -> dict[str, Figure]:
     k = a.training_neighbours
     row = a.chunk_tokens * a.token_bytes
     stages = {
-        "corpus, chunk": 3 * text,
+        "corpus, chunk": f.TOKENIZER_BYTES + 3 * text,
         "embed": f.TORCH_BYTES + weights + 2 * text + rows * 2 * dimension,
         "index, training": 6 * choice.training_vectors * dimension,
         "index, adding": index.template_bytes + index.largest * index.vector_bytes + rows * 2 * dimension,
-        "neighbours": held + rows * (2 * dimension + 20 * a.neighbours) + f.COMBINE_BYTES + f.SELECT_BYTES,
+        "neighbours": held
+        + rows * (2 * dimension + 20 * a.neighbours)
+        + min(f.COMBINE_BYTES + f.SELECT_BYTES, 8 * dimension * a.chunks),
         "training": rows * row * (2 + 3 * 2 * k),
         "report": rows * row * (2 + 2 * 2 * _REPORTED_NEIGHBOURS),
     }
-    note = f"{BENCHMARKS} for an idle worker ({f.WORKER_BYTES / 1e6:,.0f} MB); the rest {CODE}"
+    note = f"{BUILD} for an idle worker ({f.WORKER_BYTES / 1e6:,.0f} MB); the rest {CODE}"
     return {name: Figure(round(f.WORKER_BYTES + size), "bytes", note) for name, size in stages.items()}
 
 
