@@ -94,6 +94,8 @@ class Builder:
     runner: Runner
     tables: Sequence[str] = TABLES
     """Those whose folders are this build's to clear: of a later version, its own alone."""
+    first_shard: int = 0
+    """The number of the first document shard: of documents that join others, the first that is free."""
     manifest: Manifest = field(init=False)
     executor: Executor = field(init=False)
     damage: dict[str, set[int]] = field(init=False)

@@ -86,7 +86,7 @@ def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[R
     written = storage.commit_table(shard_path("chunks", number), chunks, CHUNK_ROW_GROUP)
     finished = finished_documents(documents, pa.array(counts), settings.keep_text)
     # Beside those that are recorded, which readers still see: all of them change places when the stage is done.
-    place = shard_path("documents", number)
+    place = storage.placed(shard_path("documents", number))
     documents_written = storage.commit_table(book.staged(place), finished, DOCUMENT_ROW_GROUP)
     yield Receipt(
         number,

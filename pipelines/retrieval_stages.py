@@ -143,7 +143,7 @@ def settle_template(
 def build_neighbours(builder: Builder) -> None:
     """Every chunk's neighbours, and the recall they were found with."""
     index = builder.manifest.stages["index"]
-    choice = KeyChoice(**{name: index.details[name] for name in _CHOICE_FIELDS}, estimated_bytes=0)
+    choice = KeyChoice(**{name: index.details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
     parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     damaged = builder.damage.get("neighbours", set())
     current = builder.is_current("neighbours", parts)
@@ -198,7 +198,7 @@ def write_recall_report(builder: Builder, state: StageState) -> str:
     return builder.storage.commit_json(RECALL_REPORT, state.facts).sha256
 
 
-_CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")
+CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")
 
 
 def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:

@@ -116,10 +116,10 @@ def chunk_parts(dedup: str, config: BuildConfig, tokenizer: str, pairs: PairTemp
 
 def embed_parts(chunk: Mapping[str, Any], encoder: EncoderIdentity) -> dict[str, Any]:
     """The vectors depend on the chunks, not on whether the documents' text is kept."""
-    return {"code": _CODE["embed"], "chunks": fingerprint(_chunks_of(chunk)), "encoder": encoder.fingerprint}
+    return {"code": _CODE["embed"], "chunks": fingerprint(chunks_of(chunk)), "encoder": encoder.fingerprint}
 
 
-def _chunks_of(chunk: Mapping[str, Any]) -> dict[str, Any]:
+def chunks_of(chunk: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the chunk stage that reach the chunks."""
     return {name: value for name, value in chunk.items() if name != "text"}
 
@@ -192,7 +192,7 @@ def undone_by(manifest: Manifest, stage: str, parts: Mapping[str, Any]) -> tuple
     Keeping the documents' text or not changes the documents alone: vectors made from the same chunks stay.
     """
     embed = manifest.stages.get("embed")
-    if stage == "chunk" and embed is not None and embed.made_from.get("chunks") == fingerprint(_chunks_of(parts)):
+    if stage == "chunk" and embed is not None and embed.made_from.get("chunks") == fingerprint(chunks_of(parts)):
         return (stage, SPANS_STAGE)
     return downstream(stage)
 

@@ -48,7 +48,7 @@ def build_corpus(builder: Builder) -> None:
     """documents and quarantine."""
     config = builder.config
     scans = scan_inputs(builder)
-    layout = plan(scans, config.shard_bytes)
+    layout = plan(scans, config.shard_bytes, builder.first_shard)
     parts = stages.corpus_parts(scans, config, layout.shard_bytes)
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
     split_of = FractionSplit(config.validation_fraction, config.seed) if config.validation_fraction else all_train

@@ -49,9 +49,11 @@ class VersionStorage(Storage):
     """
 
     version: int = field(default=FIRST_VERSION)
+    step: str = ""
+    """A part of the version that is made by itself: its manifest, reports and receipts lie in a folder of this name."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return VersionStorage, (self.url, self.version)
+        return VersionStorage, (self.url, self.version, self.step)
 
     def _own(self, relative: str, folders: Sequence[str]) -> str:
         folder = version_folder(self.version)
@@ -63,15 +65,23 @@ class VersionStorage(Storage):
     def owns(self, relative: str) -> bool:
         return relative.startswith(f"{version_folder(self.version)}/")
 
+    def _control(self, relative: str) -> str:
+        if not self.step or relative.split("/", 1)[0] not in _CONTROL:
+            return self._own(relative, _CONTROL)
+        return f"{version_folder(self.version)}/{self.step}/{relative}"
+
     def path(self, relative: str) -> str:
-        return super().path(self._own(relative, _CONTROL))
+        return super().path(self._control(relative))
 
     def describe(self, file: File) -> str:
-        return super().describe(self._own(path_of(file), _CONTROL))
+        return super().describe(self._control(path_of(file)))
 
     def commit(self, relative: str, write: Callable[[HashingWriter], None]) -> Committed:
         """As `Storage.commit`; what it returns has the path where the file lies."""
         return super().commit(self._own(relative, TABLES), write)
+
+    def delete_folder(self, relative: str) -> None:
+        super().delete_folder(self._own(relative, TABLES))
 
     def list_files(self, relative: str) -> list[str]:
         return super().list_files(self._own(relative, TABLES))

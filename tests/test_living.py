@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Progress, build_here, manifest_of, retrodb, rows_of, save_manifest, stamps, table_of
+from support import Progress, Running, build_here, manifest_of, retrodb, rows_of, save_manifest, stamps, table_of
 
 import retrodb as package
 from retrodb.corpus.quickstart import quickstart_lines
@@ -281,3 +281,116 @@ def test_verify_names_a_table_of_deleted_documents_that_is_wrong(database: Path)
     named = [problem for problem in problems(database) if problem.startswith("versions/2/deleted/00000.parquet")]
     assert any("n_chunks" in problem for problem in named)
     assert any("first chunk" in problem for problem in named)
+
+
+# -- addition ----------------------------------------------------------------------------------------------------------
+
+ADDED = {"shard_bytes": "8KiB", "sequence_tokens": 256, "neighbours": 4}
+TABLES = ("documents", "chunks", "neighbours", "training", "leakage")
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two files of real text, each larger than a shard."""
+    folder = tmp_path_factory.mktemp("halves")
+    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][:9]
+    for name, some in (("a", lines[:6]), ("b", lines[6:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(some) + "\n", encoding="utf-8")
+    return folder / "a.jsonl", folder / "b.jsonl"
+
+
+@pytest.fixture(scope="module")
+def old(halves: tuple[Path, Path], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of the first half. Do not change it."""
+    out = tmp_path_factory.mktemp("old") / "db"
+    build_here([halves[0]], out, encoder=str(tiny_encoder), **ADDED)
+    return out
+
+
+@pytest.fixture(scope="module")
+def everything(halves: tuple[Path, Path], tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that was built of both. Do not change it."""
+    out = tmp_path_factory.mktemp("all") / "db"
+    build_here(halves, out, encoder=str(tiny_encoder), **ADDED)
+    return out
+
+
+def added(database: Path, *inputs: Path) -> object:
+    """Add in this process."""
+    from retrodb.pipelines.add import add
+
+    from retrodb.config import RunSettings
+    from retrodb.corpus import expand_inputs
+
+    listing = expand_inputs([str(path) for path in inputs])
+    return add(Storage(str(database)), listing.files, RunSettings(workers=1), Progress())
+
+
+def test_add_C2_then_read_equals_build_all_then_read(
+    old: Path, everything: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    database = shutil.copytree(old, tmp_path / "db")
+    files = {path: stamp for path, stamp in stamps(database).items() if "manifest" not in path}
+    before = package.open(str(database))
+    found = before.search("how are names bound", k=5)
+    done = added(database, halves[1])
+    assert (done.version, done.documents) == (2, 3)
+    assert done.changed > 0
+    for table in TABLES:
+        ours, theirs = table_of(database, table), table_of(everything, table)
+        assert ours.equals(theirs), table
+    vectors = [
+        np.concatenate([np.load(d / shard["path"]) for shard in manifest_of(d)["tables"]["embeddings"]["shards"]])
+        for d in (database, everything)
+    ]
+    assert np.array_equal(*vectors)
+    after, whole = package.open(str(database)), package.open(str(everything))
+    for k in (1, 7, 40):
+        assert after.search("how are names bound", k=k) == whole.search("how are names bound", k=k)
+    assert after.summary()["documents"]["kept"] == whole.summary()["documents"]["kept"] == 9
+    left, right = (db.manifest.stages["report"].details for db in (after, whole))
+    assert (left["histograms"], left["worst"]) == (right["histograms"], right["worst"])
+    assert {path: stamps(database)[path] for path in files} == files, "nothing that was there is written"
+    assert before.search("how are names bound", k=5) == found, "who reads version 1 goes on with it"
+    assert problems(database) == problems(database, version=1) == []
+
+
+def test_add_C2_killed_leaves_one_version_and_goes_on(
+    old: Path, everything: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    database = shutil.copytree(old, tmp_path / "db")
+    for moment in ("chunks", "neighbours"):
+        running = Running.start("add", database, halves[1], "--workers", 1)
+        running.wait_for((database / "versions" / "2" / moment).exists)
+        running.kill()
+        assert package.open(str(database)).version == 1
+        assert problems(database) == []
+    ran = retrodb("add", database, halves[1], "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["version"] == 2
+    for table in TABLES:
+        assert table_of(database, table).equals(table_of(everything, table)), table
+    assert problems(database) == []
+    assert not list((database / "versions/2").rglob(".build"))
+    assert not (database / "versions/2/added").exists()
+
+
+def test_an_addition_that_cannot_be_meant_changes_nothing(
+    old: Path, halves: tuple[Path, Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    database = shutil.copytree(old, tmp_path / "db")
+    before = stamps(database)
+    with pytest.raises(InputError, match="is in .* already"):
+        added(database, halves[0])
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(InputError):
+        added(database, tmp_path / "empty.jsonl")
+    for path, stamp in before.items():
+        assert stamps(database)[path] == stamp
+    assert package.open(str(database)).version == 1
+    assert problems(database) == []
+    build_here([halves[0]], tmp_path / "near", encoder=str(tiny_encoder), exclude="cluster", **ADDED)
+    with pytest.raises(InputError, match="--exclude cluster"):
+        added(tmp_path / "near", halves[1])
+    with pytest.raises(InputError, match="is not a retrodb database"):
+        added(tmp_path / "nothing", halves[1])

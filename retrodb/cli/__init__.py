@@ -1,4 +1,4 @@
-"""The command line, one small module a command: ``retrodb build | refresh | delete | gc | plan | info | verify |
+"""The command line, one small module a command: ``retrodb build | refresh | add | delete | gc | plan | info | verify |
 query | show | export | index merge``, and ``train | retrofit | evaluate | generate`` of the reference model.
 
 One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that
@@ -25,7 +25,7 @@ from retrodb.cli.evaluate_retrieval import evaluate_retrieval
 from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
-from retrodb.cli.living import delete
+from retrodb.cli.living import add, delete
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
 from retrodb.cli.realm import realm
@@ -47,6 +47,7 @@ app = typer.Typer(
 for command in (
     build,
     refresh,
+    add,
     delete,
     gc,
     plan,

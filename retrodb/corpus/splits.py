@@ -118,10 +118,11 @@ def default_shard_bytes(total: int) -> int:
     return min(max(size, -(-total // MANY_SHARDS)), LARGEST_SHARD_BYTES)
 
 
-def plan(files: Sequence[ScannedFile], shard_bytes: int | None = None) -> Plan:
+def plan(files: Sequence[ScannedFile], shard_bytes: int | None = None, first: int = 0) -> Plan:
     """Lay ``files`` out, in the order given, over shards of about ``shard_bytes`` (None: `default_shard_bytes`).
 
     Training files come first, and set the default size: a validation corpus beside them moves none of their shards.
+    Shards are numbered from ``first`` on.
 
     Raises:
         InputError: ``shard_bytes`` is not positive.
@@ -130,7 +131,7 @@ def plan(files: Sequence[ScannedFile], shard_bytes: int | None = None) -> Plan:
         raise InputError(f"the size of a document shard is {shard_bytes} bytes: it must be at least 1.")
     training = [file for file in files if file.split == TRAIN]
     target = default_shard_bytes(sum(map(_weight, training))) if shard_bytes is None else shard_bytes
-    layout = _Layout(target)
+    layout = _Layout(target, _number=first)
     for file in training:
         layout.place(file)
     layout.close()
