@@ -30,6 +30,7 @@ from retrodb.manifest import (
     REPORT_SHA256,
     REPORTS_FOLDER,
     STAGE_REPORTS,
+    STAGES,
     TABLES,
     TRAINED_TOKENIZER,
     WORK_FOLDER,
@@ -40,7 +41,7 @@ from retrodb.manifest import (
     is_of_a_table,
 )
 from retrodb.storage import TEMPORARY_PREFIX, Storage
-from retrodb.units import is_complete
+from retrodb.units import is_complete, tables_of
 
 _PACKAGES: Final = (
     "apache-beam",
@@ -298,7 +299,10 @@ class Builder:
         """Remove what no finished stage recorded: leftovers of killed writers, of earlier settings, of damage."""
         recorded = {shard.path for shards in self.manifest.tables.values() for shard in shards}
         gone = []
-        for table in self.tables:
+        # A folder that nobody ever wrote to is not asked for: each costs an object store two requests.
+        made = {table for stage in STAGES for table in stages.STAGE_TABLES[stage]}
+        made &= set(tables_of(self.config.unit))
+        for table in [table for table in self.tables if table in made or table in self.manifest.tables]:
             gone += [path for path in self.storage.list_below(table) if path not in recorded and is_of_a_table(path)]
         outdated = set(self._outdated_files())
         for folder in ("", REPORTS_FOLDER):

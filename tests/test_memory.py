@@ -40,7 +40,8 @@ def under_limit(script, *arguments):
         text=True,
         check=False,
         timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
+        # How many arenas glibc makes for threads, and what each keeps, is a matter of chance.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "MALLOC_ARENA_MAX": "1"},
     )
 
 
@@ -103,14 +104,14 @@ def test_a_limit_below_one_shard_does_stop_a_stage(tmp_path):
     assert ran_out_of_memory(done), (done.returncode, done.stderr[-2000:])
 
 
-EMBED_LIMIT_MB = 24
+EMBED_LIMIT_MB = 32
 
 
 @pytest.mark.slow
 @on_linux
 def test_embedding_fits_a_limit_below_the_size_of_the_text(tmp_path):
     """Without the code that oneDNN keeps for each shape of a batch, up to 100 MB: here for sixteen shapes alone."""
-    done = stages_under_limit(tmp_path, "words", 500, {"embed": EMBED_LIMIT_MB})
+    done = stages_under_limit(tmp_path, "words", 700, {"embed": EMBED_LIMIT_MB})
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["stages"][-1] == "embed"

@@ -130,7 +130,7 @@ def test_requests_of_a_build_are_counted_in_shards(built: Built) -> None:
     assert built.requests["PUT" if "PUT" in built.requests else "POST"] <= 3 * built.shards + 25
     assert built.requests["GET"] <= 3 * built.shards + 40
     assert built.requests["HEAD"] <= 4 * built.shards
-    assert built.requests["LIST"] <= built.shards + 100
+    assert built.requests["LIST"] <= 2 * built.shards + 100
     assert sum(built.requests.values()) <= 14 * built.shards + 100
 
 

@@ -241,6 +241,8 @@ def _expand_remote(given: str, url: str, found: _Found) -> bool:
             return _add_all(remote.matches(matches, fixed), found)
     except InputError:
         raise
+    except FileNotFoundError:
+        pass  # what gcsfs says of a bucket that does not exist, where s3fs finds nothing
     except Exception as error:  # s3fs, gcsfs and http raise their own
         raise InputError(f"cannot list {given!r}: {type(error).__name__}: {error}.") from error
     if not remote.chain and has_buckets(filesystem):
