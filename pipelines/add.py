@@ -7,65 +7,41 @@ Training shards and leakage are made anew where neighbours changed. With an exac
 build of everything would find.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import apache_beam as beam
-import numpy as np
-from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import build_dedup
-from retrodb.pipelines.index import IndexSettings
+from retrodb.pipelines.extend import extend_index, extend_neighbours, extend_report, extend_training
+from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, resolve
-from retrodb.pipelines.integrity import damaged_shards, mend_manifest
-from retrodb.pipelines.leakage import WORST_PAIRS
 from retrodb.pipelines.progress import Progress
-from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.report_stage import build_report
-from retrodb.pipelines.retrieval_stages import CHOICE_FIELDS, build_neighbours, build_training, search_settings
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
-from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
-from retrodb.pipelines.shards import ShardFiles, shard_files, validation_chunks
-from retrodb.pipelines.tasks import DealOut, Task, finish
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
-from retrodb.errors import DamagedError, InputError
-from retrodb.index import KeyChoice, bytes_per_vector, group_shards
-from retrodb.lock import writer_lock
+from retrodb.errors import InputError
 from retrodb.manifest import (
-    LARGEST_NORM,
     MANIFEST_NAME,
-    TEMPLATE_NUMBER,
     VERSIONED_TABLES,
     Manifest,
-    Shard,
     StageState,
     Version,
     fingerprint,
     taken_from,
     version_folder,
 )
-from retrodb.neighbours import from_table
-from retrodb.neighbours.table import Neighbours
-from retrodb.quality.leakage import histograms, worst_rows
 from retrodb.storage import Storage
-from retrodb.training.columns import lists, scalars
-from retrodb.training.shards import VALIDATION_ROWS
-from retrodb.units import is_complete
 from retrodb.versions import VersionStorage, load_version, next_version, now, publish
 
 _NEW: Final = "added"
 _TEXT_TABLES: Final = ("documents", "quarantine", "duplicates", "chunks")
-_SMALL_VECTORS: Final = 30_000
-_SMALL_QUERIES: Final = 6_000
-_ROW_GROUP: Final = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -97,30 +73,19 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
         RecallError: the index, with what is new, stays below the recall gate; the current version stays.
         WorkerError: a worker failed; what was finished is kept.
     """
-    if Manifest.recover(out) is None:
-        out.check_bucket()
-        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in inputs)])
-    try:
-        with writer_lock(out):
-            end_leftover_job(out, progress)
-            mend_manifest(out, progress)
-            current = Manifest.load_whole(out)
-            if current is None or not is_complete(current):
-                raise InputError(f"{out.url} is not finished: run its build to the end before documents are added.")
-            with taken_from(out.describe(MANIFEST_NAME)):
-                config = BuildConfig.model_validate(current.config)
-            _refuse_unfit(out, current, config)
-            _refuse_damaged(out, current)
-            number = next_version(current)
-            new = _build_new(out, number, current, config, inputs, run, progress, runner)
-            return _join(out, number, current, config, new, run, progress, runner)
-    finally:
-        runner.close()
+    with contextlib.closing(runner), held(out, progress) as current:
+        refuse_unfinished(out, current, "documents are added")
+        with taken_from(out.describe(MANIFEST_NAME)):
+            config = BuildConfig.model_validate(current.config)
+        _refuse_unfit(out, config)
+        refuse_damaged(out, current)
+        addition = _Addition(out, next_version(current), current, config, run, progress, runner)
+        return addition.joined(addition.new(inputs))
 
 
-def _refuse_unfit(out: Storage, current: Manifest, config: BuildConfig) -> None:
+def _refuse_unfit(out: Storage, config: BuildConfig) -> None:
     """What an addition cannot keep true is refused.
 
     Raises:
@@ -140,47 +105,70 @@ def _refuse_unfit(out: Storage, current: Manifest, config: BuildConfig) -> None:
         )
 
 
-def _refuse_damaged(out: Storage, current: Manifest) -> None:
-    damage = damaged_shards(out, current)
-    paths = [s.path for table, numbers in damage.items() for s in current.shards(table) if s.number in numbers]
-    if paths:
-        raise DamagedError(f"{', '.join(paths[:3])}{' and others' if paths[3:] else ''} of {out.url} are damaged.")
+@dataclass
+class _Addition:
+    """One addition under way, as the version ``number`` of the database ``out``."""
 
+    out: Storage
+    number: int
+    current: Manifest
+    config: BuildConfig
+    run: RunSettings
+    progress: Progress
+    runner: Runner
 
-# -- what is new, by itself --------------------------------------------------------------------------------------------
+    def new(self, inputs: Sequence[InputFile]) -> Manifest:
+        """The text and the vectors of what is new: a database that stops after the encoder, numbered behind what is
+        there.
 
+        Raises:
+            InputError: an input is in the database already, or holds no document.
+        """
+        recorded = self.current.fingerprints["tokenizer"]
+        tokenizer = _tokenizer(self.out, recorded, self.config.tokenizer)
+        config = self.config.model_copy(update={"validation": (), "tokenizer": tokenizer})
+        place = VersionStorage(self.out.url, self.number, _NEW)
+        lay_out(place, Manifest(), lambda left: True, self.progress)
+        ingredients = _ingredients(config, self.run, recorded, self.current)
+        builder = Builder(
+            inputs,
+            place,
+            config,
+            self.run,
+            self.progress,
+            ingredients,
+            self.runner,
+            (*_TEXT_TABLES, "embeddings"),
+            next_shard(self.out, self.current),
+        )
+        for step in (build_corpus, build_dedup, build_chunks, build_embeddings):
+            step(builder)
+            if step is build_corpus:
+                _refuse_known(self.out, self.current, builder.manifest)
+        builder.clean_up()
+        return builder.manifest
 
-def _build_new(
-    out: Storage,
-    number: int,
-    current: Manifest,
-    config: BuildConfig,
-    inputs: Sequence[InputFile],
-    run: RunSettings,
-    progress: Progress,
-    runner: Runner,
-) -> Manifest:
-    """The text and the vectors of what is new: a database that stops after the encoder, numbered behind what is there.
-
-    Raises:
-        InputError: an input is in the database already, or holds no document.
-    """
-    recorded = current.fingerprints["tokenizer"]
-    config = config.model_copy(update={"validation": (), "tokenizer": _tokenizer(out, recorded, config.tokenizer)})
-    place = VersionStorage(out.url, number, _NEW)
-    end_leftover_job(place, progress)
-    if Manifest.load(place) is None:
-        place.delete_folder(version_folder(number))  # of an addition that was killed before it began, or of a refresh
-        Manifest().save(place)
-    ingredients = _ingredients(config, run, recorded, current)
-    first = next_shard(out, current)
-    builder = Builder(inputs, place, config, run, progress, ingredients, runner, (*_TEXT_TABLES, "embeddings"), first)
-    for step in (build_corpus, build_dedup, build_chunks, build_embeddings):
-        step(builder)
-        if step is build_corpus:
-            _refuse_known(out, current, builder.manifest)
-    builder.clean_up()
-    return builder.manifest
+    def joined(self, new: Manifest) -> Added:
+        """What is there and what is new together, published."""
+        view = VersionStorage(self.out.url, self.number)
+        end_leftover_job(view, self.progress)
+        merged = _merged(self.current, new, self.number)
+        left = Manifest.load(view)
+        if left is None or left.shards("chunks") != merged.shards("chunks"):
+            merged.save(view)
+        nothing = Ingredients(None, "", None)
+        builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, VERSIONED_TABLES)
+        extend_index(builder, self.current, new)
+        changed = extend_neighbours(builder, self.current)
+        extend_training(builder, self.current)
+        extend_report(builder, self.current)
+        builder.clean_up()
+        view.delete_folder(f"{version_folder(self.number)}/{_NEW}")
+        made = replace(builder.manifest.version, created=now())
+        published = publish(self.out, replace(builder.manifest, version=made))
+        documents, chunks = new.rows("documents"), new.rows("chunks")
+        self.progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {self.number} is published")
+        return Added(published.version.id, documents, chunks, changed)
 
 
 def _tokenizer(out: Storage, recorded: Mapping[str, Any], name: str) -> str:
@@ -226,40 +214,6 @@ def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:
             )
 
 
-# -- joined with what is there -----------------------------------------------------------------------------------------
-
-
-def _join(
-    out: Storage,
-    number: int,
-    current: Manifest,
-    config: BuildConfig,
-    new: Manifest,
-    run: RunSettings,
-    progress: Progress,
-    runner: Runner,
-) -> Added:
-    view = VersionStorage(out.url, number)
-    end_leftover_job(view, progress)
-    merged = _merged(current, new, number)
-    left = Manifest.load(view)
-    if left is None or left.shards("chunks") != merged.shards("chunks"):
-        merged.save(view)
-    ingredients = Ingredients(None, "", None)
-    builder = Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES)
-    _extend_index(builder, current, new)
-    changed = _extend_neighbours(builder, current, new)
-    _extend_training(builder, current)
-    _extend_report(builder, current)
-    builder.clean_up()
-    view.delete_folder(f"{version_folder(number)}/{_NEW}")
-    made = replace(builder.manifest.version, created=now())
-    published = publish(out, replace(builder.manifest, version=made))
-    documents, chunks = new.rows("documents"), new.rows("chunks")
-    progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {published.version.id} is published")
-    return Added(published.version.id, documents, chunks, changed)
-
-
 def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
     """The manifest up to the encoder, as a build of everything would record it but for the numbers of its shards."""
     tables = {
@@ -303,208 +257,3 @@ def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
         version=Version(number, current.version.id, "add", current.version.step),
         versions=(),
     )
-
-
-def _choice(current: Manifest) -> KeyChoice:
-    details = current.stages["index"].details
-    return KeyChoice(**{name: details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
-
-
-def _extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
-    """The index shards that are there, and further ones, all under the quantiser that is there."""
-    state = current.stages["index"]
-    choice = _choice(current)
-    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice)
-    if builder.is_current("index", parts):
-        return
-    there = current.shards("index")
-    template = next(shard for shard in there if shard.number == TEMPLATE_NUMBER)
-    held_out = new.stages["chunk"].details.get(VALIDATION_CHUNKS, {})
-    rows = {shard.number: shard.rows - held_out.get(str(shard.number), 0) for shard in new.shards("chunks")}
-    dimension = int(current.fingerprints["encoder"]["dimension"])
-    settings = IndexSettings(choice.key, builder.config.metric, dimension, builder.config.seed)
-    data = builder.storage.read_bytes(template)
-    vector_bytes = bytes_per_vector(data, dimension, settings.metric)
-    numbers = sorted(rows)
-    groups = group_shards([rows[number] for number in numbers], len(data), vector_bytes, choice.exact)
-    files = shard_files(builder.manifest)
-    made = index_stage.add_tasks(
-        [[files[numbers[at]] for at in group] for group in groups],
-        [sum(rows[numbers[at]] for at in group) for group in groups],
-    )
-    first = max(shard.number for shard in there) + 1
-    tasks = [replace(task, number=first + task.number) for task in made]
-    book = builder.book("index", parts)
-    builder.begin("index", parts)
-    receipts = builder.executor.complete(
-        book,
-        tasks,
-        lambda pipeline, some: index_stage.add_pipeline(pipeline, book, some, settings, template),
-        unit="vectors",
-        small=_SMALL_VECTORS,
-    )
-    added = [receipt.shards["index"] for receipt in receipts.values()]
-    counts = {**state.counts, "indexed": state.counts["indexed"] + sum(shard.rows for shard in added)}
-    details = {**state.details, "vectors": state.details["vectors"] + sum(rows.values())}
-    details["shards"] = state.details["shards"] + len(groups)
-    if settings.metric == "ip":
-        norms = [receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values()]
-        details[LARGEST_NORM] = max([state.details.get(LARGEST_NORM, 0.0), *norms])
-    builder.record("index", parts, {"index": [*there, *added]}, counts, details)
-    builder.progress.end(f"{sum(rows.values()):,} vectors in {len(groups):,} more shards")
-
-
-# -- neighbours --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OldNeighbours:
-    """A query shard that was there, and its neighbours as they were."""
-
-    query: QueryShard
-    before: Shard
-
-
-class TakeNearer(SearchShard):
-    """Task (a query shard that was there) -> its neighbours, with what is nearer of the new index shards; the shard as
-    it was where nothing is."""
-
-    def process(self, task: Task) -> Iterator[int]:
-        with self._naming(task.number):
-            if self._left(task) is not None:
-                self._take(task)
-            yield task.number
-
-    def _take(self, task: Task) -> None:
-        payload: OldNeighbours = task.payload
-        before = from_table(self._storage.read_table(payload.before))
-        found = self._found(payload.query.files)
-        merged = nearest_of(before, found, self._settings.metric)
-        if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
-            finish(self._book, Receipt(task.number, {"neighbours": payload.before}, self._counts(before)))
-        else:
-            self._finish(task.number, merged)
-
-    def _counts(self, found: Neighbours) -> dict[str, int]:
-        return {
-            "queries": len(found.chunk_ids),
-            "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
-        }
-
-
-def nearest_of(before: Neighbours, found: Neighbours, metric: str) -> Neighbours:
-    """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id."""
-    ids = np.concatenate([before.neighbour_ids, found.neighbour_ids], axis=1)
-    documents = np.concatenate([before.neighbour_document_ids, found.neighbour_document_ids], axis=1)
-    distances = np.concatenate([before.distances, found.distances], axis=1)
-    keys = np.where(ids >= 0, -distances if metric == "ip" else distances, np.inf)
-    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), keys), axis=1)[:, : before.k]
-
-    def taken(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, order, axis=1)
-
-    n_valid = np.minimum(before.n_valid + found.n_valid, before.k).astype(np.int16)
-    return Neighbours(before.chunk_ids, taken(ids), taken(documents), taken(distances), n_valid)
-
-
-def _extend_neighbours(builder: Builder, current: Manifest, new: Manifest) -> int:
-    """The new chunks' neighbours, searched in everything; those of the others, as far as something new is nearer.
-
-    Returns:
-        The shards of old chunks that changed.
-    """
-    choice = _choice(current)
-    index = builder.manifest.stages["index"]
-    parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
-    before = {shard.number: shard for shard in current.shards("neighbours")}
-    if not builder.is_current("neighbours", parts):
-        book = builder.book("neighbours", parts)
-        there = set(current.shards("index"))
-        settings = search_settings(builder, choice)
-        nprobe = int(current.stages["neighbours"].details["nprobe"])
-        some = tuple(file for file in settings.index if file.path not in there)
-        settings = replace(settings, index=some, nprobe=nprobe, together=True)
-        files = shard_files(builder.manifest)
-        tasks = [
-            Task(n, OldNeighbours(QueryShard(files[n]), shard), weight=shard.rows)
-            for n, shard in sorted(before.items())
-        ]
-        builder.begin("neighbours", parts)
-        builder.executor.complete(
-            book, tasks, functools.partial(_take_pipeline, book, settings), unit="chunks", small=_SMALL_QUERIES
-        )
-        build_neighbours(builder)
-    return sum(before.get(s.number, s) != s for s in builder.manifest.shards("neighbours"))
-
-
-def _take_pipeline(
-    book: ReceiptBook, settings: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
-) -> beam.PCollection:
-    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings))
-
-
-# -- what follows from neighbours --------------------------------------------------------------------------------------
-
-
-def _unchanged(builder: Builder, current: Manifest) -> list[int]:
-    """The shards whose neighbours are as they were."""
-    before = {shard.number: shard for shard in current.shards("neighbours")}
-    return [s.number for s in builder.manifest.shards("neighbours") if before.get(s.number) == s]
-
-
-def _inherit(
-    builder: Builder,
-    current: Manifest,
-    stage: str,
-    table: str,
-    parts: dict[str, Any],
-    receipt_of: Callable[[Shard, ShardFiles], Receipt],
-) -> None:
-    """Leave receipts for the shards that stay as they are, so that a stage makes the others alone."""
-    book = builder.book(stage, parts)
-    files = shard_files(builder.manifest)
-    made = {shard.number: shard for shard in current.shards(table)}
-    for number in _unchanged(builder, current):
-        if book.read(number) is None:
-            book.write(receipt_of(made[number], files[number]))
-
-
-def _extend_training(builder: Builder, current: Manifest) -> None:
-    parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
-    if not builder.is_current("training", parts):
-        validation = current.stages["training"].details[VALIDATION_ROWS]
-
-        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
-            found = lists(builder.storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
-            joined = int((found[:, : builder.config.training_neighbours] >= 0).sum())
-            counts = {"joined": joined, "training_chunks": len(found)}
-            return Receipt(shard.number, {"training": shard}, counts, {VALIDATION_ROWS: validation[str(shard.number)]})
-
-        builder.begin("training", parts)
-        _inherit(builder, current, "training", "training", parts, receipt_of)
-    build_training(builder)
-
-
-def _extend_report(builder: Builder, current: Manifest) -> None:
-    parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
-    if not builder.is_current("report", parts):
-
-        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
-            storage, k = builder.storage, parts["neighbours"]
-            table = storage.read_table(shard, ["overlap", "chunk_id", "neighbour_id"])
-            chunks = storage.read_table(files.chunks, ["chunk_id", "document_id"])
-            document_ids, overlap = scalars(chunks, "document_id"), scalars(table, "overlap")
-            worst = worst_rows(overlap, scalars(chunks, "chunk_id"), document_ids, WORST_PAIRS)
-            found = lists(storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
-            details = {
-                "histograms": histograms(
-                    overlap, validation_chunks(storage, files, document_ids), builder.config.chunk_tokens
-                ),
-                "worst": [list(row.values()) for row in table.take(worst).to_pylist()],
-            }
-            return Receipt(shard.number, {"leakage": shard}, {"compared": int((found[:, :k] >= 0).sum())}, details)
-
-        builder.begin("report", parts)
-        _inherit(builder, current, "report", "leakage", parts, receipt_of)
-    build_report(builder)

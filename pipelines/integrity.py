@@ -48,13 +48,17 @@ def mend_manifest(storage: Storage, progress: Progress) -> bool:
     return True
 
 
-def damaged_shards(storage: Storage, manifest: Manifest, tables: Collection[str] | None = None) -> dict[str, set[int]]:
+def damaged_shards(
+    storage: Storage, manifest: Manifest, tables: Collection[str] | None = None, *, hinted: bool = True
+) -> dict[str, set[int]]:
     """Numbers of damaged shards by table: missing, of another size, or, where bytes are read, of another sha256.
 
     Args:
         storage: the database.
         manifest: what is recorded of it.
         tables: those to look at; None for all.
+        hinted: take the word of an earlier verification, whose findings no checksum shows, until a build has mended
+            them.
     """
     everything = sum(shard.bytes for shards in manifest.tables.values() for shard in shards) <= CHECK_ALL_BYTES
     entries = [
@@ -63,7 +67,7 @@ def damaged_shards(storage: Storage, manifest: Manifest, tables: Collection[str]
         if tables is None or table in tables
         for shard in shards
     ]
-    suspects = _suspected(storage)
+    suspects = _suspected(storage) if hinted else set()
 
     def check(entry: tuple[str, Shard]) -> bool:
         shard = entry[1]

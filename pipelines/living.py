@@ -1,19 +1,17 @@
-"""A database that lives: documents given up, and, step by step, taken in, as new versions beside the old ones."""
+"""delete: documents are given up, at once for every reader, as a new version beside the old ones (realm.md, C2)."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-from retrodb.pipelines.integrity import mend_manifest
+from retrodb.pipelines.holding import held
 from retrodb.pipelines.progress import Progress
-from retrodb.pipelines.runners.leftover import end_leftover_job
 
 from retrodb import schemas
 from retrodb.corpus.selection import Selection
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, UsageError
-from retrodb.lock import writer_lock
-from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, Version, shard_of, shard_path, version_folder
+from retrodb.manifest import Manifest, Shard, Version, shard_of, shard_path, version_folder
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_version, now, publish
 
@@ -32,8 +30,8 @@ class Deleted:
 def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
     """Delete documents for every reader at once: one small shard, and a new version that names it.
 
-    Nothing else is written, so the cost is that of finding the documents; their rows leave the tables when the database
-    is compacted. What was deleted before is not deleted again; where nothing is left to delete, nothing is changed.
+    Nothing else is written, so the cost is that of finding the documents; their rows stay in the tables. What was
+    deleted before is not deleted again; where nothing is left to delete, nothing is changed.
 
     Args:
         out: the database.
@@ -47,14 +45,8 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
     """
     if selection.is_empty:
         raise UsageError("say which documents: --ids, --keys, --source or --where.")
-    if Manifest.recover(out) is None:
-        out.check_bucket()
-        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    with writer_lock(out):
-        end_leftover_job(out, progress)
-        mend_manifest(out, progress)
-        current = Manifest.load_whole(out)
-        if current is None or "index" not in current.stages:
+    with held(out, progress) as current:
+        if "index" not in current.stages:
             raise InputError(f"{out.url} has no index yet: run its build to the end before documents are deleted.")
         rows = _rows_of(out, current, selection)
         if not rows.num_rows:
@@ -62,7 +54,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
             return Deleted(current.version.id, 0, 0)
         chunks = int(np.sum(rows["n_chunks"].to_numpy()))
         view = VersionStorage(out.url, next_version(current))
-        view.delete_folder(version_folder(view.version))  # of a deletion that was killed before it was published
+        view.delete_folder(version_folder(view.version))  # of whatever was killed before it was published
         before = current.shards("deleted")
         number = max((shard.number for shard in before), default=-1) + 1
         committed = view.commit_table(shard_path("deleted", number), rows, _ROW_GROUP)

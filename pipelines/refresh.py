@@ -5,22 +5,21 @@ Readers of the current version notice nothing; what is made lies under ``version
 receipts; a refresh to another encoder clears them away.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.driver import run_mending
+from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, located, resolve
-from retrodb.pipelines.integrity import damaged_shards, mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import make_runner
-from retrodb.pipelines.runners.leftover import end_leftover_job
 from retrodb.pipelines.stages import STAGE_TABLES
 
 from retrodb.chunking import OWN_TOKENIZER
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.errors import DamagedError, InputError, MismatchError
-from retrodb.lock import writer_lock
+from retrodb.errors import MismatchError
 from retrodb.manifest import (
     MANIFEST_NAME,
     STAGES,
@@ -29,10 +28,8 @@ from retrodb.manifest import (
     Manifest,
     Version,
     taken_from,
-    version_folder,
 )
 from retrodb.storage import Storage
-from retrodb.units import is_complete
 from retrodb.versions import VersionStorage, next_version, now, publish
 
 
@@ -69,44 +66,29 @@ def refresh(
         RecallError: the new index stays below the recall gate; the current version stays.
         WorkerError: a worker failed; what was finished is kept.
     """
-    if Manifest.recover(out) is None:
-        out.check_bucket()
-        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
     runner = make_runner(run)
     runner.check([out.url])
-    try:
-        with writer_lock(out):
-            end_leftover_job(out, progress)
-            mend_manifest(out, progress)
-            current = _finished(out)
-            with taken_from(out.describe(MANIFEST_NAME)):
-                recorded = BuildConfig.model_validate(current.config)
-            config = located(recorded.model_copy(update={"encoder": encoder}))
-            ingredients = resolve(config, run)
-            if _is_same(current, ingredients):
-                progress.note(f"version {current.version.id} has this encoder already: nothing to do")
-                return RefreshOutcome(current, (), {})
-            _refuse_other_tokenizer(current, config, ingredients)
-            _refuse_damaged(out, current)
-            view = VersionStorage(out.url, next_version(current))
-            end_leftover_job(view, progress)
-            _lay_out(view, current, step)
-            outcome = run_mending(
-                lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
-            )
-            made = dataclasses.replace(outcome.manifest.version, step=step, created=now())
-            published = publish(out, dataclasses.replace(outcome.manifest, version=made))
-            progress.note(f"version {published.version.id} is published")
-            return RefreshOutcome(published, outcome.done, outcome.seconds)
-    finally:
-        runner.close()
-
-
-def _finished(out: Storage) -> Manifest:
-    current = Manifest.load_whole(out)
-    if current is None or not is_complete(current):
-        raise InputError(f"{out.url} is not finished: run its build to the end before it is refreshed.")
-    return current
+    with contextlib.closing(runner), held(out, progress) as current:
+        refuse_unfinished(out, current, "it is refreshed")
+        with taken_from(out.describe(MANIFEST_NAME)):
+            recorded = BuildConfig.model_validate(current.config)
+        config = located(recorded.model_copy(update={"encoder": encoder}))
+        ingredients = resolve(config, run)
+        if _is_same(current, ingredients):
+            progress.note(f"version {current.version.id} has this encoder already: nothing to do")
+            return RefreshOutcome(current, (), {})
+        _refuse_other_tokenizer(current, config, ingredients)
+        refuse_damaged(out, current, [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]])
+        view = VersionStorage(out.url, next_version(current))
+        start = _text_alone(current, view.version, step)
+        lay_out(view, start, lambda left: _text_of(left) == _text_of(start), progress)
+        outcome = run_mending(
+            lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
+        )
+        made = dataclasses.replace(outcome.manifest.version, step=step, created=now())
+        published = publish(out, dataclasses.replace(outcome.manifest, version=made))
+        progress.note(f"version {published.version.id} is published")
+        return RefreshOutcome(published, outcome.done, outcome.seconds)
 
 
 def _is_same(current: Manifest, ingredients: Ingredients) -> bool:
@@ -129,33 +111,13 @@ def _refuse_other_tokenizer(current: Manifest, config: BuildConfig, ingredients:
         )
 
 
-def _refuse_damaged(out: Storage, current: Manifest) -> None:
-    text = [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]]
-    damage = damaged_shards(out, current, text)
-    paths = [s.path for table, numbers in damage.items() for s in current.shards(table) if s.number in numbers]
-    if paths:
-        raise DamagedError(
-            f"{', '.join(paths[:3])}{' and others' if paths[3:] else ''} of {out.url} are damaged: a version made from "
-            "them would be wrong. Run the build again to repair them first."
-        )
-
-
-def _lay_out(view: VersionStorage, current: Manifest, step: int | None) -> None:
-    """The new version's manifest: the text that is there, and what an interrupted refresh of the same text has made."""
+def _text_alone(current: Manifest, number: int, step: int | None) -> Manifest:
+    """A new version before anything is embedded for it."""
     text = current.without(
         [stage for stage in STAGES if stage not in TEXT_STAGES],
         [table for table in current.tables if table in VERSIONED_TABLES],
     )
-    version = Version(view.version, current.version.id, "refresh", step)
-    start = dataclasses.replace(text, version=version, versions=())
-    try:
-        left = Manifest.load_whole(view)
-    except (InputError, DamagedError):
-        left = None
-    if left is not None and _text_of(left) == _text_of(start):
-        return
-    view.delete_folder(version_folder(view.version))
-    start.save(view)
+    return dataclasses.replace(text, version=Version(number, current.version.id, "refresh", step), versions=())
 
 
 def _text_of(manifest: Manifest) -> dict[str, object]:

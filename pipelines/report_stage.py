@@ -62,7 +62,7 @@ def write_report(builder: Builder, details: dict[str, Any]) -> str:
     decoded from tokens, so that it is the same whether the documents' text is kept or not.
     """
     m = builder.config.chunk_tokens
-    # What is deleted is in the tables still, and told like the rest until they are compacted.
+    # What is deleted is in the tables still, and told like the rest.
     reader = Database(builder.storage, builder.manifest.without((), ("deleted",)))
     report = {
         "neighbours": details["neighbours"],

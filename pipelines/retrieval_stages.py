@@ -40,8 +40,8 @@ TOGETHER_BELOW: Final = 256 << 20
 """An index of so many bytes is read anew for each query shard, sooner than that candidates are shuffled."""
 FETCH_ABOVE: Final = VECTOR_CACHE_BYTES
 """Vectors on an object store that a worker cannot keep, in bytes: to look one up, it would read a whole shard."""
-_SMALL_VECTORS: Final = 30_000
-_SMALL_QUERIES: Final = 6_000
+SMALL_VECTORS: Final = 30_000
+SMALL_QUERIES: Final = 6_000
 _SMALL_TUNING_VECTORS: Final = 1 << 22
 _SMALL_JOIN_CHUNKS: Final = 20_000
 
@@ -95,7 +95,7 @@ def build_index(builder: Builder) -> None:
             damaged=damaged - {TEMPLATE_NUMBER},
             pipeline=lambda pipeline, book, tasks: index_stage.add_pipeline(pipeline, book, tasks, settings, trained),
             unit="vectors",
-            small=_SMALL_VECTORS,
+            small=SMALL_VECTORS,
         )
     )
     if receipts is None:
@@ -128,7 +128,7 @@ def settle_template(
             index_stage.sample_tasks(files, dict(rows), choice.training_vectors, builder.config.seed),
             lambda pipeline, tasks: index_stage.template_pipeline(pipeline, book, tasks, settings),
             unit="vectors",
-            small=_SMALL_VECTORS,
+            small=SMALL_VECTORS,
         )
     receipt = book.read(TEMPLATE_NUMBER)
     assert receipt is not None, "the executor has seen it"
@@ -169,7 +169,7 @@ def build_neighbours(builder: Builder) -> None:
             damaged=damaged,
             pipeline=lambda pipeline, book, tasks: search_pipeline(pipeline, book, tasks, settings),
             unit="chunks",
-            small=_SMALL_QUERIES,
+            small=SMALL_QUERIES,
             waves=search_waves(book, settings),
         )
     )
@@ -240,7 +240,7 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
         neighbours_stage.truth_tasks(files, chunks),
         lambda pipeline, tasks: neighbours_stage.truth_pipeline(pipeline, book, tasks, builder.config.metric, blocks),
         unit="chunks",
-        small=_SMALL_VECTORS * 4,
+        small=SMALL_VECTORS * 4,
     )
     return receipts[TRUTH_NUMBER]
 

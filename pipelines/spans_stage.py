@@ -4,6 +4,7 @@ It is made from the finished documents and chunks alone, with receipts as every 
 undoes it where the chunks are made again.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -11,18 +12,16 @@ from typing import Any, Final
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.driver import BuildOutcome
+from retrodb.pipelines.holding import held, lay_out
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.integrity import mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.runners import make_runner
-from retrodb.pipelines.runners.leftover import end_leftover_job
 from retrodb.pipelines.spans import SpanWork, span_pipeline, span_tasks, write_pieces
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
-from retrodb.lock import writer_lock
 from retrodb.manifest import (
     DAMAGE_REPORT,
     MANIFEST_NAME,
@@ -63,59 +62,47 @@ def build_spans(
         LockedError: a build holds the database.
         WorkerError: a worker failed; what was finished is kept.
     """
-    if Manifest.recover(out) is None:
-        out.check_bucket()
-        raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
     taggers, imports = resolve_taggers(settings.taggers if settings.mask == "salient" else ())
     files = scan_imports(imports)
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in files)])
-    try:
-        with writer_lock(out):
-            end_leftover_job(out, progress)
-            mend_manifest(out, progress)
-            place = _place(out)
-            builder = _builder(place, run, progress, runner)
-            _refuse_unfit(builder)
-            where = encoder or _encoder(builder)
-            wordpieces = load_wordpieces(where)
-            identities = [tagger.identity for tagger in taggers]
-            work = SpanWork(
-                replace(settings, taggers=tuple(spec for spec in settings.taggers if not spec.startswith("import:"))),
-                where,
-                wordpieces.fingerprint,
-                tuple(map(repr, identities)),
-            )
-            known = [*identities, import_identity(files)] if files else identities
-            chunk = builder.manifest.stages["chunk"].fingerprint
-            _run(builder, stages.spans_parts(chunk, settings, known, wordpieces.fingerprint), work, files)
-            if isinstance(place, VersionStorage):
-                _publish(out, place, builder)
-            return BuildOutcome(
-                builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
-            )
-    finally:
-        runner.close()
+    with contextlib.closing(runner), held(out, progress) as current:
+        place = _place(out, current, progress)
+        builder = _builder(place, run, progress, runner)
+        _refuse_unfit(builder)
+        where = encoder or _encoder(builder)
+        wordpieces = load_wordpieces(where)
+        identities = [tagger.identity for tagger in taggers]
+        work = SpanWork(
+            replace(settings, taggers=tuple(spec for spec in settings.taggers if not spec.startswith("import:"))),
+            where,
+            wordpieces.fingerprint,
+            tuple(map(repr, identities)),
+        )
+        known = [*identities, import_identity(files)] if files else identities
+        chunk = builder.manifest.stages["chunk"].fingerprint
+        _run(builder, stages.spans_parts(chunk, settings, known, wordpieces.fingerprint), work, files)
+        if isinstance(place, VersionStorage):
+            _publish(out, place, builder)
+        return BuildOutcome(
+            builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
+        )
 
 
-def _place(out: Storage) -> Storage:
+def _place(out: Storage, current: Manifest, progress: Progress) -> Storage:
     """Where the tables go: into the database itself, or, where it has versions, into the next one."""
-    current = Manifest.load_whole(out)
-    if current is None or not current.versions:
+    if not current.versions:
         return out
     view = VersionStorage(out.url, next_version(current))
     version = Version(view.version, current.version.id, "spans", current.version.step)
     start = replace(current, version=version, versions=())
-    try:
-        left = Manifest.load_whole(view)
-    except (InputError, DamagedError):
-        left = None
-    if left is None or replace(left.without([SPANS_STAGE], _TABLES), fingerprints={}) != replace(
-        start.without([SPANS_STAGE], _TABLES), fingerprints={}
-    ):
-        view.delete_folder(version_folder(view.version))
-        start.save(view)
+    lay_out(view, start, lambda left: _but_spans(left) == _but_spans(start), progress)
     return view
+
+
+def _but_spans(manifest: Manifest) -> Manifest:
+    """All that the stage leaves as it is."""
+    return replace(manifest.without([SPANS_STAGE], _TABLES), fingerprints={})
 
 
 def _publish(out: Storage, view: VersionStorage, builder: Builder) -> None:

@@ -1,4 +1,4 @@
-"""Deleted documents: gone for every reader at once, from the tables when they are compacted.
+"""Deleted documents: gone for every reader at once, though their rows stay in the tables.
 
 A deletion writes one small shard of the table ``deleted``, whatever the size of the database, and publishes it with a
 new version. Searches, neighbours, documents and the training stream pass over what it names; other programs that read

@@ -123,17 +123,31 @@ def pin(storage: Storage, manifest: Manifest) -> IO[bytes] | None:
     """
     if not storage.is_local:
         return None
-    with contextlib.suppress(OSError):
-        # A first version has no manifest of its own before there is a second one: that one is this very file then.
-        path = version_path(manifest.version.id) if manifest.versions else MANIFEST_NAME
-        file = open(storage.path(path), "rb")  # noqa: SIM115 - open for as long as the reader is
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise
+    own = version_path(manifest.version.id)
+    file = _shared(storage, own)
+    if file is not None or manifest.versions:
         return file
-    return None
+    # A first version has no manifest of its own before there is a second one, and then that is this very file.
+    file = _shared(storage, MANIFEST_NAME)
+    if (published := _shared(storage, own)) is not None:  # meanwhile: what was opened may be the second one's
+        if file is not None:
+            file.close()
+        return published
+    return file
+
+
+def _shared(storage: Storage, path: str) -> IO[bytes] | None:
+    """A file, open and locked together with other readers; None where it is not there or cannot be locked."""
+    try:
+        file = open(storage.path(path), "rb")  # noqa: SIM115 - open for as long as the reader is
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _is_pinned(storage: Storage, version: int) -> bool:

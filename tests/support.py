@@ -169,7 +169,7 @@ def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (text_stages, retrieval_stages, report_stage):
         for name in vars(module):
-            if name.startswith("_SMALL_"):
+            if name.lstrip("_").startswith("SMALL_"):
                 monkeypatch.setattr(module, name, 0)
 
 

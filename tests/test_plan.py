@@ -221,6 +221,7 @@ def test_a_worker_of_each_stage_holds_what_the_plan_says(quickstart_corpus, tmp_
     counts = manifest_of(tmp_path / "db")["stages"]["chunk"]["counts"]
     plan = plan_build(Assumed(counts["tokens"], encoder_size("all-MiniLM-L6-v2"), shard_bytes=32_000))
     found = {stage: plan.value("memory per worker", name) / peaks[stage] for stage, name in PLANNED_AS.items()}
+    assert 0.9 < found.pop("embed") < 1.6, dict(peaks)  # what torch holds differs by processor: the most is planned
     assert {stage: ratio for stage, ratio in found.items() if not 1 - WITHIN < ratio < 1 + WITHIN} == {}, dict(peaks)
 
 

@@ -1,34 +1,31 @@
 """``retrodb add`` and ``delete``: documents taken in, and given up."""
 
 import dataclasses
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from retrodb.cli.echo import echo_json
 from retrodb.cli.look import Database, Json
+from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
 
 
 def add(
     database: Database,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, globs, any fsspec URL.")],
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Worker processes. [the cores]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    runner: Annotated[str, typer.Option(help="local, flink, dataflow, portable.")] = "local",
-    runner_option: Annotated[
-        Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="As `build` takes them. [none]")
-    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
     as_json: Json = False,
 ) -> None:
     """Add documents as the next version, at a cost that follows what is new: readers keep theirs meanwhile."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
-    from retrodb.config import make_config  # noqa: PLC0415
     from retrodb.corpus import expand_inputs  # noqa: PLC0415
     from retrodb.pipelines.add import add as run_add  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
-    flags: dict[str, Any] = {"device": device, "runner": runner, "runner_option": runner_option or []}
-    _, run = make_config({}, flags if workers is None else {**flags, "workers": workers})
+    run = run_settings(workers, runner, runner_option, device)
     listing = expand_inputs(inputs)
     progress = make_progress()
     try:
@@ -54,7 +51,7 @@ def delete(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete documents, at once for every reader: search, neighbours, training stream. `compact` returns the space."""
+    """Delete documents, at once for every reader: search, neighbours, training stream. Their rows stay in the files."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
     from retrodb.corpus.selection import Condition, Selection  # noqa: PLC0415
     from retrodb.pipelines.living import delete as run_delete  # noqa: PLC0415

@@ -118,7 +118,7 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
             + (f"; {documents['validation']:,} for validation" if documents["validation"] else "")
         )
         if documents["deleted"]:
-            lines.append(f"deleted     {documents['deleted']:,} documents, masked until the database is compacted")
+            lines.append(f"deleted     {documents['deleted']:,} documents, which every reader passes over")
         near = documents["near_duplicates"]
         if near and near["clusters"]:
             lines.append(f"duplicates  {near['in']:,} documents in {near['clusters']:,} near-duplicate clusters")

@@ -1,13 +1,12 @@
 """``retrodb spans``: salient spans and masked queries, as tables of the database."""
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
-
-Number = Optional[str]
+from retrodb.cli.running import Runner, RunnerOption, Workers, run_settings
 
 
 def spans(
@@ -23,16 +22,13 @@ def spans(
     encoder: Annotated[
         Optional[str], typer.Option(help="Where the encoder is now, whose tokenizer is used, if not where it was.")
     ] = None,
-    workers: Annotated[Number, typer.Option(metavar="<int>", help="Worker processes. [the cores]")] = None,
-    runner: Annotated[Optional[str], typer.Option(help="local, flink, dataflow, portable. [local]")] = None,
-    runner_option: Annotated[
-        Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="What the runner takes besides. [none]")
-    ] = None,
+    workers: Workers = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
     as_json: Json = False,
 ) -> None:
     """Find named entities and dates, and draw one masked query from each sentence that has one (REALM)."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
-    from retrodb.config import make_config  # noqa: PLC0415
     from retrodb.errors import UsageError  # noqa: PLC0415
     from retrodb.manifest import SPANS_STAGE  # noqa: PLC0415
     from retrodb.pipelines.spans_stage import build_spans, describe_counts  # noqa: PLC0415 - imports Beam
@@ -47,8 +43,7 @@ def spans(
         raise UsageError(f"--mask {mask} draws what it masks at random: --tagger has no part in it.")
     specs = tuple(spec.strip() for given in tagger or () for spec in given.split(",")) or DEFAULT_TAGGERS
     settings = SpanSettings(specs if found == "salient" else (), found, seed)
-    flags: dict[str, Any] = {"workers": workers, "runner": runner, "runner_option": runner_option}
-    _, run = make_config({}, {name: value for name, value in flags.items() if value})
+    run = run_settings(workers, runner, runner_option)
     storage = Storage(database)
     progress = make_progress()
     try:

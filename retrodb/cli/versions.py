@@ -6,6 +6,7 @@ import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
+from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
 
 
 def refresh(
@@ -26,25 +27,21 @@ def refresh(
     on_stale: Annotated[str, typer.Option(help="With --watch: warn, or block (DIR/hold is there meanwhile).")] = "warn",
     poll: Annotated[float, typer.Option(min=0.05, help="With --watch: seconds between looks.")] = 2.0,
     keep: Annotated[int, typer.Option(min=3, help="With --watch: so many of the newest versions are kept.")] = 3,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Worker processes. [the cores]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    runner: Annotated[str, typer.Option(help="local, flink, dataflow, portable.")] = "local",
-    runner_option: Annotated[
-        Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="As `build` takes them. [none]")
-    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
     as_json: Json = False,
 ) -> None:
     """Embed the text with another encoder, and publish that as the next version: readers keep theirs meanwhile."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
-    from retrodb.config import make_config  # noqa: PLC0415
     from retrodb.errors import UsageError  # noqa: PLC0415
     from retrodb.pipelines.refresh import refresh as run_refresh  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
     if (encoder is None) == (watch is None):
         raise UsageError("give --encoder CKPT, or --watch DIR, and not both.")
-    flags: dict[str, Any] = {"device": device, "runner": runner, "runner_option": runner_option or []}
-    _, run = make_config({}, flags if workers is None else {**flags, "workers": workers})
+    run = run_settings(workers, runner, runner_option, device)
     storage = Storage(database)
     progress = make_progress()
     try:

@@ -130,6 +130,7 @@ class Selection:
             elif any(fnmatch.fnmatchcase(row["source"], pattern) for pattern in self.sources):
                 own[at] = True
             elif self.where:
+                row["metadata"] = json.loads(row["metadata"]) if row["metadata"] else None
                 own[at] = all(condition.holds(_value(row, condition.field)) for condition in self.where)
         return own
 
@@ -137,7 +138,7 @@ class Selection:
 def _value(row: dict[str, Any], field: str) -> Any:
     if field in COLUMNS:
         return row[field]
-    found: Any = json.loads(row["metadata"]) if row["metadata"] else None
+    found: Any = row["metadata"]
     for part in field.removeprefix("metadata.").split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found

@@ -9,10 +9,11 @@ Logged besides the loss, since the paper's reviewers missed it: the retriever's 
 how often a candidate holds the answer.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,17 +21,29 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load, save
 from tokenizers import Tokenizer
 
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
+from retrodb.formats import Committed
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of, trimmed
-from retrodb.learning.run import Progress
+from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
 from retrodb.lock import TRAIN, writer_lock
+from retrodb.model.checkpoint import (
+    STATE,
+    WEIGHTS,
+    files_json,
+    forget_other_steps,
+    load_weights,
+    parse_files,
+    read_file,
+    read_tensors,
+    tensor_bytes,
+    write_step,
+)
 from retrodb.model.realm import Realm, RealmConfig
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
 from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
@@ -38,9 +51,7 @@ from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
 
 CHECKPOINT: Final = "realm.json"
-WEIGHTS: Final = "model.safetensors"
-STATE: Final = "state.safetensors"
-LOG: Final = "log.jsonl"
+_FORMAT: Final = "retrodb-realm"
 _POLL_SECONDS: Final = 0.5
 
 
@@ -84,7 +95,6 @@ class _Run:
     """What a run has done: steps, passes over the queries, batches of this pass, entries of the log."""
 
     step: int = 0
-    cloze_done: bool = False
     epoch: int = 0
     batches: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -122,6 +132,8 @@ class RealmTrainer:
         self._optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self._saved: int | None = None
+        """The step of the checkpoint that there is."""
         self._go_on()
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -136,10 +148,11 @@ class RealmTrainer:
         """
         self.storage.make_root()
         with writer_lock(self.storage, TRAIN), Interruptions() as interruptions:
-            if not self.run.cloze_done:
+            if self._saved is None:
                 self._warm_up(interruptions)
-                self.run.cloze_done = True
-                self._export()
+                self._save()
+            if self.run.step % self.settings.export_every == 0:
+                self._export()  # where it was killed between the two, this is what it had not come to
             self._await_first_version(interruptions)
             self.progress.begin("train", self.settings.steps, self.run.step, "steps")
             while self.run.step < self.settings.steps:
@@ -189,7 +202,6 @@ class RealmTrainer:
                 told = True
             time.sleep(_POLL_SECONDS)
             if interruptions.asked:
-                self._save()
                 raise KeyboardInterrupt
 
     def _step(self) -> None:
@@ -277,67 +289,78 @@ class RealmTrainer:
         self.exports.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
             self.model.export(folder, self._encoder)
-        self._save()
 
     def _save(self) -> None:
         """Weights and optimiser into a folder of their step, then the file that names it."""
-        folder = f"step-{self.run.step:08d}"
+        if self._saved == self.run.step:
+            return
         state = {
             f"{name}/{key}": value
             for name, parameter in self.model.named_parameters()
             for key, value in self._optimiser.state.get(parameter, {}).items()
         }
-        self.storage.commit_bytes(f"{folder}/{WEIGHTS}", save(_whole(dict(self.model.state_dict()))))
-        self.storage.commit_bytes(f"{folder}/{STATE}", save(_whole(state)))
-        log = b"".join(json.dumps(entry).encode() + b"\n" for entry in self.run.log)
-        self.storage.commit_bytes(f"{folder}/{LOG}", log)
+        contents = {
+            WEIGHTS: tensor_bytes(dict(self.model.state_dict())),
+            STATE: tensor_bytes(state),
+            LOG: b"".join(json.dumps(entry).encode() + b"\n" for entry in self.run.log),
+        }
         told = {
-            "format": "retrodb-realm",
+            "format": _FORMAT,
             "settings": self.settings.model_dump(mode="json"),
             "model": self.model.config.model_dump(mode="json"),
-            "folder": folder,
+            "files": files_json(write_step(self.storage, self.run.step, contents)),
             "step": self.run.step,
-            "cloze_done": self.run.cloze_done,
             "epoch": self.run.epoch,
             "batches": self.run.batches,
         }
         self.storage.commit_json(CHECKPOINT, told)
-        for name in self.storage.list_folders(""):
-            if name.startswith("step-") and name != folder:
-                self.storage.delete_folder(name)
+        forget_other_steps(self.storage, self.run.step)
+        self._saved = self.run.step
 
     def _go_on(self) -> None:
-        found = self.storage.read_json(CHECKPOINT)
+        found = _read_checkpoint(self.storage)
         if found is None:
             return
-        where = self.storage.describe(CHECKPOINT)
-        if not isinstance(found, dict) or found.get("format") != "retrodb-realm":
-            raise InputError(f"{where} is no checkpoint of retrodb realm.")
         own = self.settings.model_dump(mode="json")
-        differs = sorted(key for key in own if found["settings"].get(key) != own[key] and key != "log_every")
+        with _well_formed(self.storage):
+            differs = sorted(key for key in own if found["settings"].get(key) != own[key] and key != "log_every")
         if differs:
             raise MismatchError(
                 f"{self.storage.url} holds another run: its {differs[0].replace('_', '-')} is "
                 f"{found['settings'].get(differs[0])!r}, now it is {own[differs[0]]!r}. Name another --out."
             )
-        folder = str(found["folder"])
-        self.model.load_state_dict(load(self._read(f"{folder}/{WEIGHTS}")))
-        state = load(self._read(f"{folder}/{STATE}"))
-        for name, parameter in self.model.named_parameters():
-            kept = {
-                key: state[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{key}" in state
-            }
-            if kept:
-                self._optimiser.state[parameter] = kept
-        log = [json.loads(line) for line in self._read(f"{folder}/{LOG}").splitlines()]
-        self.run = _Run(int(found["step"]), bool(found["cloze_done"]), int(found["epoch"]), int(found["batches"]), log)
+        with _well_formed(self.storage):
+            files = parse_files(found["files"])
+            _load(self.storage, files, self.model)
+            state = read_tensors(self.storage, files, STATE)
+            for name, parameter in self.model.named_parameters():
+                names = {key: f"{name}/{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
+                if kept := {key: state[full] for key, full in names.items() if full in state}:
+                    self._optimiser.state[parameter] = kept
+            log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
+            self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
+        self._saved = self.run.step
         self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
 
-    def _read(self, path: str) -> bytes:
-        data = self.storage.read_if_there(path)
-        if data is None:
-            raise DamagedError(f"{self.storage.describe(path)} is missing. Train again into another folder.")
-        return data
+
+def _read_checkpoint(storage: Storage) -> dict[str, Any] | None:
+    """What the checkpoint's document says; None where there is none. Raises InputError: it is another program's."""
+    found = storage.read_json(CHECKPOINT)
+    if found is not None and not (isinstance(found, dict) and found.get("format") == _FORMAT):
+        raise InputError(f"{storage.describe(CHECKPOINT)} is no checkpoint of retrodb realm.")
+    return found
+
+
+@contextlib.contextmanager
+def _well_formed(storage: Storage) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{storage.describe(CHECKPOINT)} is malformed: {error!r}.") from error
+
+
+def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> None:
+    load_weights(model, read_tensors(storage, files, WEIGHTS), storage.url)
 
 
 def load_realm(url: str) -> Realm:
@@ -345,22 +368,16 @@ def load_realm(url: str) -> Realm:
 
     Raises:
         InputError: there is none.
-        DamagedError: a file of it is missing.
+        DamagedError: a file of it is missing, or is not what was saved.
     """
     storage = Storage(url)
-    found = storage.read_json(CHECKPOINT)
+    found = _read_checkpoint(storage)
     if found is None:
         raise InputError(f"{storage.url} is no checkpoint of retrodb realm: it has no {CHECKPOINT}.")
-    model = Realm.blank(RealmConfig(**found["model"]))
-    data = storage.read_if_there(f"{found['folder']}/{WEIGHTS}")
-    if data is None:
-        raise DamagedError(f"{storage.describe(found['folder'])}/{WEIGHTS} is missing.")
-    model.load_state_dict(load(data))
+    with _well_formed(storage):
+        model = Realm.blank(RealmConfig(**found["model"]))
+        _load(storage, parse_files(found["files"]), model)
     return model.eval()
-
-
-def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
 
 def _norm(part: torch.nn.Module) -> float:

@@ -201,9 +201,9 @@ def _save(trainer: Trainer, storage: Storage, start: Checkpoint) -> Checkpoint:
 
 def _go_on(trainer: Trainer, storage: Storage, kept: Checkpoint) -> None:
     where = storage.describe(kept.files[WEIGHTS].path) if WEIGHTS in kept.files else storage.url
-    load_weights(trainer.model, read_tensors(storage, kept, WEIGHTS), where)
-    log = [json.loads(line) for line in read_file(storage, kept, LOG).splitlines()]
-    trainer.load(kept.progress, read_tensors(storage, kept, STATE), log)
+    load_weights(trainer.model, read_tensors(storage, kept.files, WEIGHTS), where)
+    log = [json.loads(line) for line in read_file(storage, kept.files, LOG).splitlines()]
+    trainer.load(kept.progress, read_tensors(storage, kept.files, STATE), log)
 
 
 def _base_fingerprint(base: Base | None) -> str | None:

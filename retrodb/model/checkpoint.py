@@ -6,7 +6,8 @@ Nothing in it is a pickle.
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -61,10 +62,7 @@ class Checkpoint:
             "data": self.data.as_json(),
             "settings": self.settings,
             "progress": self.progress,
-            "files": {
-                name: {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
-                for name, file in self.files.items()
-            },
+            "files": files_json(self.files),
         }
 
 
@@ -91,10 +89,7 @@ def read_checkpoint(storage: Storage) -> Checkpoint | None:
             data=DataSettings(**found["data"]),
             settings=dict(found["settings"]),
             progress={**found["progress"], "step": int(found["progress"]["step"])},
-            files={
-                name: Committed(str(file["path"]), int(file["bytes"]), str(file["sha256"]))
-                for name, file in found["files"].items()
-            },
+            files=parse_files(found["files"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise DamagedError(f"{where} is malformed: {error}.") from error
@@ -137,17 +132,40 @@ def write_checkpoint(storage: Storage, checkpoint: Checkpoint, contents: dict[st
         checkpoint: its ``files`` are taken from ``contents``.
         contents: the files' bytes by name.
     """
-    before = storage.list_folders("")
-    folder = f"step-{checkpoint.step:08d}"
-    storage.delete_folder(folder)  # what a killed save left of this step: no checkpoint names it yet
-    files = {name: storage.commit_bytes(f"{folder}/{name}", data) for name, data in contents.items()}
-    written = Checkpoint(checkpoint.model, checkpoint.data, checkpoint.settings, checkpoint.progress, files)
+    files = write_step(storage, checkpoint.step, contents)
+    written = replace(checkpoint, files=files)
     storage.commit_json(CHECKPOINT_NAME, written.as_json())
-    for name in before:
-        if _STEP_FOLDER.fullmatch(name) and name != folder:
+    forget_other_steps(storage, checkpoint.step)
+    return written
+
+
+def write_step(storage: Storage, step: int, contents: Mapping[str, bytes]) -> dict[str, Committed]:
+    """Write the files of a step that no document names yet into a folder of their own; what is to be recorded."""
+    folder = _step_folder(step)
+    storage.delete_folder(folder)  # what a killed save left of it
+    return {name: storage.commit_bytes(f"{folder}/{name}", data) for name, data in contents.items()}
+
+
+def forget_other_steps(storage: Storage, step: int) -> None:
+    """Once a document names a step: remove all others, and what killed saves left behind."""
+    for name in storage.list_folders(""):
+        if _STEP_FOLDER.fullmatch(name) and name != _step_folder(step):
             storage.delete_folder(name)
     storage.delete(*_leftovers(storage))
-    return written
+
+
+def _step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def files_json(files: Mapping[str, Committed]) -> dict[str, Any]:
+    """What a document says of recorded files."""
+    return {name: {"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for name, file in files.items()}
+
+
+def parse_files(found: Mapping[str, Any]) -> dict[str, Committed]:
+    """Of `files_json`. Raises KeyError, TypeError, ValueError or AttributeError for what is malformed."""
+    return {name: Committed(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for name, file in found.items()}
 
 
 def _leftovers(storage: Storage) -> list[str]:
@@ -155,15 +173,15 @@ def _leftovers(storage: Storage) -> list[str]:
     return [name for name in storage.list_files("") if name.startswith(TEMPORARY_PREFIX)]
 
 
-def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
+def read_file(storage: Storage, files: Mapping[str, Committed], name: str) -> bytes:
     """A recorded file's bytes.
 
     Raises:
         DamagedError: it is missing, or its bytes are not the recorded ones.
     """
-    file = checkpoint.files.get(name)
+    file = files.get(name)
     if file is None:
-        raise DamagedError(f"{storage.describe(CHECKPOINT_NAME)} records no {name}.")
+        raise DamagedError(f"the checkpoint {storage.url} records no {name}.")
     data = storage.read_if_there(file.path)
     if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
         raise DamagedError(
@@ -173,12 +191,12 @@ def read_file(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     return data
 
 
-def read_tensors(storage: Storage, checkpoint: Checkpoint, name: str) -> Tensors:
+def read_tensors(storage: Storage, files: Mapping[str, Committed], name: str) -> Tensors:
     """A recorded safetensors file. Raises DamagedError as `read_file` does, or where it is none."""
     try:
-        return load(read_file(storage, checkpoint, name))
+        return load(read_file(storage, files, name))
     except (SafetensorError, ValueError, KeyError) as error:
-        raise DamagedError(f"{storage.describe(checkpoint.files[name].path)} is no safetensors: {error}.") from error
+        raise DamagedError(f"{storage.describe(files[name].path)} is no safetensors: {error}.") from error
 
 
 def tensor_bytes(tensors: Tensors) -> bytes:
@@ -195,7 +213,9 @@ def load_model(url: str) -> tuple[Retro, Checkpoint]:
     """
     storage, checkpoint = open_checkpoint(url)
     model = Retro(checkpoint.model)
-    load_weights(model, read_tensors(storage, checkpoint, WEIGHTS), storage.describe(checkpoint.files[WEIGHTS].path))
+    load_weights(
+        model, read_tensors(storage, checkpoint.files, WEIGHTS), storage.describe(checkpoint.files[WEIGHTS].path)
+    )
     return model.eval(), checkpoint
 
 

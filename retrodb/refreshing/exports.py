@@ -6,7 +6,6 @@ it is, and, where it is to block, `HOLD_MARKER` for as long as the published ver
 """
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from retrodb.errors import InputError
+from retrodb.storage import Storage
 
 DONE_MARKER: Final = "done"
 HOLD_MARKER: Final = "hold"
@@ -56,17 +56,13 @@ def is_done(folder: str) -> bool:
 
 def write_status(folder: str, status: dict[str, Any]) -> None:
     """Replace the refresher's status, whole; only where the folder is there."""
-    if not Path(folder).is_dir():
-        return
-    temporary = Path(folder) / f".{STATUS_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps({**status, "written": time.time()}) + "\n", encoding="utf-8")
-    temporary.replace(Path(folder) / STATUS_NAME)
+    if Path(folder).is_dir():
+        Storage(folder).commit_json(STATUS_NAME, {**status, "written": time.time()})
 
 
 def hold(folder: str, wanted: bool) -> None:
     """Set or remove the mark that asks the trainer to wait."""
     if wanted and Path(folder).is_dir():
-        (Path(folder) / HOLD_MARKER).touch()
+        Storage(folder).commit_bytes(HOLD_MARKER, b"")
     elif not wanted:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (Path(folder) / HOLD_MARKER).unlink()
+        Storage(folder).delete(HOLD_MARKER)

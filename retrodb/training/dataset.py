@@ -56,7 +56,7 @@ class TrainingDataset(IterableDataset[Sample]):
     kept for long.
 
     What is deleted is masked (`retrodb.deletions.mask_training`): a row of deleted documents alone has no token, and
-    keeps its place until the database is compacted.
+    keeps its place.
 
     Ranks and workers get contiguous parts of the stream whose sizes differ by at most one; some get none where there
     are fewer rows than consumers. `shortest` is what every rank has at least, for those who need equal steps.

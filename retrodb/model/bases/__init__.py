@@ -97,7 +97,7 @@ def _own(spec: str, data: DataSettings, database: str) -> Base:
         raise InputError(
             f"{storage.url} has retrieval already; RETROfit takes a plain decoder: retrodb train --no-retrieval."
         )
-    tensors = read_tensors(storage, checkpoint, WEIGHTS)
+    tensors = read_tensors(storage, checkpoint.files, WEIGHTS)
     weights = {name.removeprefix("decoder."): value for name, value in tensors.items()}
     load_weights(Decoder(checkpoint.model), weights, storage.url)
     _check_positions(spec, checkpoint.model, data)

@@ -1,0 +1,247 @@
+"""What an addition makes of the stages behind the encoder: what is there stays, and takes in what is new.
+
+`retrodb.pipelines.add` tells the whole; the stages themselves are those of a build, which find receipts for all that
+stays as it was.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+from retrodb.pipelines import index as index_stage
+from retrodb.pipelines import stages
+from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.chunk import VALIDATION_CHUNKS
+from retrodb.pipelines.index import IndexSettings
+from retrodb.pipelines.leakage import WORST_PAIRS
+from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.report_stage import build_report
+from retrodb.pipelines.retrieval_stages import (
+    CHOICE_FIELDS,
+    SMALL_QUERIES,
+    SMALL_VECTORS,
+    build_neighbours,
+    build_training,
+    search_settings,
+)
+from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
+from retrodb.pipelines.shards import ShardFiles, shard_files, validation_chunks
+from retrodb.pipelines.tasks import DealOut, Task, finish
+
+from retrodb.index import KeyChoice, bytes_per_vector, group_shards
+from retrodb.manifest import LARGEST_NORM, TEMPLATE_NUMBER, Manifest, Shard
+from retrodb.neighbours import from_table
+from retrodb.neighbours.table import Neighbours
+from retrodb.quality.leakage import histograms, worst_rows
+from retrodb.training.columns import lists, scalars
+from retrodb.training.shards import VALIDATION_ROWS
+
+
+def _choice(current: Manifest) -> KeyChoice:
+    details = current.stages["index"].details
+    return KeyChoice(**{name: details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
+
+
+def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
+    """The index shards that are there, and further ones, all under the quantiser that is there."""
+    state = current.stages["index"]
+    choice = _choice(current)
+    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice)
+    if builder.is_current("index", parts):
+        return
+    there = current.shards("index")
+    template = next(shard for shard in there if shard.number == TEMPLATE_NUMBER)
+    held_out = new.stages["chunk"].details.get(VALIDATION_CHUNKS, {})
+    rows = {shard.number: shard.rows - held_out.get(str(shard.number), 0) for shard in new.shards("chunks")}
+    dimension = int(current.fingerprints["encoder"]["dimension"])
+    settings = IndexSettings(choice.key, builder.config.metric, dimension, builder.config.seed)
+    data = builder.storage.read_bytes(template)
+    vector_bytes = bytes_per_vector(data, dimension, settings.metric)
+    numbers = sorted(rows)
+    groups = group_shards([rows[number] for number in numbers], len(data), vector_bytes, choice.exact)
+    files = shard_files(builder.manifest)
+    made = index_stage.add_tasks(
+        [[files[numbers[at]] for at in group] for group in groups],
+        [sum(rows[numbers[at]] for at in group) for group in groups],
+    )
+    first = max(shard.number for shard in there) + 1
+    tasks = [replace(task, number=first + task.number) for task in made]
+    book = builder.book("index", parts)
+    builder.begin("index", parts)
+    receipts = builder.executor.complete(
+        book,
+        tasks,
+        lambda pipeline, some: index_stage.add_pipeline(pipeline, book, some, settings, template),
+        unit="vectors",
+        small=SMALL_VECTORS,
+    )
+    added = [receipt.shards["index"] for receipt in receipts.values()]
+    counts = {**state.counts, "indexed": state.counts["indexed"] + sum(shard.rows for shard in added)}
+    details = {**state.details, "vectors": state.details["vectors"] + sum(rows.values())}
+    details["shards"] = state.details["shards"] + len(groups)
+    if settings.metric == "ip":
+        norms = [receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values()]
+        details[LARGEST_NORM] = max([state.details.get(LARGEST_NORM, 0.0), *norms])
+    builder.record("index", parts, {"index": [*there, *added]}, counts, details)
+    builder.progress.end(f"{sum(rows.values()):,} vectors in {len(groups):,} more shards")
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OldNeighbours:
+    """A query shard that was there, and its neighbours as they were."""
+
+    query: QueryShard
+    before: Shard
+
+
+class TakeNearer(SearchShard):
+    """Task (a query shard that was there) -> its neighbours, with what is nearer of the new index shards; the shard as
+    it was where nothing is."""
+
+    def process(self, task: Task) -> Iterator[int]:
+        with self._naming(task.number):
+            if self._left(task) is not None:
+                self._take(task)
+            yield task.number
+
+    def _take(self, task: Task) -> None:
+        payload: OldNeighbours = task.payload
+        before = from_table(self._storage.read_table(payload.before))
+        found = self._found(payload.query.files)
+        merged = nearest_of(before, found, self._settings.metric)
+        if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
+            finish(self._book, Receipt(task.number, {"neighbours": payload.before}, self._counts(before)))
+        else:
+            self._finish(task.number, merged)
+
+    def _counts(self, found: Neighbours) -> dict[str, int]:
+        return {
+            "queries": len(found.chunk_ids),
+            "found": int(found.n_valid.sum()),
+            "short": int((found.n_valid < self._settings.k).sum()),
+        }
+
+
+def nearest_of(before: Neighbours, found: Neighbours, metric: str) -> Neighbours:
+    """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id."""
+    ids = np.concatenate([before.neighbour_ids, found.neighbour_ids], axis=1)
+    documents = np.concatenate([before.neighbour_document_ids, found.neighbour_document_ids], axis=1)
+    distances = np.concatenate([before.distances, found.distances], axis=1)
+    keys = np.where(ids >= 0, -distances if metric == "ip" else distances, np.inf)
+    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), keys), axis=1)[:, : before.k]
+
+    def taken(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, order, axis=1)
+
+    n_valid = np.minimum(before.n_valid + found.n_valid, before.k).astype(np.int16)
+    return Neighbours(before.chunk_ids, taken(ids), taken(documents), taken(distances), n_valid)
+
+
+def extend_neighbours(builder: Builder, current: Manifest) -> int:
+    """The new chunks' neighbours, searched in everything; those of the others, as far as something new is nearer.
+
+    Returns:
+        The shards of old chunks that changed.
+    """
+    choice = _choice(current)
+    index = builder.manifest.stages["index"]
+    parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
+    before = {shard.number: shard for shard in current.shards("neighbours")}
+    if not builder.is_current("neighbours", parts):
+        book = builder.book("neighbours", parts)
+        there = set(current.shards("index"))
+        settings = search_settings(builder, choice)
+        nprobe = int(current.stages["neighbours"].details["nprobe"])
+        some = tuple(file for file in settings.index if file.path not in there)
+        settings = replace(settings, index=some, nprobe=nprobe, together=True)
+        files = shard_files(builder.manifest)
+        tasks = [
+            Task(n, OldNeighbours(QueryShard(files[n]), shard), weight=shard.rows)
+            for n, shard in sorted(before.items())
+        ]
+        builder.begin("neighbours", parts)
+        builder.executor.complete(
+            book, tasks, functools.partial(_take_pipeline, book, settings), unit="chunks", small=SMALL_QUERIES
+        )
+        build_neighbours(builder)
+    return sum(before.get(s.number, s) != s for s in builder.manifest.shards("neighbours"))
+
+
+def _take_pipeline(
+    book: ReceiptBook, settings: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
+) -> beam.PCollection:
+    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings))
+
+
+# -- what follows from neighbours --------------------------------------------------------------------------------------
+
+
+def _unchanged(builder: Builder, current: Manifest) -> list[int]:
+    """The shards whose neighbours are as they were."""
+    before = {shard.number: shard for shard in current.shards("neighbours")}
+    return [s.number for s in builder.manifest.shards("neighbours") if before.get(s.number) == s]
+
+
+def _inherit(
+    builder: Builder,
+    current: Manifest,
+    stage: str,
+    table: str,
+    parts: dict[str, Any],
+    receipt_of: Callable[[Shard, ShardFiles], Receipt],
+) -> None:
+    """Leave receipts for the shards that stay as they are, so that a stage makes the others alone."""
+    book = builder.book(stage, parts)
+    files = shard_files(builder.manifest)
+    made = {shard.number: shard for shard in current.shards(table)}
+    for number in _unchanged(builder, current):
+        if book.read(number) is None:
+            book.write(receipt_of(made[number], files[number]))
+
+
+def extend_training(builder: Builder, current: Manifest) -> None:
+    """Sequences of the shards whose neighbours changed, and of the new ones."""
+    parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
+    if not builder.is_current("training", parts):
+        validation = current.stages["training"].details[VALIDATION_ROWS]
+
+        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
+            found = lists(builder.storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
+            joined = int((found[:, : builder.config.training_neighbours] >= 0).sum())
+            counts = {"joined": joined, "training_chunks": len(found)}
+            return Receipt(shard.number, {"training": shard}, counts, {VALIDATION_ROWS: validation[str(shard.number)]})
+
+        builder.begin("training", parts)
+        _inherit(builder, current, "training", "training", parts, receipt_of)
+    build_training(builder)
+
+
+def extend_report(builder: Builder, current: Manifest) -> None:
+    """The leakage of the same shards, and the report of all."""
+    parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
+    if not builder.is_current("report", parts):
+
+        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
+            storage, k = builder.storage, parts["neighbours"]
+            table = storage.read_table(shard, ["overlap", "chunk_id", "neighbour_id"])
+            chunks = storage.read_table(files.chunks, ["chunk_id", "document_id"])
+            document_ids, overlap = scalars(chunks, "document_id"), scalars(table, "overlap")
+            worst = worst_rows(overlap, scalars(chunks, "chunk_id"), document_ids, WORST_PAIRS)
+            found = lists(storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
+            details = {
+                "histograms": histograms(
+                    overlap, validation_chunks(storage, files, document_ids), builder.config.chunk_tokens
+                ),
+                "worst": [list(row.values()) for row in table.take(worst).to_pylist()],
+            }
+            return Receipt(shard.number, {"leakage": shard}, {"compared": int((found[:, :k] >= 0).sum())}, details)
+
+        builder.begin("report", parts)
+        _inherit(builder, current, "report", "leakage", parts, receipt_of)
+    build_report(builder)
