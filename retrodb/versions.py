@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Final
@@ -30,7 +31,7 @@ from retrodb.manifest import (
     version_folder,
     version_path,
 )
-from retrodb.storage import Storage
+from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 KEPT_VERSIONS: Final = 3
 """The newest so many versions are kept, always."""
@@ -218,6 +219,7 @@ def publish(storage: Storage, made: Manifest) -> Manifest:
     if current is None:
         raise DamagedError(f"{storage.url} has no {MANIFEST_NAME} to publish beside.")
     own = replace(made, version=replace(made.version, facts=facts_of(made)), versions=())
+    _forget_killed(storage, own.version.id, current.version.id)
     kept = list(current.versions) or [_keep_first(storage, current)]
     written = storage.commit_bytes(version_path(own.version.id), own.as_bytes())
     kept.append(KeptVersion(own.version, written.bytes, written.sha256))
@@ -245,6 +247,14 @@ def switch(storage: Storage, version: int) -> Manifest:
         raise DamagedError(f"{storage.describe(kept.path)} is not what was published: version {version} is refused.")
     switched.save(storage)
     return switched
+
+
+def _forget_killed(storage: Storage, *versions: int) -> None:
+    """Remove what a publication that was killed had begun to write: an object store shows nothing of that."""
+    if storage.is_local:
+        for folder in {"", *(posixpath.dirname(version_path(version)) for version in versions)}:
+            names = storage.list_files(folder)
+            storage.delete(*[posixpath.join(folder, name) for name in names if name.startswith(TEMPORARY_PREFIX)])
 
 
 def _keep_first(storage: Storage, current: Manifest) -> KeptVersion:
