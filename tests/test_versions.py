@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from support import (
@@ -39,7 +40,7 @@ from retrodb.manifest import Manifest
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower, Schedule, Staleness, StalenessLimit
 from retrodb.storage import Storage
-from retrodb.versions import collect, publish, switch
+from retrodb.versions import collect, load_version, publish, switch
 
 QUERY = "how are names bound"
 TABLES_OF_A_VERSION = ("embeddings", "neighbours", "training", "leakage")
@@ -344,6 +345,33 @@ def test_collect_R4_a_reader_in_another_process_holds_its_version(database: Path
     out, _ = reader.communicate("\n", timeout=60)
     assert json.loads(out) == expected
     assert retrodb("gc", database, "--json").json["retired"] == [1]
+
+
+def test_collect_R4_the_current_version_stays_however_old_it_is(database: Path, encoders: list[Path]) -> None:
+    before = answers(package.open(str(database)))
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    storage = Storage(str(database))
+    with writer_lock(storage):
+        switch(storage, 1)
+    done = collect(storage)
+    assert (done.retired, done.in_use) == ((2,), ())
+    assert answers(package.open(str(database))) == before
+    assert problems(database) == []
+
+
+def test_collect_R4_on_an_object_store_a_version_stays_for_a_day_after_it_was_replaced(
+    database: Path, encoders: list[Path]
+) -> None:
+    """Nobody can tell there who still reads."""
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    url = f"memory://{database.parent.name}/db"
+    fsspec.filesystem("memory").put(str(database), url, recursive=True)
+    storage = Storage(url)
+    assert (collect(storage).retired, collect(storage).in_use) == ((), (1, 2))
+    assert collect(storage, grace=0).retired == (1, 2)
+    assert load_version(storage, 3) is not None
 
 
 def test_collect_R4_fewer_than_three_cannot_be_asked_for(database: Path) -> None:
