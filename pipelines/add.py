@@ -16,7 +16,13 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import build_dedup
-from retrodb.pipelines.extend import extend_index, extend_neighbours, extend_report, extend_training
+from retrodb.pipelines.extend import (
+    extend_block_duplicates,
+    extend_index,
+    extend_neighbours,
+    extend_report,
+    extend_training,
+)
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, resolve
 from retrodb.pipelines.progress import Progress
@@ -91,8 +97,6 @@ def _refuse_unfit(out: Storage, config: BuildConfig) -> None:
     Raises:
         InputError: says which setting.
     """
-    if config.unit == "block":
-        raise InputError(f"{out.url} is of blocks: documents are added to databases of chunks alone as yet.")
     if config.has_validation and config.decontaminate:
         raise InputError(
             f"{out.url} keeps near-duplicates of its validation documents out: what is added is not compared with them "
@@ -158,10 +162,12 @@ class _Addition:
             merged.save(view)
         nothing = Ingredients(None, "", None)
         builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, VERSIONED_TABLES)
+        extend_block_duplicates(builder)
         extend_index(builder, self.current, new)
         changed = extend_neighbours(builder, self.current)
-        extend_training(builder, self.current)
-        extend_report(builder, self.current)
+        if self.config.unit == "chunk":
+            extend_training(builder, self.current)
+            extend_report(builder, self.current)
         builder.clean_up()
         view.delete_folder(f"{version_folder(self.number)}/{_NEW}")
         made = replace(builder.manifest.version, created=now())
@@ -221,7 +227,8 @@ def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
         for table in (*_TEXT_TABLES, "embeddings")
         if current.shards(table) or new.shards(table) or table in current.tables
     }
-    tables["deleted"] = current.shards("deleted")
+    for table in ("deleted", "null"):  # what the encoder makes of no document is as it was
+        tables[table] = current.shards(table)
     corpus = current.stages["corpus"].made_from
     upstream: dict[str, dict[str, Any]] = {
         "corpus": {"inputs": {**corpus["inputs"], **new.stages["corpus"].made_from["inputs"]}},

@@ -96,7 +96,7 @@ def find_block_duplicates(builder: Builder, chunks: Sequence[Shard]) -> tuple[li
 
 def mend_block_duplicates(builder: Builder) -> None:
     """Make ``block_duplicates`` again where it, or the blocks themselves, were damaged."""
-    if builder.config.unit != "block" or not (builder.damage.get(TABLE) or "chunk" in builder.done):
+    if TABLE not in builder.manifest.tables or not (builder.damage.get(TABLE) or "chunk" in builder.done):
         return
     builder.progress.note(f"chunk: repairing {TABLE}")
     book, receipts = _compared(builder, builder.manifest.shards("chunks"))

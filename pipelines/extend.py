@@ -13,6 +13,7 @@ import apache_beam as beam
 import numpy as np
 from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import stages
+from retrodb.pipelines.block_duplicates import TABLE, find_block_duplicates
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
@@ -31,9 +32,10 @@ from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
 from retrodb.pipelines.shards import ShardFiles, shard_files, validation_chunks
 from retrodb.pipelines.tasks import DealOut, Task, finish
 
-from retrodb.index import KeyChoice, bytes_per_vector, group_shards
+from retrodb.index import MISSING, KeyChoice, bytes_per_vector, group_shards
 from retrodb.manifest import LARGEST_NORM, TEMPLATE_NUMBER, Manifest, Shard
-from retrodb.neighbours import from_table
+from retrodb.neighbours import UidSource, from_table
+from retrodb.neighbours.select import distinct
 from retrodb.neighbours.table import Neighbours
 from retrodb.quality.leakage import histograms, worst_rows
 from retrodb.training.columns import lists, scalars
@@ -43,6 +45,17 @@ from retrodb.training.shards import VALIDATION_ROWS
 def _choice(current: Manifest) -> KeyChoice:
     details = current.stages["index"].details
     return KeyChoice(**{name: details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
+
+
+def extend_block_duplicates(builder: Builder) -> None:
+    """Which blocks are equal, found anew among all."""
+    if builder.config.unit != "block" or TABLE in builder.manifest.tables:
+        return
+    shards, counts = find_block_duplicates(builder, builder.manifest.shards("chunks"))
+    state = builder.manifest.stages["chunk"]
+    counted = replace(state, counts={**state.counts, **counts})
+    builder.manifest = builder.manifest.with_stage("chunk", counted, {TABLE: shards})
+    builder.manifest.save(builder.storage)
 
 
 def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
@@ -114,7 +127,7 @@ class TakeNearer(SearchShard):
         payload: OldNeighbours = task.payload
         before = from_table(self._storage.read_table(payload.before))
         found = self._found(payload.query.files)
-        merged = nearest_of(before, found, self._settings.metric)
+        merged = nearest_of(before, found, self._settings.metric, self._uids)
         if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
             finish(self._book, Receipt(task.number, {"neighbours": payload.before}, self._counts(before)))
         else:
@@ -128,19 +141,31 @@ class TakeNearer(SearchShard):
         }
 
 
-def nearest_of(before: Neighbours, found: Neighbours, metric: str) -> Neighbours:
-    """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id."""
+def nearest_of(before: Neighbours, found: Neighbours, metric: str, uids: UidSource | None = None) -> Neighbours:
+    """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id.
+
+    With ``uids``, of equal blocks the best one alone. Each set has the k best distinct ones of its own part of the
+    chunks, so that the k best of both are those of all.
+    """
     ids = np.concatenate([before.neighbour_ids, found.neighbour_ids], axis=1)
     documents = np.concatenate([before.neighbour_document_ids, found.neighbour_document_ids], axis=1)
     distances = np.concatenate([before.distances, found.distances], axis=1)
     keys = np.where(ids >= 0, -distances if metric == "ip" else distances, np.inf)
-    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), keys), axis=1)[:, : before.k]
+    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), keys), axis=1)
+    if uids is not None:
+        kept = distinct(np.take_along_axis(ids, order, axis=1), uids)
+        copies = ~np.take_along_axis(kept, np.argsort(order, axis=1), axis=1)
+        ids, documents = np.where(copies, MISSING, ids), np.where(copies, MISSING, documents)
+        distances = np.where(copies, np.float32(np.nan), distances)
+        order = np.take_along_axis(order, np.argsort(~kept, axis=1, kind="stable"), axis=1)
+    order = order[:, : before.k]
 
     def taken(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, order, axis=1)
 
-    n_valid = np.minimum(before.n_valid + found.n_valid, before.k).astype(np.int16)
-    return Neighbours(before.chunk_ids, taken(ids), taken(documents), taken(distances), n_valid)
+    nearest = taken(ids)
+    n_valid = (nearest >= 0).sum(axis=1).astype(np.int16)
+    return Neighbours(before.chunk_ids, nearest, taken(documents), taken(distances), n_valid)
 
 
 def extend_neighbours(builder: Builder, current: Manifest) -> int:

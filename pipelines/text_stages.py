@@ -289,7 +289,7 @@ def build_chunks(builder: Builder) -> None:
         str(n): found for n, receipt in sorted(receipts.items()) if (found := receipt.details[VALIDATION_CHUNKS])
     }
     details = {VALIDATION_CHUNKS: held_out} if held_out else {}
-    if builder.config.unit == "block":
+    if builder.config.unit == "block" and "block_duplicates" in builder.tables:
         tables["block_duplicates"], of_duplicates = find_block_duplicates(builder, tables["chunks"])
         counts |= of_duplicates
     builder.record("chunk", parts, tables, counts, details, fingerprints=fingerprints)
@@ -302,6 +302,7 @@ def build_embeddings(builder: Builder) -> None:
     encoder = builder.ingredients.settled_encoder(builder.manifest)
     parts = stages.embed_parts(builder.manifest.stages["chunk"].made_from, encoder)
     blocks = builder.config.unit == "block"
+    null = blocks and "null" in builder.tables
     settings = EmbedSettings(
         encoder=builder.config.encoder,
         files_sha256=encoder.files_sha256,
@@ -316,7 +317,7 @@ def build_embeddings(builder: Builder) -> None:
         StageWork(
             stage="embed",
             parts=parts,
-            tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents"), blocks),
+            tasks=embed_tasks(builder.manifest.shards("chunks"), builder.manifest.shards("documents"), null),
             damaged=builder.damage.get("embeddings", set()) | ({NULL_NUMBER} if builder.damage.get("null") else set()),
             pipeline=lambda pipeline, book, tasks: embed_pipeline(pipeline, book, tasks, settings, hints),
             unit=f"{builder.config.unit}s",
@@ -328,6 +329,6 @@ def build_embeddings(builder: Builder) -> None:
         return
     fingerprints = {**builder.manifest.fingerprints, "encoder": encoder.as_json()}
     counts = add_counts(receipts)
-    tables = shards_by_table(receipts, "embeddings", *(["null"] if blocks else []))
+    tables = shards_by_table(receipts, "embeddings", *(["null"] if null else []))
     builder.record("embed", parts, tables, counts, {}, fingerprints=fingerprints)
     builder.progress.end(f"{counts['vectors']:,} vectors of {encoder.dimension}, {encoder.name}, {encoder.precision}")

@@ -355,6 +355,63 @@ def test_add_C2_then_read_equals_build_all_then_read(
     assert problems(database) == problems(database, version=1) == []
 
 
+def by_name(database: Path) -> dict[str, object]:
+    """Blocks, neighbours and duplicates of a database whatever its ids: a block is its document's key and place."""
+    keys = {row["document_id"]: row["key"] for row in rows_of(database, "documents")}
+    blocks = sorted(rows_of(database, "chunks"), key=lambda row: row["chunk_id"])
+    first = {row["document_id"]: row["chunk_id"] for row in reversed(blocks)}
+    names = {row["chunk_id"]: (keys[row["document_id"]], row["chunk_id"] - first[row["document_id"]]) for row in blocks}
+    return {
+        "blocks": {names[row["chunk_id"]]: (row["uid"], row["tokens"]) for row in blocks},
+        "neighbours": {
+            names[row["chunk_id"]]: [
+                (names[other], keys[document], distance)
+                for other, document, distance in zip(
+                    row["neighbour_ids"], row["neighbour_document_ids"], row["distances"], strict=True
+                )
+                if other is not None
+            ]
+            for row in rows_of(database, "neighbours")
+        },
+        "duplicates": {
+            row["uid"]: [names[chunk_id] for chunk_id in row["chunk_ids"]]
+            for row in rows_of(database, "block_duplicates")
+        },
+    }
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_add_C2_of_blocks_equals_build_all_where_new_ones_repeat_old_ones(
+    halves: tuple[Path, Path], tiny_encoder: Path, tmp_path: Path, k: int
+) -> None:
+    """Also with more neighbours asked for than there are distinct blocks."""
+    old, new = (path.read_text(encoding="utf-8").splitlines()[:3] for path in halves)
+    again = [json.dumps({**json.loads(line), "id": f"again-{at}"}) for at, line in enumerate(old[:2])]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, lines in zip(files, (old, [again[0], *new, again[1]]), strict=True):
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "unit": "block",
+        "metric": "ip",
+        "chunk_tokens": 64,
+        "neighbours": k,
+        "shard_bytes": "8KiB",
+        "dedup": "off",
+    }
+    for out, inputs in ((tmp_path / "db", files[:1]), (tmp_path / "all", files)):
+        build_here(inputs, out, encoder=str(tiny_encoder), **settings)
+    assert added(tmp_path / "db", files[1]).documents == 5
+    ours, theirs = by_name(tmp_path / "db"), by_name(tmp_path / "all")
+    assert len(ours["duplicates"]) > 0
+    assert ours == theirs
+    ours, theirs = package.open(str(tmp_path / "db")), package.open(str(tmp_path / "all"))
+    assert ours.manifest.stages["chunk"].counts == theirs.manifest.stages["chunk"].counts
+    vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    found, expected = (db.candidates(vectors, 6) for db in (ours, theirs))
+    assert np.array_equal(found.scores, expected.scores)
+    assert problems(tmp_path / "db") == problems(tmp_path / "db", version=1) == []
+
+
 def test_add_C2_killed_leaves_one_version_and_goes_on(
     old: Path, everything: Path, halves: tuple[Path, Path], tmp_path: Path
 ) -> None:

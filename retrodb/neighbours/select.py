@@ -162,6 +162,12 @@ def select(
     return _best(scores, ids, k, metric, satisfied)
 
 
+def distinct(ids: np.ndarray, uids: UidSource) -> np.ndarray:
+    """bool [q, c]: of each row of candidates, best first, the first of equal blocks. Negative ids are none."""
+    there = ids >= 0
+    return _firsts(_groups(ids, there, uids), there)
+
+
 def _groups(ids: np.ndarray, allowed: np.ndarray, uids: UidSource) -> np.ndarray:
     """int64 [q, c]: what tells equal blocks among the allowed candidates."""
     groups = np.zeros(ids.shape, dtype=np.int64)
