@@ -28,6 +28,8 @@ from retrodb.pipelines.ingredients import Ingredients, resolve
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
+from retrodb.pipelines.spans_stage import QueriesOfNew
+from retrodb.pipelines.stages import STAGE_TABLES
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
 from retrodb.config import BuildConfig, RunSettings
@@ -35,6 +37,7 @@ from retrodb.corpus import InputFile
 from retrodb.errors import InputError
 from retrodb.manifest import (
     MANIFEST_NAME,
+    SPANS_STAGE,
     VERSIONED_TABLES,
     Manifest,
     StageState,
@@ -86,8 +89,9 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
         _refuse_unfit(out, config)
+        queries = QueriesOfNew.of(current, out.url)
         refuse_damaged(out, current)
-        addition = _Addition(out, next_version(current), current, config, run, progress, runner)
+        addition = _Addition(out, next_version(current), current, config, run, progress, runner, queries)
         return addition.joined(addition.new(inputs))
 
 
@@ -120,6 +124,8 @@ class _Addition:
     run: RunSettings
     progress: Progress
     runner: Runner
+    queries: QueriesOfNew | None
+    """Where the database has masked queries."""
 
     def new(self, inputs: Sequence[InputFile]) -> Manifest:
         """The text and the vectors of what is new: a database that stops after the encoder, numbered behind what is
@@ -161,13 +167,16 @@ class _Addition:
         if left is None or left.shards("chunks") != merged.shards("chunks"):
             merged.save(view)
         nothing = Ingredients(None, "", None)
-        builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, VERSIONED_TABLES)
+        tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])
+        builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, tables)
         extend_block_duplicates(builder)
         extend_index(builder, self.current, new)
         changed = extend_neighbours(builder, self.current)
         if self.config.unit == "chunk":
             extend_training(builder, self.current)
             extend_report(builder, self.current)
+        if self.queries is not None:
+            self.queries.draw(builder)
         builder.clean_up()
         view.delete_folder(f"{version_folder(self.number)}/{_NEW}")
         made = replace(builder.manifest.version, created=now())

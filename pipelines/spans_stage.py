@@ -6,7 +6,7 @@ undoes it where the chunks are made again.
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from retrodb.pipelines import stages
@@ -19,6 +19,7 @@ from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.runners import make_runner
 from retrodb.pipelines.spans import SpanWork, span_pipeline, span_tasks, write_pieces
 
+from retrodb.chunking.sentences import splitter_identity
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
@@ -34,7 +35,7 @@ from retrodb.manifest import (
 )
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
-from retrodb.spans.taggers import resolve_taggers
+from retrodb.spans.taggers import DATES, IMPORT, NER, resolve_taggers
 from retrodb.spans.wordpieces import load_wordpieces
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_version, now, publish
@@ -87,6 +88,67 @@ def build_spans(
         return BuildOutcome(
             builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
         )
+
+
+@dataclass(frozen=True)
+class QueriesOfNew:
+    """The queries of documents that join a database, drawn as those that are there were."""
+
+    current: Manifest
+    settings: SpanSettings
+    identities: tuple[str, ...]
+
+    @staticmethod
+    def of(current: Manifest, url: str) -> "QueriesOfNew | None":
+        """None where the database has no queries.
+
+        Raises:
+            InputError: a tagger is not installed, or is another one by now.
+        """
+        state = current.stages.get(SPANS_STAGE)
+        if state is None:
+            return None
+        parts = state.made_from
+        recorded = [tagger for tagger in parts["taggers"] if tagger["name"] != IMPORT]
+        specs = tuple(DATES if tagger["name"] == DATES else f"{NER}:{tagger['name']}" for tagger in recorded)
+        taggers, _ = resolve_taggers(specs)
+        found = [tagger.identity for tagger in taggers]
+        if found != recorded or parts["sentences"] != splitter_identity():
+            raise InputError(
+                f"{url} has masked queries that were drawn by {_named(recorded)}, {parts['sentences']}; here are "
+                f"{_named(found)}, {splitter_identity()}. Install what drew them, or draw all anew with retrodb spans."
+            )
+        settings = SpanSettings(specs, parts["mask"], parts["seed"], parts["max_tokens"], parts["max_masked"])
+        return QueriesOfNew(current, settings, tuple(map(repr, found)))
+
+    def draw(self, builder: Builder) -> None:
+        """Record the queries that were there and those of the further shards of documents."""
+        state = self.current.stages[SPANS_STAGE]
+        parts = {**state.made_from, "chunks": builder.manifest.stages["chunk"].fingerprint}
+        if builder.is_current(SPANS_STAGE, parts):
+            return
+        book = builder.book(SPANS_STAGE, parts)
+        builder.begin(SPANS_STAGE, parts)
+        work = SpanWork(self.settings, _encoder(builder), parts["wordpieces"], self.identities)
+        there = {shard.number for shard in self.current.shards("documents")}
+        receipts = builder.executor.complete(
+            book,
+            [task for task in span_tasks(builder.manifest, {}) if task.number not in there],
+            lambda pipeline, tasks: span_pipeline(pipeline, book, tasks, work),
+            unit="documents",
+            small=_SMALL_TAG_DOCUMENTS,
+        )
+        drawn = add_counts(receipts)
+        counts = {name: state.counts.get(name, 0) + drawn.get(name, 0) for name in state.counts | drawn}
+        made = shards_by_table(receipts, *_TABLES)
+        tables = {table: [*self.current.shards(table), *made.get(table, ())] for table in _TABLES}
+        tables = {table: shards for table, shards in tables.items() if shards or table in self.current.tables}
+        builder.record(SPANS_STAGE, parts, tables, counts, state.details)
+        builder.progress.end(describe_counts(drawn))
+
+
+def _named(taggers: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(f"{tagger['name']} {tagger['version']}" for tagger in taggers) or "none"
 
 
 def _place(out: Storage, current: Manifest, progress: Progress) -> Storage:

@@ -1,5 +1,6 @@
 """``refresh --watch``: follow a trainer's exports, publishing a version whenever one is due (realm.md, R5)."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ class Watch:
             self._same = export.step
             return
         self.published.append(outcome.version)
-        with writer_lock(self.out):
+        with contextlib.suppress(LockedError), writer_lock(self.out):  # another writer's turn: the next time, then
             collect(self.out, self.settings.keep)
 
     def _tell(self, exports: list[Export]) -> None:

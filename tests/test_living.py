@@ -373,11 +373,20 @@ def by_name(database: Path) -> dict[str, object]:
             ]
             for row in rows_of(database, "neighbours")
         },
+        "queries": sorted(
+            (keys[row["document_id"]], row["tokens"], row["masked_positions"], names[row["chunk_id"]])
+            for row in rows_of(database, "queries")
+        ),
         "duplicates": {
             row["uid"]: [names[chunk_id] for chunk_id in row["chunk_ids"]]
             for row in rows_of(database, "block_duplicates")
         },
     }
+
+
+def spans_of(database: Path, *flags: str) -> None:
+    ran = retrodb("spans", database, *flags, "--workers", 1)
+    assert ran.code == 0, ran.err
 
 
 @pytest.mark.parametrize("k", [3, 40])
@@ -400,16 +409,31 @@ def test_add_C2_of_blocks_equals_build_all_where_new_ones_repeat_old_ones(
     }
     for out, inputs in ((tmp_path / "db", files[:1]), (tmp_path / "all", files)):
         build_here(inputs, out, encoder=str(tiny_encoder), **settings)
+        spans_of(out, "--mask", "random-span" if k == 3 else "random-token")
     assert added(tmp_path / "db", files[1]).documents == 5
     ours, theirs = by_name(tmp_path / "db"), by_name(tmp_path / "all")
     assert len(ours["duplicates"]) > 0
+    assert len(ours["queries"]) > 0
     assert ours == theirs
     ours, theirs = package.open(str(tmp_path / "db")), package.open(str(tmp_path / "all"))
-    assert ours.manifest.stages["chunk"].counts == theirs.manifest.stages["chunk"].counts
+    for stage in ("chunk", "spans"):
+        assert ours.manifest.stages[stage].counts == theirs.manifest.stages[stage].counts
     vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
     found, expected = (db.candidates(vectors, 6) for db in (ours, theirs))
     assert np.array_equal(found.scores, expected.scores)
     assert problems(tmp_path / "db") == problems(tmp_path / "db", version=1) == []
+
+
+def test_an_addition_draws_queries_only_by_what_drew_those_that_are_there(
+    old: Path, halves: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = shutil.copytree(old, tmp_path / "db")
+    spans_of(database, "--tagger", "dates")
+    before = stamps(database)
+    monkeypatch.setattr("retrodb.spans.dates.VERSION", "9")
+    with pytest.raises(InputError, match="drawn by dates 1.*here are dates 9"):
+        added(database, halves[1])
+    assert stamps(database) == before
 
 
 def test_add_C2_killed_leaves_one_version_and_goes_on(
