@@ -9,7 +9,7 @@ OUT ?= $(if $(INPUT),my-db,quickstart-db)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install build test test-fast lint format types check bench flink-jars flink-up flink-down flink-test prism kill-test clean
+.PHONY: help install build test test-fast lint format types check bench flink-jars flink-up flink-down flink-test prism kill-test soak-test clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ flink-test: $(STAMP)  ## Build on a Flink cluster of its own, with faults, and c
 
 kill-test: $(STAMP)  ## Kill a build 100 times at random moments, and compare what comes of it: ARGS="--kills 10".
 	@$(BIN)/python benchmarks/kill_test.py $(ARGS)
+
+soak-test: $(STAMP)  ## Train, refresh, add, delete and read at once while all of them are killed: ARGS="--minutes 2".
+	@$(BIN)/python benchmarks/soak_test.py $(ARGS)
 
 clean:  ## Remove the quickstart database and caches; the environment stays.
 	@rm -rf quickstart-db quickstart-corpus.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis

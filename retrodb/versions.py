@@ -61,7 +61,7 @@ class VersionStorage(Storage):
         return f"{folder}/{relative}" if folder and relative.split("/", 1)[0] in folders else relative
 
     def placed(self, relative: str) -> str:
-        return self._own(relative, (*TABLES, REPORTS_FOLDER))
+        return self._control(self._own(relative, TABLES))
 
     def owns(self, relative: str) -> bool:
         return relative.startswith(f"{version_folder(self.version)}/")

@@ -449,6 +449,7 @@ def test_add_C2_killed_leaves_one_version_and_goes_on(
     ran = retrodb("add", database, halves[1], "--json")
     assert ran.code == 0, ran.err
     assert ran.json["version"] == 2
+    assert "damaged" not in ran.err, "a kill damages nothing"
     for table in TABLES:
         assert table_of(database, table).equals(table_of(everything, table)), table
     assert problems(database) == []
