@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.extend import extend_index, extend_neighbours, extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, resolve
+from retrodb.pipelines.lineage import beginning, chained
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
@@ -31,9 +31,7 @@ from retrodb.manifest import (
     MANIFEST_NAME,
     VERSIONED_TABLES,
     Manifest,
-    StageState,
     Version,
-    fingerprint,
     taken_from,
     version_folder,
 )
@@ -222,38 +220,17 @@ def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
         if current.shards(table) or new.shards(table) or table in current.tables
     }
     tables["deleted"] = current.shards("deleted")
-    corpus = current.stages["corpus"].made_from
-    upstream: dict[str, dict[str, Any]] = {
-        "corpus": {"inputs": {**corpus["inputs"], **new.stages["corpus"].made_from["inputs"]}},
-        "dedup": {},
-        "chunk": {},
-        "embed": {},
-    }
-    states: dict[str, StageState] = {}
-    for stage, changes in upstream.items():
-        before, added = current.stages[stage], new.stages[stage]
-        if stage == "dedup":
-            changes = {"corpus": states["corpus"].fingerprint}  # noqa: PLW2901
-        elif stage == "chunk":
-            changes = {"documents": states["dedup"].fingerprint}  # noqa: PLW2901
-        made_from = {**before.made_from, **changes}
-        if stage == "embed":
-            made_from["chunks"] = fingerprint(stages.chunks_of(states["chunk"].made_from))
-        counts = {name: before.counts.get(name, 0) + added.counts.get(name, 0) for name in before.counts | added.counts}
-        details = dict(before.details)
-        if stage == "chunk":
-            held_out = {**before.details.get(VALIDATION_CHUNKS, {}), **added.details.get(VALIDATION_CHUNKS, {})}
-            details |= {VALIDATION_CHUNKS: held_out} if held_out else {}
-        states[stage] = StageState(fingerprint(made_from), made_from, counts, details)
-    return replace(
+    inputs = {**current.stages["corpus"].made_from["inputs"], **new.stages["corpus"].made_from["inputs"]}
+    counts = {stage: _sum(current.stages[stage].counts, state.counts) for stage, state in new.stages.items()}
+    held_out = [manifest.stages["chunk"].details.get(VALIDATION_CHUNKS, {}) for manifest in (current, new)]
+    merged = beginning(
         current,
-        inputs=[*current.inputs, *new.inputs],
-        stages=states,
-        tables={table: shards for table, shards in tables.items() if shards or table in ("quarantine", "duplicates")},
-        fingerprints={
-            **current.fingerprints,
-            "stages": {name: state.fingerprint for name, state in states.items()},
-        },
-        version=Version(number, current.version.id, "add", current.version.step),
-        versions=(),
+        chained(current, {"inputs": inputs}, counts, {**held_out[0], **held_out[1]}),
+        {table: shards for table, shards in tables.items() if shards or table in ("quarantine", "duplicates")},
+        Version(number, current.version.id, "add", current.version.step),
     )
+    return replace(merged, inputs=[*current.inputs, *new.inputs])
+
+
+def _sum(before: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:
+    return {name: before.get(name, 0) + added.get(name, 0) for name in {**before, **added}}

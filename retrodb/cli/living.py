@@ -1,11 +1,11 @@
-"""``retrodb add`` and ``delete``: documents taken in, and given up."""
+"""``retrodb add``, ``delete`` and ``compact``: documents taken in, given up, and their space returned."""
 
 import dataclasses
 from typing import Annotated, Optional
 
 import typer
 
-from retrodb.cli.echo import echo_json
+from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
 from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
 
@@ -70,6 +70,32 @@ def delete(
         progress.close()
     if as_json:
         echo_json({"version": done.version, "documents": done.documents, "chunks": done.chunks})
+
+
+def compact(
+    database: Database,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Return the space of deleted documents, as the next version: what held something deleted is written without it."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.cli.render import size_text  # noqa: PLC0415
+    from retrodb.pipelines.compact import compact as run_compact  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    run = run_settings(workers, runner, runner_option, device)
+    progress = make_progress()
+    try:
+        done = run_compact(Storage(database), run, progress)
+    finally:
+        progress.close()
+    if as_json:
+        echo_json(dataclasses.asdict(done))
+    elif done.documents:
+        echo(f"the tables take {size_text(done.bytes_after)} now, {size_text(done.bytes_before)} before")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
