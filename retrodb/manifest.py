@@ -265,6 +265,12 @@ class Manifest:
         return self.tables.get(table, ())
 
     @property
+    def reports(self) -> list[str]:
+        """Relative paths of what its stages left for people to read."""
+        recorded = [stage for stage in STAGE_REPORTS if stage in self.stages]
+        return [self.stages[s].report(s) for s in recorded if REPORT_SHA256 in self.stages[s].details]
+
+    @property
     def left_out(self) -> tuple[Shard, ...]:
         """The shards of ``deleted`` that the index was made without."""
         index = self.stages.get("index")

@@ -20,6 +20,7 @@ from retrodb.manifest import (
     FIRST_VERSION,
     MANIFEST_NAME,
     REPORTS_FOLDER,
+    STAGE_REPORTS,
     TABLES,
     VERSIONS_FOLDER,
     WORK_FOLDER,
@@ -322,8 +323,9 @@ def collect(
             retired.append(entry)
     manifests = [current] + [found for entry in stay if (found := load_version(storage, entry.version.id)) is not None]
     named = {shard.path for manifest in manifests for shards in manifest.tables.values() for shard in shards}
+    named |= {path for manifest in manifests for path in manifest.reports}
     numbers = {entry.version.id for entry in stay}
-    gone = list(_unnamed(storage, named, numbers, current.version.id)) if current.versions else []
+    gone = list(_unnamed(storage, named, numbers)) if current.versions else []
     gone += [path for entry in retired for path in _own_files(storage, entry.version.id, named)]
     gone = sorted(set(gone))
     size = sum(storage.size(path) or 0 for path in gone)
@@ -357,10 +359,14 @@ def _own_files(storage: Storage, number: int, named: set[str]) -> Iterator[str]:
         yield version_path(number)
 
 
-def _unnamed(storage: Storage, named: set[str], kept: set[int], current: int) -> Iterator[str]:
-    """Files of tables that no kept version names: of retired ones, or of a collection that was killed."""
+def _unnamed(storage: Storage, named: set[str], kept: set[int]) -> Iterator[str]:
+    """Files that no kept version names: of retired ones, or of a collection that was killed. What comes after the
+    newest version is being made."""
     for table in TABLES:
         yield from (path for path in storage.list_below(table) if path not in named and is_of_a_table(path))
+    if FIRST_VERSION not in kept:  # its reports show text, too
+        reports = (path for path in STAGE_REPORTS.values() if path not in named)
+        yield from (path for path in reports if storage.size(path) is not None)
     for name in storage.list_folders(VERSIONS_FOLDER):
-        if name.isdigit() and int(name) not in kept and int(name) < current:
+        if name.isdigit() and int(name) not in kept and int(name) < max(kept):
             yield from (path for path in storage.list_below(f"{VERSIONS_FOLDER}/{name}") if path not in named)

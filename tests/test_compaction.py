@@ -17,12 +17,9 @@ from support import (
     Running,
     build_here,
     manifest_of,
-    near_duplicates_of,
     retrodb,
     rows_of,
     save_manifest,
-    sha256,
-    shards_of,
     stamps,
     table_of,
     vectors_of,
@@ -32,7 +29,6 @@ import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.corpus.selection import Selection
-from retrodb.database import Database
 from retrodb.errors import InputError, LockedError
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
@@ -151,3 +147,215 @@ def test_compact_C2_what_is_left_is_what_a_build_without_the_documents_has(datab
     assert pinned.version == 2
     assert pinned.search(query, k=3), "who reads version 2 goes on with it"
     assert problems(database) == problems(database, version=2) == problems(database, version=1) == []
+
+
+def test_compact_C2_writes_only_what_changed(database: Path) -> None:
+    before, files = manifest_of(database)["tables"], stamps(database)
+    gone = deleted(database, VICTIMS[0])
+    done = compacted(database)
+    now = manifest_of(database)["tables"]
+    number = gone[0] >> 32
+    for table in ("documents", "chunks", "embeddings"):
+        changed = [
+            old["number"] for old, new in zip(before[table]["shards"], now[table]["shards"], strict=True) if old != new
+        ]
+        assert changed == [number], table
+    for table in ("neighbours", "training", "leakage"):
+        moved = {
+            old["number"] for old, new in zip(before[table]["shards"], now[table]["shards"], strict=True) if old != new
+        }
+        named = {
+            shard["number"]
+            for shard in before["neighbours"]["shards"]
+            for row in pq.read_table(database / shard["path"]).to_pylist()
+            if gone[0] in row["neighbour_document_ids"]
+        }
+        assert moved == named | {number}, table
+    assert len(before["documents"]["shards"]) > 2
+    written = [
+        path
+        for path in stamps(database)
+        if path.startswith("versions/3/") and path.endswith(("parquet", "npy", "faiss"))
+    ]
+    assert done.shards == len(written)
+    assert {path: stamp for path, stamp in stamps(database).items() if path in files and "manifest" not in path} == {
+        path: stamp for path, stamp in files.items() if "manifest" not in path
+    }, "nothing of the old versions is written"
+
+
+def traces(files: list[Path], text: str, tokens: np.ndarray, vectors: np.ndarray) -> list[str]:
+    """Where something of a document is: in a column's values, or as bytes."""
+    whole = [text[at : at + 60] for at in range(0, len(text) - 60, 60)]
+    raw = [row.tobytes() for row in vectors] + [piece.encode() for piece in whole]
+    found = []
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            for column in pq.read_table(path).columns:
+                data += b"".join(values(column))
+        escaped = [json.dumps(piece)[1:-1].encode() for piece in whole]
+        if any(piece in data for piece in [*raw, *escaped, *(row[:40].tobytes() for row in tokens)]):
+            found.append(path.name)
+    return found
+
+
+def values(column: pa.ChunkedArray) -> list[bytes]:
+    """The bytes of the values of a column, of lists those of their elements."""
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = pa.chunked_array([pa.compute.list_flatten(chunk) for chunk in column.chunks], column.type.value_type)
+    if pa.types.is_primitive(column.type):
+        return [chunk.drop_null().to_numpy(zero_copy_only=False).tobytes() for chunk in column.chunks]
+    return [value if isinstance(value, bytes) else str(value).encode() for value in column.to_pylist() if value]
+
+
+def named_files(database: Path) -> list[Path]:
+    manifest = manifest_of(database)
+    paths = {shard["path"] for table in manifest["tables"].values() for shard in table["shards"]}
+    reports = {state["details"].get("report_path") for state in manifest["stages"].values()} - {None}
+    return [database / path for path in sorted(paths | reports)]
+
+
+def test_compact_C2_leaves_no_byte_of_a_deleted_document(database: Path) -> None:
+    documents, chunks, vectors = table_of(database, "documents"), table_of(database, "chunks"), vectors_of(database)
+    victim = documents.to_pylist()[VICTIMS[0]]
+    own = chunks["document_id"].to_numpy() == victim["document_id"]
+    tokens = np.array([row["tokens"] for row in chunks.filter(own).to_pylist()], dtype=np.uint16)[:-1]
+    of_it = (victim["text"], tokens, vectors[own])
+    assert {"00000.parquet", "00000.npy", "00000.faiss"} <= set(traces(named_files(database), *of_it))
+    deleted(database, *VICTIMS)
+    compacted(database)
+    assert traces(named_files(database), *of_it) == []
+    assert problems(database) == []
+    deleted(database, 0)
+    deleted(database, 1)  # the newest three versions are kept: those that name the document are not among them now
+    ran = retrodb("gc", database, "--json")
+    assert ran.json["retired"] == [1, 2]
+    assert traces([path for path in database.rglob("*") if path.is_file()], *of_it) == []
+    assert problems(database) == []
+
+
+def test_compact_C2_killed_leaves_one_version_and_goes_on(database: Path) -> None:
+    deleted(database, *VICTIMS)
+    undisturbed = shutil.copytree(database, database.parent / "undisturbed")
+    compacted(undisturbed)
+    for moment in ("chunks", "neighbours", "training"):
+        running = Running.start("compact", database, "--workers", 1)
+        running.wait_for((database / "versions" / "3" / moment).exists)
+        running.kill()
+        assert package.open(str(database)).version == 2
+        assert problems(database) == []
+    ran = retrodb("compact", database, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["version"] == 3
+    ours, theirs = manifest_of(database)["tables"], manifest_of(undisturbed)["tables"]
+    assert ours == theirs
+    assert problems(database) == []
+    assert not list((database / "versions/3").rglob(".build"))
+
+
+def test_compact_of_a_database_without_deletions_changes_nothing(database: Path) -> None:
+    before = stamps(database)
+    done = compacted(database)
+    assert (done.version, done.documents, done.shards) == (1, 0, 0)
+    assert stamps(database) == before
+    deleted(database, 0)
+    compacted(database)
+    before = stamps(database)
+    assert compacted(database).version == 3
+    assert stamps(database) == before
+
+
+def test_a_compaction_that_cannot_be_meant_changes_nothing(
+    database: Path, lines: list[str], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    ids = deleted(database, *range(10))
+    assert len(ids) == 10
+    before = stamps(database)
+    with pytest.raises(InputError, match=r"every document .* is deleted: nothing would be left"):
+        compacted(database)
+    with writer_lock(Storage(str(database))), pytest.raises(LockedError):
+        compacted(database)
+    assert stamps(database) == before
+    with pytest.raises(InputError, match="is not a retrodb database"):
+        compacted(tmp_path / "nothing")
+    build_here([topics(tmp_path, lines[:2])], tmp_path / "part", encoder=str(tiny_encoder), until="chunk", **SETTINGS)
+    ran = retrodb("compact", tmp_path / "part")
+    assert (ran.code, "run its build to the end before it is compacted" in ran.err) == (3, True), ran.err
+
+
+def test_compact_C2_what_comes_after_it_works(
+    database: Path, lines: list[str], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from retrodb.pipelines.add import add
+    from retrodb.pipelines.refresh import refresh
+    from support import make_tiny_encoder
+
+    from retrodb.corpus import expand_inputs
+
+    storage, run = Storage(str(database)), RunSettings(workers=1)
+    gone = deleted(database, *VICTIMS)
+    compacted(database)
+    more = topics(tmp_path, lines[10:], "more.jsonl")
+    assert add(storage, expand_inputs([str(more)]).files, run, Progress()).version == 4
+    added = [row["document_id"] for row in rows_of(database, "documents")][-3:]
+    assert not set(added) & set(gone)
+    refresh(storage, str(make_tiny_encoder(tmp_path / "other", seed=5)), run, Progress())
+    deleted(
+        database, 0, 8, 9, 10
+    )  # the last three are all of the shards that were added: their index shard is empty then
+    done = compacted(database)
+    assert (done.version, done.documents) == (7, 4)
+    chunks = table_of(database, "chunks")
+    expected = brute_force(database, vectors_of(database), chunks["document_id"].to_numpy(), 4)
+    assert [row["neighbour_ids"] for row in rows_of(database, "neighbours")] == expected
+    assert len(rows_of(database, "documents")) == 7
+    assert problems(database) == []
+    ran = retrodb("export", database, "--to", "huggingface", "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert retrodb("query", database, "names are bound", "--json").json["version"] == 7
+    ran = retrodb("gc", database, "--json")
+    assert ran.code == 0, ran.err
+    assert problems(database) == []
+
+
+def test_verify_names_what_a_compaction_left_behind(database: Path) -> None:
+    before = manifest_of(database)["tables"]
+    deleted(database, *VICTIMS)
+    compacted(database)
+    whole = manifest_of(database)
+    for table, said in (
+        ("index", "indexes chunks that do not exist"),
+        ("neighbours", "a neighbour that does not exist"),
+        ("embeddings", "rows for"),
+        ("documents", "another number of chunks than their n_chunks"),
+    ):
+        broken = json.loads(json.dumps(whole))
+        broken["tables"][table] = before[table]
+        save_manifest(database, broken)
+        assert any(said in problem for problem in problems(database)), (table, problems(database))
+    save_manifest(database, whole)
+
+
+def test_refresh_C2_leaves_deleted_chunks_out_of_what_it_writes(database: Path, tmp_path: Path) -> None:
+    from retrodb.pipelines.refresh import refresh
+    from support import make_tiny_encoder
+
+    gone = deleted(database, *VICTIMS)
+    refresh(
+        Storage(str(database)), str(make_tiny_encoder(tmp_path / "other", seed=5)), RunSettings(workers=1), Progress()
+    )
+    chunks = table_of(database, "chunks")
+    out = np.isin(chunks["document_id"].to_numpy(), gone)
+    index = [shard for shard in manifest_of(database)["tables"]["index"]["shards"] if shard["number"] >= 0]
+    assert sum(shard["rows"] for shard in index) == int((~out).sum())
+    named = {d for row in rows_of(database, "neighbours") for d in row["neighbour_document_ids"]}
+    assert named
+    assert not named & set(gone)
+    assert problems(database) == []
+    deleted(database, 0)  # after the index was made: it is masked, and may be named
+    assert problems(database) == []
+    compacted(database)
+    chunks = table_of(database, "chunks")
+    expected = brute_force(database, vectors_of(database), chunks["document_id"].to_numpy(), 4)
+    assert [row["neighbour_ids"] for row in rows_of(database, "neighbours")] == expected
+    assert problems(database) == []
