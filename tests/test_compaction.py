@@ -17,6 +17,7 @@ from support import (
     Running,
     build_here,
     manifest_of,
+    near_duplicates_of,
     retrodb,
     rows_of,
     save_manifest,
@@ -359,3 +360,56 @@ def test_refresh_C2_leaves_deleted_chunks_out_of_what_it_writes(database: Path, 
     expected = brute_force(database, vectors_of(database), chunks["document_id"].to_numpy(), 4)
     assert [row["neighbour_ids"] for row in rows_of(database, "neighbours")] == expected
     assert problems(database) == []
+
+
+def test_compact_C2_of_blocks_with_equals(lines: list[str], tiny_encoder: Path, tmp_path: Path) -> None:
+    again = {**json.loads(lines[0]), "id": "again"}
+    source = topics(tmp_path, [*lines[:3], json.dumps(again), lines[3]])
+    given = {"unit": "block", "metric": "ip", "encoder": str(tiny_encoder), "chunk_tokens": 64, "shard_bytes": "8KiB"}
+    database = tmp_path / "db"
+    build_here([source], database, neighbours=5, **given)
+    assert rows_of(database, "block_duplicates")
+    old = {row["chunk_id"]: row["neighbour_ids"] for row in rows_of(database, "neighbours")}
+    equal = next(row["document_id"] for row in rows_of(database, "documents") if row["key"] == "again")
+    gone = deleted(database, 0)
+    chunks = rows_of(database, "chunks")
+    compacted(database)
+    assert not rows_of(database, "block_duplicates"), "those that are left equal no other"
+    out = {row["chunk_id"] for row in chunks if row["document_id"] in gone}
+    uids, owners = ({row["chunk_id"]: row[name] for row in chunks} for name in ("uid", "document_id"))
+    for row in rows_of(database, "neighbours"):
+        before = old[row["chunk_id"]]
+        if out.isdisjoint(before):
+            assert row["neighbour_ids"] == before
+        elif owners[row["chunk_id"]] != equal:  # the equal of what was deleted stands in its place
+            assert {uids[c] for c in before if c in out} <= {uids[c] for c in row["neighbour_ids"]}
+    db = package.open(str(database))
+    batch = db.candidates(np.asarray(db.embeddings(0)), k=4)
+    assert not out & set(batch.ids.reshape(-1).tolist())
+    assert problems(database) == []
+
+
+def test_compact_C2_of_an_approximate_index_with_validation_and_near_duplicates(
+    lines: list[str], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    source = topics(tmp_path, [*lines[:8], *near_duplicates_of(lines[:2])])
+    held_out = topics(tmp_path, lines[10:12], "held-out.jsonl")
+    settings = {"index_key": "IVF4,Flat", "tokenizer": "train:400", "exclude": "cluster", "min_recall": 0.8}
+    database = tmp_path / "db"
+    build_here([source], database, encoder=str(tiny_encoder), validation=[str(held_out)], **SETTINGS, **settings)
+    documents = rows_of(database, "documents")
+    clustered = next(at for at, row in enumerate(documents) if row["cluster_id"] is not None)
+    validation = next(at for at, row in enumerate(documents) if row["split"] == "validation")
+    assert problems(database) == []
+    gone = deleted(database, clustered, validation, 3)
+    compacted(database)
+    assert problems(database) == []
+    summary = package.open(str(database)).summary()
+    assert summary["documents"]["validation"] == 1
+    assert summary["documents"]["near_duplicates"]["in"] == 3
+    assert summary["neighbours"]["recall_at_10"] >= 0.8
+    for row in rows_of(database, "neighbours"):
+        assert not set(row["neighbour_document_ids"]) & set(gone)
+    assert (database / "tokenizer.json").exists()
+    report = json.loads((database / "versions/3/reports/dedup.json").read_text(encoding="utf-8"))
+    assert documents[clustered]["key"] not in {key for cluster in report["largest"] for key in cluster["keys"]}
