@@ -10,14 +10,14 @@ build of everything would find.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import build_dedup
 from retrodb.pipelines.extend import extend_index, extend_neighbours, extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
-from retrodb.pipelines.ingredients import Ingredients, resolve
+from retrodb.pipelines.ingredients import Ingredients, same_ingredients
 from retrodb.pipelines.lineage import beginning, chained
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
@@ -36,7 +36,7 @@ from retrodb.manifest import (
     version_folder,
 )
 from retrodb.storage import Storage
-from retrodb.versions import VersionStorage, load_version, next_version, now, publish
+from retrodb.versions import VersionStorage, next_shard, next_version, now, publish
 
 _NEW: Final = "added"
 _TEXT_TABLES: Final = ("documents", "quarantine", "duplicates", "chunks")
@@ -122,12 +122,10 @@ class _Addition:
         Raises:
             InputError: an input is in the database already, or holds no document.
         """
-        recorded = self.current.fingerprints["tokenizer"]
-        tokenizer = _tokenizer(self.out, recorded, self.config.tokenizer)
-        config = self.config.model_copy(update={"validation": (), "tokenizer": tokenizer})
+        config, ingredients = same_ingredients(self.out, self.current, self.config, self.run)
+        config = config.model_copy(update={"validation": ()})
         place = VersionStorage(self.out.url, self.number, _NEW)
         lay_out(place, Manifest(), lambda left: True, self.progress)
-        ingredients = _ingredients(config, self.run, recorded, self.current)
         builder = Builder(
             inputs,
             place,
@@ -167,38 +165,6 @@ class _Addition:
         documents, chunks = new.rows("documents"), new.rows("chunks")
         self.progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {self.number} is published")
         return Added(published.version.id, documents, chunks, changed)
-
-
-def _tokenizer(out: Storage, recorded: Mapping[str, Any], name: str) -> str:
-    if not recorded.get("stored"):
-        return name
-    if not out.is_local:
-        raise InputError(f"{out.url} keeps a tokenizer of its own: copy the database to a local disk to add to it.")
-    return out.path(str(recorded["stored"]))
-
-
-def _ingredients(config: BuildConfig, run: RunSettings, recorded: Mapping[str, Any], current: Manifest) -> Ingredients:
-    """Encoder and tokenizer, which have to be those of the database.
-
-    Raises:
-        InputError: one is another.
-    """
-    found = resolve(config, run)
-    if found.tokenizer is None or found.tokenizer.fingerprint != recorded["fingerprint"]:
-        raise InputError(f"the tokenizer {config.tokenizer!r} is not the one that cut the database's chunks.")
-    encoder = found.settled_encoder(current).fingerprint
-    if encoder != current.fingerprints["encoder"]["fingerprint"]:
-        raise InputError(f"the encoder {config.encoder!r} is not the one that made the database's vectors.")
-    if found.encoder is not None:
-        settled = found.settled_encoder(current)
-        found = replace(found, encoder=replace(found.encoder, identity=settled, precision_given=True))
-    return found
-
-
-def next_shard(out: Storage, current: Manifest) -> int:
-    """The number of the first document shard that no version has had."""
-    manifests = [current, *(load_version(out, kept.version.id) for kept in current.versions)]
-    return 1 + max(s.number for m in manifests if m is not None for s in m.shards("documents"))
 
 
 def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:

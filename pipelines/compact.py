@@ -22,7 +22,7 @@ from retrodb.pipelines.extend import extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.lineage import beginning, chained, choice_of, index_groups
+from retrodb.pipelines.lineage import beginning, chained, choice_of, index_groups, is_beginning
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.retrieval_stages import SMALL_QUERIES, SMALL_VECTORS, build_neighbours, search_settings
@@ -138,7 +138,7 @@ class _Compaction:
         """All of it, published."""
         current, view = self.current, VersionStorage(self.out.url, next_version(self.current))
         version = Version(view.version, current.version.id, MADE_BY, current.version.step)
-        lay_out(view, self._start(version), lambda left: _is_of(left.version, version), self.progress)
+        lay_out(view, self._start(version), lambda left: is_beginning(left, version), self.progress)
         compacted = self._without_deleted(view, version)
         left = Manifest.load(view)
         if left is None or left.shards("chunks") != compacted.shards("chunks") or "embed" not in left.stages:
@@ -307,11 +307,6 @@ class _Compaction:
         )
         build_neighbours(builder)
         return sum(int(receipt.details[SEARCHED]) for receipt in receipts.values())
-
-
-def _is_of(left: Version, version: Version) -> bool:
-    """Whether a killed run has left a beginning of the same."""
-    return (left.id, left.parent, left.made_by) == (version.id, version.parent, version.made_by)
 
 
 def _tables(

@@ -68,6 +68,12 @@ def beginning(
     )
 
 
+def is_beginning(left: Manifest, version: Version) -> bool:
+    """Whether what a killed run has left is a beginning of this version."""
+    found = left.version
+    return (found.id, found.parent, found.made_by) == (version.id, version.parent, version.made_by)
+
+
 def choice_of(current: Manifest) -> KeyChoice:
     """The index key that a version has."""
     details = current.stages["index"].details

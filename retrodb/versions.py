@@ -35,6 +35,8 @@ from retrodb.storage import Storage
 
 KEPT_VERSIONS: Final = 3
 """The newest so many versions are kept, always."""
+NEXT_SHARD: Final = "next_shard"
+"""Key of a version's facts: the number of the first document shard that no version has had."""
 GRACE_SECONDS: Final = 24 * 3600
 """On an object store nobody can tell who still reads: a version is kept so long after another took its place."""
 
@@ -177,6 +179,27 @@ def next_version(current: Manifest) -> int:
     return max([current.version.id, *(kept.version.id for kept in current.versions)]) + 1
 
 
+def next_shard(storage: Storage, current: Manifest) -> int:
+    """The number of the first document shard that no version has had, retired ones too: ids are never used again.
+
+    A version says so in its facts; the first one's follows from its shards.
+
+    Raises:
+        DamagedError: the manifest of a version is lost or malformed.
+    """
+    found = [_first_free(current)]
+    for kept in current.versions:
+        known = kept.version.facts.get(NEXT_SHARD)
+        manifest = load_version(storage, kept.version.id) if known is None else None
+        found.append(_first_free(manifest) if manifest is not None else int(known or 0))
+    return max(found)
+
+
+def _first_free(manifest: Manifest) -> int:
+    own = 1 + max((shard.number for shard in manifest.shards("documents")), default=-1)
+    return max(own, int(manifest.version.facts.get(NEXT_SHARD, 0)))
+
+
 def corpus_fingerprint(manifest: Manifest) -> str:
     """What the vectors of a version are of: the recorded chunk shards."""
     return fingerprint({shard.path: shard.sha256 for shard in manifest.shards("chunks")})
@@ -219,6 +242,8 @@ def publish(storage: Storage, made: Manifest) -> Manifest:
     if current is None:
         raise DamagedError(f"{storage.url} has no {MANIFEST_NAME} to publish beside.")
     own = replace(made, version=replace(made.version, facts=facts_of(made)), versions=())
+    facts = {**own.version.facts, NEXT_SHARD: max(next_shard(storage, current), _first_free(own))}
+    own = replace(own, version=replace(own.version, facts=facts))
     kept = list(current.versions) or [_keep_first(storage, current)]
     written = storage.commit_bytes(version_path(own.version.id), own.as_bytes())
     kept.append(KeptVersion(own.version, written.bytes, written.sha256))

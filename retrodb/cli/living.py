@@ -1,4 +1,5 @@
-"""``retrodb add``, ``delete`` and ``compact``: documents taken in, given up, and their space returned."""
+"""``retrodb add``, ``swap``, ``delete`` and ``compact``: documents taken in, exchanged, given up, and their space
+returned."""
 
 import dataclasses
 from typing import Annotated, Optional
@@ -70,6 +71,43 @@ def delete(
         progress.close()
     if as_json:
         echo_json({"version": done.version, "documents": done.documents, "chunks": done.chunks})
+
+
+def swap(
+    database: Database,
+    inputs: Annotated[
+        Optional[list[str]], typer.Argument(metavar="INPUT...", help="The new corpus, as `build` takes it.")
+    ] = None,
+    to: Annotated[
+        Optional[int], typer.Option(metavar="VERSION", help="No new corpus: go to a version that is kept.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Put another corpus in place of the current one, as the next version, under the same settings and encoder."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.corpus import expand_inputs  # noqa: PLC0415
+    from retrodb.errors import UsageError  # noqa: PLC0415
+    from retrodb.pipelines.swap import swap as run_swap  # noqa: PLC0415
+    from retrodb.pipelines.swap import swap_back  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    if bool(inputs) == (to is not None):
+        raise UsageError("give the new corpus, or --to VERSION, and not both.")
+    run = run_settings(workers, runner, runner_option, device)
+    storage = Storage(database)
+    progress = make_progress()
+    try:
+        done = (
+            run_swap(storage, expand_inputs(inputs), run, progress) if inputs else swap_back(storage, to or 0, progress)
+        )
+    finally:
+        progress.close()
+    if as_json:
+        echo_json(dataclasses.asdict(done))
 
 
 def compact(
