@@ -17,7 +17,7 @@ from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.leakage import WORST_PAIRS
-from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of
+from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import (
@@ -78,7 +78,7 @@ def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
     counts = {**state.counts, "indexed": state.counts["indexed"] + sum(shard.rows for shard in added)}
     details = {**state.details, "vectors": state.details["vectors"] + sum(rows.values())}
     details["shards"] = state.details["shards"] + len(groups)
-    details[FIRST_SHARDS] = [*state.details[FIRST_SHARDS], *(numbers[group[0]] for group in groups)]
+    details[FIRST_SHARDS] = [*first_shards(current), *(numbers[group[0]] for group in groups)]
     if settings.metric == "ip":
         norms = [receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values()]
         details[LARGEST_NORM] = max([state.details.get(LARGEST_NORM, 0.0), *norms])

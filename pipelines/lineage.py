@@ -11,7 +11,17 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 
 from retrodb.index import KeyChoice
-from retrodb.manifest import TEMPLATE_NUMBER, TEXT_STAGES, Manifest, Shard, StageState, Version, fingerprint
+from retrodb.manifest import (
+    MANIFEST_NAME,
+    TEMPLATE_NUMBER,
+    TEXT_STAGES,
+    Manifest,
+    Shard,
+    StageState,
+    Version,
+    fingerprint,
+    taken_from,
+)
 
 CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")
 FIRST_SHARDS: Final = "first_shards"
@@ -80,9 +90,15 @@ def choice_of(current: Manifest) -> KeyChoice:
     return KeyChoice(**{name: details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
 
 
+def first_shards(current: Manifest) -> list[int]:
+    """`FIRST_SHARDS` of a version. Raises DamagedError: it does not say."""
+    with taken_from(MANIFEST_NAME):
+        return list(current.stages["index"].details[FIRST_SHARDS])
+
+
 def index_groups(current: Manifest) -> dict[int, list[int]]:
     """The numbers of the chunk shards that each index shard holds, by its number."""
-    firsts = current.stages["index"].details[FIRST_SHARDS]
+    firsts = first_shards(current)
     numbers = [shard.number for shard in current.shards("chunks")]
     ends = [*firsts[1:], numbers[-1] + 1] if numbers else []
     index = [shard.number for shard in current.shards("index") if shard.number != TEMPLATE_NUMBER]

@@ -182,17 +182,16 @@ def next_version(current: Manifest) -> int:
 def next_shard(storage: Storage, current: Manifest) -> int:
     """The number of the first document shard that no version has had, retired ones too: ids are never used again.
 
-    A version says so in its facts; the first one's follows from its shards.
+    Every version but the first says so in its facts, of all before it; one version alone has its own shards.
 
     Raises:
-        DamagedError: the manifest of a version is lost or malformed.
+        DamagedError: the first version's manifest is lost or malformed, and no later one says.
     """
-    found = [_first_free(current)]
-    for kept in current.versions:
-        known = kept.version.facts.get(NEXT_SHARD)
-        manifest = load_version(storage, kept.version.id) if known is None else None
-        found.append(_first_free(manifest) if manifest is not None else int(known or 0))
-    return max(found)
+    known = [kept.version.facts[NEXT_SHARD] for kept in current.versions if NEXT_SHARD in kept.version.facts]
+    if not known:
+        manifests = (load_version(storage, kept.version.id) for kept in current.versions)
+        known = [_first_free(manifest) for manifest in manifests if manifest is not None]
+    return max([_first_free(current), *known])
 
 
 def _first_free(manifest: Manifest) -> int:

@@ -34,6 +34,7 @@ from retrodb.errors import InputError, LockedError
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.storage import Storage
+from retrodb.training.table import TrainingTable
 
 SETTINGS = {"shard_bytes": "16KiB", "sequence_tokens": 256, "neighbours": 4}
 VICTIMS = (1, 6)
@@ -99,7 +100,7 @@ def brute_force(database: Path, queries: np.ndarray, own: np.ndarray, k: int) ->
     return found
 
 
-def test_compact_C2_what_is_left_is_what_a_build_without_the_documents_has(database: Path) -> None:
+def test_compact_C2_what_is_left_is_what_a_build_without_the_documents_has(database: Path, tmp_path: Path) -> None:
     before = {table: table_of(database, table) for table in ("documents", "chunks", "neighbours")}
     vectors = vectors_of(database)
     gone = deleted(database, *VICTIMS)
@@ -145,6 +146,8 @@ def test_compact_C2_what_is_left_is_what_a_build_without_the_documents_has(datab
         db.document(gone[0])
     stream = [sample["chunk_ids"].tolist() for sample in db.training(split=None)]
     assert sorted(c for row in stream for c in row if c >= 0) == chunks["chunk_id"].to_pylist()
+    pages = TrainingTable(db.storage, db.manifest, str(tmp_path / "cache"), neighbours=2)
+    assert [row["chunk_ids"].tolist() for row in (pages[at] for at in range(len(pages)))] == stream
     assert pinned.version == 2
     assert pinned.search(query, k=3), "who reads version 2 goes on with it"
     assert problems(database) == problems(database, version=2) == problems(database, version=1) == []

@@ -52,7 +52,7 @@ def delete(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete documents, at once for every reader: search, neighbours, training stream. Their rows stay in the files."""
+    """Delete documents, at once for every reader: search, neighbours, training. `compact` returns their space."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
     from retrodb.corpus.selection import Condition, Selection  # noqa: PLC0415
     from retrodb.pipelines.living import delete as run_delete  # noqa: PLC0415
