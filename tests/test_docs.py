@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from retrodb.schemas.markdown import markdown
-from support import build_here, make_tiny_encoder, retrodb, write_jsonl
-
-from retrodb.corpus.quickstart import quickstart_lines
+from support import retrodb, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,27 +84,6 @@ def test_every_retrodb_command_of_the_readme_runs(built, quickstart_corpus, tiny
         assert done.code == 0, (line, done.err)
         ran += 1
     assert ran >= 11
-
-
-@pytest.mark.slow
-def test_the_commands_on_living_databases_run_as_the_versions_page_has_them(tiny_encoder, tmp_path, monkeypatch):
-    """One after the other on one small database; following a trainer has tests of its own."""
-    lines = [line for line in quickstart_lines() if 2_000 < len(line) < 5_000]
-    for name, some in (("corpus.jsonl", lines[:3]), ("more.jsonl", lines[3:4]), ("other.jsonl", lines[4:6])):
-        write_jsonl(tmp_path / name, some)
-    monkeypatch.chdir(tmp_path)
-    build_here([tmp_path / "corpus.jsonl"], tmp_path / "my-db", encoder=str(tiny_encoder), shard_bytes="4KiB")
-    make_tiny_encoder(tmp_path / "step-500", seed=5)
-    text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    commands = [line.split("  #")[0] for block in blocks for line in block.splitlines() if "--watch" not in line]
-    ran = []
-    for line in commands:
-        done = retrodb(*shlex.split(line)[1:])
-        assert done.code == 0, (line, done.err)
-        ran.append(shlex.split(line)[1])
-    assert {"refresh", "info", "query", "gc", "add", "delete", "compact", "swap"} == set(ran)
-    assert retrodb("verify", "my-db").code == 0
 
 
 @pytest.mark.slow
