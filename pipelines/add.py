@@ -10,9 +10,8 @@ build of everything would find.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
-from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import build_dedup
@@ -24,7 +23,8 @@ from retrodb.pipelines.extend import (
     extend_training,
 )
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
-from retrodb.pipelines.ingredients import Ingredients, resolve
+from retrodb.pipelines.ingredients import Ingredients, same_ingredients
+from retrodb.pipelines.lineage import beginning, chained
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
@@ -40,14 +40,12 @@ from retrodb.manifest import (
     SPANS_STAGE,
     VERSIONED_TABLES,
     Manifest,
-    StageState,
     Version,
-    fingerprint,
     taken_from,
     version_folder,
 )
 from retrodb.storage import Storage
-from retrodb.versions import VersionStorage, load_version, next_version, now, publish
+from retrodb.versions import VersionStorage, next_shard, next_version, now, publish
 
 _NEW: Final = "added"
 _TEXT_TABLES: Final = ("documents", "quarantine", "duplicates", "chunks")
@@ -134,12 +132,10 @@ class _Addition:
         Raises:
             InputError: an input is in the database already, or holds no document.
         """
-        recorded = self.current.fingerprints["tokenizer"]
-        tokenizer = _tokenizer(self.out, recorded, self.config.tokenizer)
-        config = self.config.model_copy(update={"validation": (), "tokenizer": tokenizer})
+        config, ingredients = same_ingredients(self.out, self.current, self.config, self.run)
+        config = config.model_copy(update={"validation": ()})
         place = VersionStorage(self.out.url, self.number, _NEW)
         lay_out(place, Manifest(), lambda left: True, self.progress)
-        ingredients = _ingredients(config, self.run, recorded, self.current)
         builder = Builder(
             inputs,
             place,
@@ -186,38 +182,6 @@ class _Addition:
         return Added(published.version.id, documents, chunks, changed)
 
 
-def _tokenizer(out: Storage, recorded: Mapping[str, Any], name: str) -> str:
-    if not recorded.get("stored"):
-        return name
-    if not out.is_local:
-        raise InputError(f"{out.url} keeps a tokenizer of its own: copy the database to a local disk to add to it.")
-    return out.path(str(recorded["stored"]))
-
-
-def _ingredients(config: BuildConfig, run: RunSettings, recorded: Mapping[str, Any], current: Manifest) -> Ingredients:
-    """Encoder and tokenizer, which have to be those of the database.
-
-    Raises:
-        InputError: one is another.
-    """
-    found = resolve(config, run)
-    if found.tokenizer is None or found.tokenizer.fingerprint != recorded["fingerprint"]:
-        raise InputError(f"the tokenizer {config.tokenizer!r} is not the one that cut the database's chunks.")
-    encoder = found.settled_encoder(current).fingerprint
-    if encoder != current.fingerprints["encoder"]["fingerprint"]:
-        raise InputError(f"the encoder {config.encoder!r} is not the one that made the database's vectors.")
-    if found.encoder is not None:
-        settled = found.settled_encoder(current)
-        found = replace(found, encoder=replace(found.encoder, identity=settled, precision_given=True))
-    return found
-
-
-def next_shard(out: Storage, current: Manifest) -> int:
-    """The number of the first document shard that no version has had."""
-    manifests = [current, *(load_version(out, kept.version.id) for kept in current.versions)]
-    return 1 + max(s.number for m in manifests if m is not None for s in m.shards("documents"))
-
-
 def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:
     """Raises InputError: an input has the very content of one that is in the database."""
     known = {entry["sha256"]: entry["url"] for entry in current.inputs}
@@ -238,38 +202,17 @@ def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
     }
     for table in ("deleted", "null"):  # what the encoder makes of no document is as it was
         tables[table] = current.shards(table)
-    corpus = current.stages["corpus"].made_from
-    upstream: dict[str, dict[str, Any]] = {
-        "corpus": {"inputs": {**corpus["inputs"], **new.stages["corpus"].made_from["inputs"]}},
-        "dedup": {},
-        "chunk": {},
-        "embed": {},
-    }
-    states: dict[str, StageState] = {}
-    for stage, changes in upstream.items():
-        before, added = current.stages[stage], new.stages[stage]
-        if stage == "dedup":
-            changes = {"corpus": states["corpus"].fingerprint}  # noqa: PLW2901
-        elif stage == "chunk":
-            changes = {"documents": states["dedup"].fingerprint}  # noqa: PLW2901
-        made_from = {**before.made_from, **changes}
-        if stage == "embed":
-            made_from["chunks"] = fingerprint(stages.chunks_of(states["chunk"].made_from))
-        counts = {name: before.counts.get(name, 0) + added.counts.get(name, 0) for name in before.counts | added.counts}
-        details = dict(before.details)
-        if stage == "chunk":
-            held_out = {**before.details.get(VALIDATION_CHUNKS, {}), **added.details.get(VALIDATION_CHUNKS, {})}
-            details |= {VALIDATION_CHUNKS: held_out} if held_out else {}
-        states[stage] = StageState(fingerprint(made_from), made_from, counts, details)
-    return replace(
+    inputs = {**current.stages["corpus"].made_from["inputs"], **new.stages["corpus"].made_from["inputs"]}
+    counts = {stage: _sum(current.stages[stage].counts, state.counts) for stage, state in new.stages.items()}
+    held_out = [manifest.stages["chunk"].details.get(VALIDATION_CHUNKS, {}) for manifest in (current, new)]
+    merged = beginning(
         current,
-        inputs=[*current.inputs, *new.inputs],
-        stages=states,
-        tables={table: shards for table, shards in tables.items() if shards or table in ("quarantine", "duplicates")},
-        fingerprints={
-            **current.fingerprints,
-            "stages": {name: state.fingerprint for name, state in states.items()},
-        },
-        version=Version(number, current.version.id, "add", current.version.step),
-        versions=(),
+        chained(current, {"inputs": inputs}, counts, {**held_out[0], **held_out[1]}),
+        {table: shards for table, shards in tables.items() if shards or table in ("quarantine", "duplicates")},
+        Version(number, current.version.id, "add", current.version.step),
     )
+    return replace(merged, inputs=[*current.inputs, *new.inputs])
+
+
+def _sum(before: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:
+    return {name: before.get(name, 0) + added.get(name, 0) for name in {**before, **added}}

@@ -15,7 +15,7 @@ from retrodb.chunking.duplicates import PART_BLOCKS, part_count, parts_of, repea
 from retrodb.manifest import Shard, shard_path
 
 TABLE: Final = "block_duplicates"
-_ROW_GROUP: Final = 1 << 16
+EQUALS_ROW_GROUP: Final = 1 << 16
 _SMALL_BLOCKS: Final = 1 << 20
 
 
@@ -47,7 +47,7 @@ class WriteDuplicates(StageDoFn):
             uids = np.frombuffer(b"".join(data for data, _ in found), dtype=np.uint8).reshape(-1, UID_BYTES)
             chunk_ids = np.frombuffer(b"".join(data for _, data in found), dtype="<i8")
             table = repeated(uids, chunk_ids)
-            committed = self._storage.commit_table(shard_path(TABLE, number), table, _ROW_GROUP)
+            committed = self._storage.commit_table(shard_path(TABLE, number), table, EQUALS_ROW_GROUP)
             blocks = int(pc.sum(pc.list_value_length(table["chunk_ids"])).as_py() or 0)
             counts = {"repeated_uids": table.num_rows, "duplicate_blocks": blocks - table.num_rows}
             finish(self._book, Receipt(number, {TABLE: Shard.of(committed, number, table.num_rows)}, counts))

@@ -323,8 +323,9 @@ class Builder:
             yield DEDUP_REPORT
         if "report" not in self.manifest.stages:
             yield LEAKAGE_REPORT
-        if "chunk" in self.manifest.stages and not self.manifest.fingerprints["tokenizer"].get("stored"):
-            yield TRAINED_TOKENIZER
+        learnt = self.manifest.fingerprints.get("tokenizer", {}).get("stored")
+        if "chunk" in self.manifest.stages and not learnt and self.storage.owns(TRAINED_TOKENIZER):
+            yield TRAINED_TOKENIZER  # but for a later version, which shares the first one's
 
 
 def _software() -> dict[str, str]:

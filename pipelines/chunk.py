@@ -94,7 +94,7 @@ def _chunk(book: ReceiptBook, settings: ChunkSettings, task: Task) -> Iterator[R
             "chunks": Shard.of(written, number, chunks.num_rows),
             "documents": replace(Shard.of(documents_written, number, finished.num_rows), path=place),
         },
-        _counts(chunks),
+        chunk_counts(chunks),
         {VALIDATION_CHUNKS: int(np.asarray(counts)[_is_validation(documents)].sum())},
     )
 
@@ -113,7 +113,8 @@ def _cut(
     return block_documents(document_ids, documents["title"].to_pylist(), texts, tokenizer, settings.blocks.room, number)
 
 
-def _counts(chunks: pa.Table) -> dict[str, int]:
+def chunk_counts(chunks: pa.Table) -> dict[str, int]:
+    """What is counted of chunks or blocks."""
     counts = {"chunks": chunks.num_rows, "tokens": int(chunks["n_tokens"].to_numpy().sum(dtype="int64"))}
     for flag in ("split_sentence", "truncated_title"):
         if flag in chunks.column_names:

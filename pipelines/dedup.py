@@ -46,7 +46,7 @@ _RECORD_BYTES: Final = 24
 _PART_DOCUMENTS: Final = 4_000_000
 _SET_BYTES: Final = 4
 """Bytes of shingle sets for a byte of compressed documents, at most about."""
-_DUPLICATE_ROW_GROUP: Final = 1 << 14
+DUPLICATE_ROW_GROUP: Final = 1 << 14
 _ROW_MASK: Final = (1 << ID_SHIFT) - 1
 
 
@@ -427,7 +427,7 @@ def _write(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
         *(described[name] for name in ("key", "source", "content_hash")),
     ]
     table = pa.Table.from_arrays(columns, schema=schemas.duplicates())
-    committed = storage.commit_table(shard_path("duplicates", number), table, _DUPLICATE_ROW_GROUP)
+    committed = storage.commit_table(shard_path("duplicates", number), table, DUPLICATE_ROW_GROUP)
     counts = {f"dropped.{rule}": int((own.rules == code).sum()) for code, rule in enumerate(DEDUP_RULES, 1)}
     counts["clustered"] = len(rows)
     yield Receipt(number, {"duplicates": Shard.of(committed, number, table.num_rows)}, counts)

@@ -18,10 +18,10 @@ from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.leakage import WORST_PAIRS
+from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import (
-    CHOICE_FIELDS,
     SMALL_QUERIES,
     SMALL_VECTORS,
     build_neighbours,
@@ -30,21 +30,16 @@ from retrodb.pipelines.retrieval_stages import (
 )
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
 from retrodb.pipelines.shards import ShardFiles, shard_files, validation_chunks
-from retrodb.pipelines.tasks import DealOut, Task, finish
+from retrodb.pipelines.tasks import DealOut, Task
 
-from retrodb.index import MISSING, KeyChoice, bytes_per_vector, group_shards
-from retrodb.manifest import LARGEST_NORM, TEMPLATE_NUMBER, Manifest, Shard
+from retrodb.index import MISSING, bytes_per_vector, group_shards
+from retrodb.manifest import LARGEST_NORM, LEFT_OUT, TEMPLATE_NUMBER, Manifest, Shard
 from retrodb.neighbours import UidSource, from_table
 from retrodb.neighbours.select import distinct
 from retrodb.neighbours.table import Neighbours
 from retrodb.quality.leakage import histograms, worst_rows
 from retrodb.training.columns import lists, scalars
 from retrodb.training.shards import VALIDATION_ROWS
-
-
-def _choice(current: Manifest) -> KeyChoice:
-    details = current.stages["index"].details
-    return KeyChoice(**{name: details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
 
 
 def extend_block_duplicates(builder: Builder) -> None:
@@ -61,8 +56,9 @@ def extend_block_duplicates(builder: Builder) -> None:
 def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
     """The index shards that are there, and further ones, all under the quantiser that is there."""
     state = current.stages["index"]
-    choice = _choice(current)
-    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice)
+    choice = choice_of(current)
+    left_out = state.made_from.get(LEFT_OUT)
+    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice, left_out)
     if builder.is_current("index", parts):
         return
     there = current.shards("index")
@@ -95,6 +91,7 @@ def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
     counts = {**state.counts, "indexed": state.counts["indexed"] + sum(shard.rows for shard in added)}
     details = {**state.details, "vectors": state.details["vectors"] + sum(rows.values())}
     details["shards"] = state.details["shards"] + len(groups)
+    details[FIRST_SHARDS] = [*first_shards(current), *(numbers[group[0]] for group in groups)]
     if settings.metric == "ip":
         norms = [receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values()]
         details[LARGEST_NORM] = max([state.details.get(LARGEST_NORM, 0.0), *norms])
@@ -129,16 +126,9 @@ class TakeNearer(SearchShard):
         found = self._found(payload.query.files)
         merged = nearest_of(before, found, self._settings.metric, self._uids)
         if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
-            finish(self._book, Receipt(task.number, {"neighbours": payload.before}, self._counts(before)))
+            self._account(task.number, before, payload.before)
         else:
             self._finish(task.number, merged)
-
-    def _counts(self, found: Neighbours) -> dict[str, int]:
-        return {
-            "queries": len(found.chunk_ids),
-            "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
-        }
 
 
 def nearest_of(before: Neighbours, found: Neighbours, metric: str, uids: UidSource | None = None) -> Neighbours:
@@ -174,7 +164,7 @@ def extend_neighbours(builder: Builder, current: Manifest) -> int:
     Returns:
         The shards of old chunks that changed.
     """
-    choice = _choice(current)
+    choice = choice_of(current)
     index = builder.manifest.stages["index"]
     parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     before = {shard.number: shard for shard in current.shards("neighbours")}

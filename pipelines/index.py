@@ -10,6 +10,7 @@ from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, chunk_columns, validation_chunks, vectors_of
 from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task, finish
 
+from retrodb.deletions import Deletions
 from retrodb.index import build_index_shard, commit_index_shard, largest_norm, seeded_sample, train_template
 from retrodb.index.engine import Metric
 from retrodb.manifest import LARGEST_NORM, TEMPLATE_NUMBER, TEMPLATE_PATH, Shard, shard_path
@@ -18,12 +19,13 @@ from retrodb.storage import Storage
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """The index to make."""
+    """The index to make; ``left_out`` names what was deleted, and is not to be in it."""
 
     key: str
     metric: Metric
     dimension: int
     seed: int
+    left_out: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,17 @@ class SampleInput:
     rows: tuple[int, ...]
 
 
-def indexed_part(storage: Storage, files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks of a shard that may be neighbours."""
+def indexed_part(
+    storage: Storage, files: ShardFiles, left_out: tuple[Shard, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk ids int64 [n] and vectors float16 [n, d] of the chunks of a shard that may be neighbours: not those of
+    validation documents, nor what the shards ``left_out`` of the table ``deleted`` name."""
     chunk_ids, document_ids = chunk_columns(storage, files)
     vectors = vectors_of(storage, files, len(chunk_ids))
-    validation = validation_chunks(storage, files, document_ids)
-    return (chunk_ids[~validation], vectors[~validation]) if validation.any() else (chunk_ids, vectors)
+    out = validation_chunks(storage, files, document_ids)
+    if left_out:
+        out |= Deletions.of_shards(storage, left_out).of_chunks(chunk_ids)
+    return (chunk_ids[~out], vectors[~out]) if out.any() else (chunk_ids, vectors)
 
 
 def sample_tasks(files: dict[int, ShardFiles], rows: dict[int, int], n: int, seed: int) -> list[Task]:
@@ -56,9 +63,13 @@ def sample_tasks(files: dict[int, ShardFiles], rows: dict[int, int], n: int, see
 class _Draw(StageDoFn):
     """Task -> (0, (shard, its training vectors as float16 bytes))."""
 
+    def __init__(self, book: ReceiptBook, left_out: tuple[Shard, ...]) -> None:
+        super().__init__(book)
+        self._left_out = left_out
+
     def process(self, task: Task) -> Iterator[tuple[int, tuple[int, bytes]]]:
         with self._naming(task.number):
-            _, vectors = indexed_part(self._storage, task.payload.files)
+            _, vectors = indexed_part(self._storage, task.payload.files, self._left_out)
             rows = np.array(task.payload.rows, dtype=np.int64)
             yield 0, (task.number, np.ascontiguousarray(vectors[rows]).tobytes())
 
@@ -102,7 +113,7 @@ def template_pipeline(
     return (
         pipeline
         | DealOut(tasks)
-        | "draw" >> beam.ParDo(_Draw(book))
+        | "draw" >> beam.ParDo(_Draw(book, settings.left_out))
         | "gather" >> beam.GroupByKey()
         | "train" >> beam.ParDo(_Train(book, settings))
     )
@@ -112,7 +123,7 @@ def _add(storage: Storage, settings: IndexSettings, template: Shard, task: Task)
     norms = [0.0]
 
     def read(files: ShardFiles) -> tuple[np.ndarray, np.ndarray]:
-        chunk_ids, vectors = indexed_part(storage, files)
+        chunk_ids, vectors = indexed_part(storage, files, settings.left_out)
         norms.append(largest_norm(vectors))
         return chunk_ids, vectors
 

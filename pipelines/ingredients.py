@@ -185,6 +185,32 @@ def _automatic_precision(run: RunSettings) -> str:
     return cuda_precision() if choose_device(run.device) == "cuda" else cpu_precision()
 
 
+def same_ingredients(
+    out: Storage, current: Manifest, config: BuildConfig, run: RunSettings
+) -> tuple[BuildConfig, Ingredients]:
+    """The encoder and the tokenizer of a database, for other documents; with the settings that name them.
+
+    Raises:
+        InputError: what is found under their names is another.
+    """
+    recorded = current.fingerprints["tokenizer"]
+    if stored := recorded.get("stored"):
+        if not out.is_local:
+            raise InputError(
+                f"{out.url} keeps a tokenizer of its own: copy the database to a local disk to take documents in."
+            )
+        config = config.model_copy(update={"tokenizer": out.path(str(stored))})
+    found = resolve(config, run)
+    if found.tokenizer is None or found.tokenizer.fingerprint != recorded["fingerprint"]:
+        raise InputError(f"the tokenizer {config.tokenizer!r} is not the one that cut the database's chunks.")
+    settled = found.settled_encoder(current)
+    if settled.fingerprint != current.fingerprints["encoder"]["fingerprint"]:
+        raise InputError(f"the encoder {config.encoder!r} is not the one that made the database's vectors.")
+    if found.encoder is not None:
+        found = replace(found, encoder=replace(found.encoder, identity=settled, precision_given=True))
+    return config, found
+
+
 def refuse_foreign(storage: Storage) -> None:
     """Refuse a folder that is not a database and not empty.
 

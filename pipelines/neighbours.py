@@ -130,11 +130,15 @@ class _SampleDoFn(StageDoFn):
 class ExactOfShard(_SampleDoFn):
     """Task -> the exact nearest of every sampled query within one shard."""
 
+    def __init__(self, book: ReceiptBook, metric: Metric, blocks: bool, left_out: tuple[Shard, ...]) -> None:
+        super().__init__(book, metric, blocks)
+        self._left_out = left_out
+
     def process(self, task: Task) -> Iterator[Any]:
         with self._naming(task.number):
             sample = self._queries()
             storage, files = self._storage, task.payload
-            chunk_ids, vectors = indexed_part(storage, files)
+            chunk_ids, vectors = indexed_part(storage, files, self._left_out)
             documents = StoredDocuments(storage, {task.number: files.chunks})
             uids = StoredUids(documents) if self._blocks else None
             exclusion = sample.exclusion(StoredClusters(documents, {task.number: files.documents}), uids)
@@ -171,13 +175,19 @@ def truth_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> lis
 
 
 def truth_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], metric: Metric, blocks: Mapping[int, Shard]
+    pipeline: beam.Pipeline,
+    book: ReceiptBook,
+    tasks: Sequence[Task],
+    metric: Metric,
+    blocks: Mapping[int, Shard],
+    left_out: tuple[Shard, ...],
 ) -> beam.PCollection:
-    """Exact search of the sample over all shards; ``blocks`` are these, by number, where the unit is the block."""
+    """Exact search of the sample over all shards; ``blocks`` are these, by number, where the unit is the block;
+    ``left_out`` as in `indexed_part`."""
     return (
         pipeline
         | DealOut(tasks)
-        | "compare with all" >> beam.ParDo(ExactOfShard(book, metric, bool(blocks)))
+        | "compare with all" >> beam.ParDo(ExactOfShard(book, metric, bool(blocks), left_out))
         | "merge" >> beam.CombineGlobally(MergeTruth(metric, kept_for_truth(bool(blocks))))
         | "write" >> beam.ParDo(WriteTruth(book, blocks))
     )
@@ -199,7 +209,8 @@ class TryNprobe(WholeIndexStep):
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
             found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters, self._uids))
-            recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
+            at = min(RECALL_AT, self._settings.k)  # as the rows that are written are measured
+            recall = recall_at(found.distances, truth_distances(truth), self._settings.metric, at)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number
 

@@ -12,13 +12,17 @@ from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.join import NeighbourSource, join_tasks
+from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.search import search_pipeline, search_waves
 from retrodb.pipelines.searching import SearchSettings, search_tasks
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.training import training_pipeline
+from retrodb.schemas import ID_SHIFT
 
+from retrodb.corpus import VALIDATION
+from retrodb.deletions import Deletions
 from retrodb.errors import RecallError
 from retrodb.index import (
     IndexFile,
@@ -50,9 +54,25 @@ _SMALL_JOIN_CHUNKS: Final = 20_000
 
 
 def indexed_rows(builder: Builder) -> dict[int, int]:
-    """How many chunks of each shard may be neighbours: all but those of validation documents."""
+    """How many chunks of each shard may be neighbours: all but those of validation documents, and deleted ones."""
     held_out = builder.manifest.stages["chunk"].details.get(VALIDATION_CHUNKS, {})
-    return {s.number: s.rows - held_out.get(str(s.number), 0) for s in builder.manifest.shards("chunks")}
+    rows = {s.number: s.rows - held_out.get(str(s.number), 0) for s in builder.manifest.shards("chunks")}
+    for number, count in _deleted_rows(builder).items():
+        rows[number] -= count
+    return rows
+
+
+def _deleted_rows(builder: Builder) -> dict[int, int]:
+    """How many chunks of each shard that are no validation chunks are deleted."""
+    gone = Deletions.of(builder.storage, builder.manifest)
+    shards = gone.document_ids >> ID_SHIFT
+    documents = {shard.number: shard for shard in builder.manifest.shards("documents")}
+    counts = {}
+    for number in np.unique(shards).tolist():
+        table = builder.storage.read_table(documents[number], ["document_id", "split", "n_chunks"])
+        own = gone.of_documents(table["document_id"].to_numpy()) & (table["split"].to_numpy() != VALIDATION)
+        counts[number] = int(table["n_chunks"].to_numpy()[own].sum())
+    return counts
 
 
 def key_choice(builder: Builder, rows: Mapping[int, int]) -> KeyChoice:
@@ -66,7 +86,9 @@ def build_index(builder: Builder) -> None:
     """The trained quantiser, and index shards."""
     rows = indexed_rows(builder)
     choice = key_choice(builder, rows)
-    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice)
+    left_out = builder.manifest.shards("deleted")
+    known = {shard.path: shard.sha256 for shard in left_out}
+    parts = stages.index_parts(builder.manifest.stages["embed"].fingerprint, builder.config, choice, known)
     damaged = builder.damage.get("index", set())
     if builder.is_current("index", parts) and not damaged:
         return
@@ -75,6 +97,7 @@ def build_index(builder: Builder) -> None:
         metric=builder.config.metric,
         dimension=builder.manifest.fingerprints["encoder"]["dimension"],
         seed=builder.config.seed,
+        left_out=left_out,
     )
     builder.begin("index", parts)
     template = settle_template(builder, parts, rows, choice, settings)
@@ -103,6 +126,7 @@ def build_index(builder: Builder) -> None:
     receipts[TEMPLATE_NUMBER] = template
     details = {name: value for name, value in asdict(choice).items() if name != "estimated_bytes"}
     details |= {"metric": settings.metric, "vectors": sum(rows.values()), "shards": len(groups)}
+    details[FIRST_SHARDS] = [numbers[group[0]] for group in groups]
     if settings.metric == "ip":
         details[LARGEST_NORM] = max(receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values())
     builder.record("index", parts, shards_by_table(receipts, "index"), add_counts(receipts), details)
@@ -142,8 +166,7 @@ def settle_template(
 
 def build_neighbours(builder: Builder) -> None:
     """Every chunk's neighbours, and the recall they were found with."""
-    index = builder.manifest.stages["index"]
-    choice = KeyChoice(**{name: index.details[name] for name in CHOICE_FIELDS}, estimated_bytes=0)
+    index, choice = builder.manifest.stages["index"], choice_of(builder.manifest)
     parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     damaged = builder.damage.get("neighbours", set())
     current = builder.is_current("neighbours", parts)
@@ -198,9 +221,6 @@ def write_recall_report(builder: Builder, state: StageState) -> str:
     return builder.storage.commit_json(RECALL_REPORT, state.facts).sha256
 
 
-CHOICE_FIELDS: Final = ("key", "reason", "exact", "training_vectors", "n_lists")
-
-
 def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
     """Where everything is that a search needs."""
     manifest = builder.manifest
@@ -238,7 +258,9 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
     receipts = builder.executor.complete(
         book,
         neighbours_stage.truth_tasks(files, chunks),
-        lambda pipeline, tasks: neighbours_stage.truth_pipeline(pipeline, book, tasks, builder.config.metric, blocks),
+        lambda pipeline, tasks: neighbours_stage.truth_pipeline(
+            pipeline, book, tasks, builder.config.metric, blocks, builder.manifest.left_out
+        ),
         unit="chunks",
         small=SMALL_VECTORS * 4,
     )

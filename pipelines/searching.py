@@ -31,6 +31,8 @@ from retrodb.neighbours import (
 from retrodb.storage import Storage
 
 NEIGHBOUR_ROW_GROUP: Final = 1 << 14
+SEARCHED: Final = "searched"
+"""Key of a receipt's details: of a query shard that was there, the queries that were asked anew."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,22 @@ class SearchStep(StageDoFn):
         chunk_ids, document_ids = chunk_columns(self._storage, files)
         return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
 
-    def _finish(self, number: int, found: Neighbours) -> None:
-        """Write a query shard's neighbours, and its receipt."""
-        rows = len(found.chunk_ids)
+    def _finish(self, number: int, found: Neighbours, searched: int | None = None) -> None:
+        """Write a query shard's neighbours, and its receipt (`_account`)."""
         committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
+        self._account(number, found, Shard.of(committed, number, len(found.chunk_ids)), searched)
+
+    def _account(self, number: int, found: Neighbours, shard: Shard, searched: int | None = None) -> None:
+        """Write the receipt of a query shard, whose neighbours are in place; ``searched``: queries that were asked, if
+        not all of them."""
+        rows = len(found.chunk_ids)
         counts = {
             "queries": rows,
             "found": int(found.n_valid.sum()),
             "short": int((found.n_valid < self._settings.k).sum()),
         }
-        finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, rows)}, counts))
+        details = {} if searched is None else {SEARCHED: searched}
+        finish(self._book, Receipt(number, {"neighbours": shard}, counts, details))
 
 
 class LookingUp(SearchStep):
@@ -172,7 +180,8 @@ class SearchShard(WholeIndexStep):
                 self._finish(task.number, self._found(task.payload.files))
             yield task.number
 
-    def _found(self, files: ShardFiles) -> Neighbours:
+    def _found(self, files: ShardFiles, rows: np.ndarray | None = None) -> Neighbours:
+        """The neighbours of a query shard, or of the given rows int64 [m] of it."""
         exclusion, chunk_ids, document_ids = self._exclusion(files)
         clusters = query_clusters(self._storage, files, document_ids, self._settings.exclude)
         if (clusters != NO_CLUSTER).any():
@@ -180,4 +189,7 @@ class SearchShard(WholeIndexStep):
         if self._uids is not None:
             own = block_uids(self._storage, files)
             exclusion = exclusion.also(SameBlock(own, np.ones(len(own), dtype=bool), self._uids))
-        return self._find(chunk_ids, vectors_of(self._storage, files, len(chunk_ids)), exclusion)
+        vectors = vectors_of(self._storage, files, len(chunk_ids))
+        if rows is None:
+            return self._find(chunk_ids, vectors, exclusion)
+        return self._find(chunk_ids[rows], vectors[rows], exclusion.take(rows))

@@ -14,7 +14,7 @@ from retrodb.config import BuildConfig
 from retrodb.corpus import TRAIN, VALIDATION, ScannedFile
 from retrodb.encoding import EncoderIdentity
 from retrodb.index import KeyChoice
-from retrodb.manifest import RECORDED_STAGES, SPANS_STAGE, STAGES, Manifest, fingerprint
+from retrodb.manifest import LEFT_OUT, RECORDED_STAGES, SPANS_STAGE, STAGES, Manifest, fingerprint
 from retrodb.quality.leakage import NEAREST
 from retrodb.spans import SpanSettings
 
@@ -37,7 +37,7 @@ STAGE_READS: Final = {
     "dedup": ("documents",),
     "chunk": ("documents", "duplicates"),
     "embed": ("documents", "chunks"),
-    "index": ("documents", "chunks", "embeddings"),
+    "index": ("documents", "chunks", "embeddings", "deleted"),
     "neighbours": ("documents", "chunks", "embeddings", "index"),
     "training": ("documents", "chunks", "neighbours"),
     "report": ("documents", "chunks", "neighbours"),
@@ -124,9 +124,14 @@ def chunks_of(chunk: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in chunk.items() if name != "text"}
 
 
-def index_parts(embed: str, config: BuildConfig, choice: KeyChoice) -> dict[str, Any]:
-    """The key, not the memory it was chosen for."""
-    parts = {"code": _CODE["index"], "embeddings": embed, "metric": config.metric, "key": choice.key}
+def index_parts(
+    embed: str, config: BuildConfig, choice: KeyChoice, deleted: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The key, not the memory it was chosen for; ``deleted`` are the shards (sha256 by path) of what was deleted before
+    the index was made, and is not in it."""
+    parts: dict[str, Any] = {"code": _CODE["index"], "embeddings": embed, "metric": config.metric, "key": choice.key}
+    if deleted:
+        parts[LEFT_OUT] = dict(deleted)
     return parts if choice.exact else {**parts, "seed": config.seed}
 
 

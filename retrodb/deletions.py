@@ -5,6 +5,7 @@ new version. Searches, neighbours, documents and the training stream pass over w
 the tables do so themselves: a chunk is gone where its document is named.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrodb.errors import DamagedError
-from retrodb.manifest import Manifest
+from retrodb.manifest import Manifest, Shard
 from retrodb.storage import Storage
 
 Ints = npt.NDArray[np.int64]
@@ -36,7 +37,12 @@ class Deletions:
     @staticmethod
     def of(storage: Storage, manifest: Manifest) -> "Deletions":
         """Raises DamagedError: a shard of the table cannot be read."""
-        tables = [storage.read_table(shard) for shard in manifest.shards("deleted")]
+        return Deletions.of_shards(storage, manifest.shards("deleted"))
+
+    @staticmethod
+    def of_shards(storage: Storage, shards: Iterable[Shard]) -> "Deletions":
+        """What some shards of the table name. Raises DamagedError: one of them cannot be read."""
+        tables = [storage.read_table(shard) for shard in shards]
         try:
             ids = [table["document_id"].to_numpy().astype(np.int64) for table in tables]
             first = [table["first_chunk_id"].fill_null(0).to_numpy().astype(np.int64) for table in tables]

@@ -67,6 +67,8 @@ FIRST_VERSION: Final = 1
 VERSIONS_FOLDER: Final = "versions"
 LARGEST_NORM: Final = "largest_norm"
 """Key of the index stage's details, for inner products: the largest norm of an indexed vector."""
+LEFT_OUT: Final = "deleted"
+"""Part of the index stage: the shards of deleted documents whose chunks are not in the index, sha256 by path."""
 WORK_FOLDER: Final = ".build"
 """Where a build keeps its receipts until a stage is recorded."""
 DAMAGE_REPORT: Final = "reports/damage.json"
@@ -261,6 +263,19 @@ class Manifest:
     def shards(self, table: str) -> tuple[Shard, ...]:
         """Recorded shards of a table in order of number; empty where the table is not built."""
         return self.tables.get(table, ())
+
+    @property
+    def reports(self) -> list[str]:
+        """Relative paths of what its stages left for people to read."""
+        recorded = [stage for stage in STAGE_REPORTS if stage in self.stages]
+        return [self.stages[s].report(s) for s in recorded if REPORT_SHA256 in self.stages[s].details]
+
+    @property
+    def left_out(self) -> tuple[Shard, ...]:
+        """The shards of ``deleted`` that the index was made without."""
+        index = self.stages.get("index")
+        known = index.made_from.get(LEFT_OUT, {}) if index is not None else {}
+        return tuple(shard for shard in self.shards("deleted") if known.get(shard.path) == shard.sha256)
 
     @property
     def has_finished_documents(self) -> bool:

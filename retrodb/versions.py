@@ -21,6 +21,7 @@ from retrodb.manifest import (
     FIRST_VERSION,
     MANIFEST_NAME,
     REPORTS_FOLDER,
+    STAGE_REPORTS,
     TABLES,
     VERSIONS_FOLDER,
     WORK_FOLDER,
@@ -35,6 +36,8 @@ from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 KEPT_VERSIONS: Final = 3
 """The newest so many versions are kept, always."""
+NEXT_SHARD: Final = "next_shard"
+"""Key of a version's facts: the number of the first document shard that no version has had."""
 GRACE_SECONDS: Final = 24 * 3600
 """On an object store nobody can tell who still reads: a version is kept so long after another took its place."""
 
@@ -177,6 +180,26 @@ def next_version(current: Manifest) -> int:
     return max([current.version.id, *(kept.version.id for kept in current.versions)]) + 1
 
 
+def next_shard(storage: Storage, current: Manifest) -> int:
+    """The number of the first document shard that no version has had, retired ones too: ids are never used again.
+
+    Every version but the first says so in its facts, of all before it; one version alone has its own shards.
+
+    Raises:
+        DamagedError: the first version's manifest is lost or malformed, and no later one says.
+    """
+    known = [kept.version.facts[NEXT_SHARD] for kept in current.versions if NEXT_SHARD in kept.version.facts]
+    if not known:
+        manifests = (load_version(storage, kept.version.id) for kept in current.versions)
+        known = [_first_free(manifest) for manifest in manifests if manifest is not None]
+    return max([_first_free(current), *known])
+
+
+def _first_free(manifest: Manifest) -> int:
+    own = 1 + max((shard.number for shard in manifest.shards("documents")), default=-1)
+    return max(own, int(manifest.version.facts.get(NEXT_SHARD, 0)))
+
+
 def corpus_fingerprint(manifest: Manifest) -> str:
     """What the vectors of a version are of: the recorded chunk shards."""
     return fingerprint({shard.path: shard.sha256 for shard in manifest.shards("chunks")})
@@ -219,6 +242,8 @@ def publish(storage: Storage, made: Manifest) -> Manifest:
     if current is None:
         raise DamagedError(f"{storage.url} has no {MANIFEST_NAME} to publish beside.")
     own = replace(made, version=replace(made.version, facts=facts_of(made)), versions=())
+    facts = {**own.version.facts, NEXT_SHARD: max(next_shard(storage, current), _first_free(own))}
+    own = replace(own, version=replace(own.version, facts=facts))
     _forget_killed(storage, own.version.id, current.version.id)
     kept = list(current.versions) or [_keep_first(storage, current)]
     written = storage.commit_bytes(version_path(own.version.id), own.as_bytes())
@@ -332,8 +357,9 @@ def collect(
             retired.append(entry)
     manifests = [current] + [found for entry in stay if (found := load_version(storage, entry.version.id)) is not None]
     named = {shard.path for manifest in manifests for shards in manifest.tables.values() for shard in shards}
+    named |= {path for manifest in manifests for path in manifest.reports}
     numbers = {entry.version.id for entry in stay}
-    gone = list(_unnamed(storage, named, numbers, current.version.id)) if current.versions else []
+    gone = list(_unnamed(storage, named, numbers)) if current.versions else []
     gone += [path for entry in retired for path in _own_files(storage, entry.version.id, named)]
     gone = sorted(set(gone))
     size = sum(storage.size(path) or 0 for path in gone)
@@ -367,10 +393,14 @@ def _own_files(storage: Storage, number: int, named: set[str]) -> Iterator[str]:
         yield version_path(number)
 
 
-def _unnamed(storage: Storage, named: set[str], kept: set[int], current: int) -> Iterator[str]:
-    """Files of tables that no kept version names: of retired ones, or of a collection that was killed."""
+def _unnamed(storage: Storage, named: set[str], kept: set[int]) -> Iterator[str]:
+    """Files that no kept version names: of retired ones, or of a collection that was killed. What comes after the
+    newest version is being made."""
     for table in TABLES:
         yield from (path for path in storage.list_below(table) if path not in named and is_of_a_table(path))
+    if FIRST_VERSION not in kept:  # its reports show text, too
+        reports = (path for path in STAGE_REPORTS.values() if path not in named)
+        yield from (path for path in reports if storage.size(path) is not None)
     for name in storage.list_folders(VERSIONS_FOLDER):
-        if name.isdigit() and int(name) not in kept and int(name) < current:
+        if name.isdigit() and int(name) not in kept and int(name) < max(kept):
             yield from (path for path in storage.list_below(f"{VERSIONS_FOLDER}/{name}") if path not in named)

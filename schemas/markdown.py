@@ -36,6 +36,10 @@ def markdown() -> str:
         "to row i of the chunk shard of the same number. `index/*.faiss` are faiss indexes over chunk ids. A database",
         "of blocks has the vector of the null document in `null/00000.npy`, float16 `[1, d]`; its id among candidates",
         "is 9223372036854775807, which is no row's.",
+        "After `retrodb compact` a shard holds the rows that are left, under the ids they had: there are gaps in its",
+        "ids, which ascend as before, and a row is found by its id column, not by its place. Row i of `embeddings`",
+        "still belongs to row i of `chunks`, and rows of `neighbours` and `leakage` likewise; `sequence_id` counts the",
+        "rows of a training shard that is packed anew. Until then what is deleted is named by `deleted` alone.",
         "`manifest.json` lists every shard with its path, rows, bytes and sha256; what it does not list does not",
         "exist.",
     ]

@@ -618,8 +618,9 @@ def test_the_guide_to_versions_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-db").symlink_to(database)
     (tmp_path / "step-500").symlink_to(encoders[1])
-    other = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][4]
-    (tmp_path / "more.jsonl").write_text(other + "\n", encoding="utf-8")
+    others = [line for line in quickstart_lines() if 2_000 < len(line) < 8_000][4:6]
+    for name, line in zip(("more.jsonl", "other.jsonl"), others, strict=True):
+        (tmp_path / name).write_text(line + "\n", encoding="utf-8")
     export(tmp_path / "exports", encoders[2], 600)
     (tmp_path / "exports" / "done").touch()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()]

@@ -1,5 +1,6 @@
-"""The command line, one small module a command: ``retrodb build | refresh | add | delete | gc | plan | info | verify |
-query | show | export | index merge``, and ``train | retrofit | evaluate | generate`` of the reference model.
+"""The command line, one small module a command: ``retrodb build | refresh | add | swap | delete | compact | gc | plan |
+info | verify | query | show | export | index merge``, and ``train | retrofit | evaluate | generate`` of the reference
+model.
 
 One small module a command. Only these modules print. Nothing heavy is imported before a command runs, so that
 ``--help`` is immediate.
@@ -25,7 +26,7 @@ from retrodb.cli.evaluate_retrieval import evaluate_retrieval
 from retrodb.cli.export import export
 from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
-from retrodb.cli.living import add, delete
+from retrodb.cli.living import add, compact, delete, swap
 from retrodb.cli.look import info, query, show
 from retrodb.cli.plan import plan
 from retrodb.cli.realm import realm
@@ -48,7 +49,9 @@ for command in (
     build,
     refresh,
     add,
+    swap,
     delete,
+    compact,
     gc,
     plan,
     info,

@@ -1,11 +1,12 @@
-"""``retrodb add`` and ``delete``: documents taken in, and given up."""
+"""``retrodb add``, ``swap``, ``delete`` and ``compact``: documents taken in, exchanged, given up, and their space
+returned."""
 
 import dataclasses
 from typing import Annotated, Optional
 
 import typer
 
-from retrodb.cli.echo import echo_json
+from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
 from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
 
@@ -51,7 +52,7 @@ def delete(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete documents, at once for every reader: search, neighbours, training stream. Their rows stay in the files."""
+    """Delete documents, at once for every reader: search, neighbours, training. `compact` returns their space."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
     from retrodb.corpus.selection import Condition, Selection  # noqa: PLC0415
     from retrodb.pipelines.living import delete as run_delete  # noqa: PLC0415
@@ -70,6 +71,69 @@ def delete(
         progress.close()
     if as_json:
         echo_json({"version": done.version, "documents": done.documents, "chunks": done.chunks})
+
+
+def swap(
+    database: Database,
+    inputs: Annotated[
+        Optional[list[str]], typer.Argument(metavar="INPUT...", help="The new corpus, as `build` takes it.")
+    ] = None,
+    to: Annotated[
+        Optional[int], typer.Option(metavar="VERSION", help="No new corpus: go to a version that is kept.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Put another corpus in place of the current one, as the next version, under the same settings and encoder."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.corpus import expand_inputs  # noqa: PLC0415
+    from retrodb.errors import UsageError  # noqa: PLC0415
+    from retrodb.pipelines.swap import swap as run_swap  # noqa: PLC0415
+    from retrodb.pipelines.swap import swap_back  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    if bool(inputs) == (to is not None):
+        raise UsageError("give the new corpus, or --to VERSION, and not both.")
+    run = run_settings(workers, runner, runner_option, device)
+    storage = Storage(database)
+    progress = make_progress()
+    try:
+        done = (
+            run_swap(storage, expand_inputs(inputs), run, progress) if inputs else swap_back(storage, to or 0, progress)
+        )
+    finally:
+        progress.close()
+    if as_json:
+        echo_json(dataclasses.asdict(done))
+
+
+def compact(
+    database: Database,
+    workers: Workers = None,
+    device: Device = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
+    as_json: Json = False,
+) -> None:
+    """Return the space of deleted documents, as the next version: what held something deleted is written without it."""
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.cli.render import size_text  # noqa: PLC0415
+    from retrodb.pipelines.compact import compact as run_compact  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    run = run_settings(workers, runner, runner_option, device)
+    progress = make_progress()
+    try:
+        done = run_compact(Storage(database), run, progress)
+    finally:
+        progress.close()
+    if as_json:
+        echo_json(dataclasses.asdict(done))
+    elif done.documents:
+        echo(f"the tables take {size_text(done.bytes_after)} now, {size_text(done.bytes_before)} before")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

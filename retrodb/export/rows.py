@@ -78,7 +78,7 @@ def check_built(database: Database, *tables: str) -> None:
     if len(database.deletions):
         raise InputError(
             f"{database.storage.url} holds {len(database.deletions):,} deleted documents, which other formats cannot "
-            "mask: build a database without them, and export that one."
+            "mask: run `retrodb compact` first, which leaves them out."
         )
     for table in tables:
         if table not in database.manifest.tables:

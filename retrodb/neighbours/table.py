@@ -45,6 +45,17 @@ class Neighbours:
         """Neighbours kept for each query."""
         return int(self.neighbour_ids.shape[1])
 
+    def take(self, rows: np.ndarray) -> "Neighbours":
+        """Some of the rows: int64 row numbers, or bool [n]."""
+        return Neighbours(*(column[rows] for column in vars(self).values()))
+
+    def put(self, rows: np.ndarray, found: "Neighbours") -> "Neighbours":
+        """With ``found`` [m] in place of rows int64 [m], whose queries it is of."""
+        columns = [column.copy() for column in vars(self).values()]
+        for column, values in zip(columns, vars(found).values(), strict=True):
+            column[rows] = values
+        return Neighbours(*columns)
+
 
 def to_table(result: Neighbours) -> pa.Table:
     """``result`` with the schema `retrodb.schemas.neighbours`: missing elements are null, lists never are."""

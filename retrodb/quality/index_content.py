@@ -34,7 +34,7 @@ def check_index(scene: Scene) -> None:
         return  # what is not found may be there
     for shard in scene.shards("chunks"):
         ids = scene.ids(shard.number)
-        if shard.number not in home and ids is not None and not ids.validation.all():
+        if shard.number not in home and ids is not None and ids.indexed.any():
             scene.findings.add(_nearest(scene, shard.number), f"no index shard holds the chunks of {shard.path}")
 
 
@@ -73,18 +73,20 @@ def _check_shard(scene: Scene, shard: Shard, home: dict[int, str]) -> None:
 
 
 def _check_chunks(scene: Scene, shard: Shard, number: int, found: np.ndarray) -> None:
-    """The ids found of one chunk shard are those of its chunks but the validation ones."""
+    """The ids found of one chunk shard are those of its chunks but the validation and the deleted ones."""
     own = scene.ids(number)
     if own is None:
         return
-    expected = own.chunk_ids[~own.validation]
+    expected = own.chunk_ids[own.indexed]
     if np.array_equal(found, expected):
         return
     validation = np.isin(found, own.chunk_ids[own.validation])
     strange = ~np.isin(found, own.chunk_ids)
+    deleted = np.isin(found, own.chunk_ids[~own.indexed & ~own.validation])
     missing = ~np.isin(expected, found)
     for wrong, ids, what in (
         (validation, found, "indexes validation chunks"),
+        (deleted, found, "indexes chunks that were deleted before it was made"),
         (strange, found, "indexes chunks that do not exist"),
         (missing, expected, "does not index chunks that may be neighbours"),
     ):

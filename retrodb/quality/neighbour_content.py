@@ -133,6 +133,8 @@ def _check_joins(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds)
             hidden = (actual == own.document_ids[queries[there]]) & (actual != documents[there])
             refuse(hidden, there, "a neighbour of the query's own document")
         refuse(other.validation[found], there, "a neighbour of the validation split")
+        gone = ~other.indexed[found] & ~other.validation[found]
+        refuse(gone, there, "a neighbour that was deleted before the index was made")
         if facts.exclude == "cluster":
             clusters = other.clusters[found]
             near = (clusters != NO_CLUSTER) & (clusters == own.clusters[queries[there]])
@@ -181,7 +183,7 @@ def _members(scene: Scene) -> Members | None:
         own = scene.ids(shard.number)
         if own is None:
             return None
-        clusters, numbers = np.unique(own.clusters[~own.validation], return_counts=True)
+        clusters, numbers = np.unique(own.clusters[own.indexed], return_counts=True)
         counts.update(dict(zip(clusters.tolist(), numbers.tolist(), strict=True)))
     return counts
 
@@ -193,10 +195,10 @@ def _check_honest_count(
     if indexed is None or members is None:
         return
     if scene.facts.exclude == "none":
-        excluded = (~own.validation).astype(np.int64)
+        excluded = own.indexed.astype(np.int64)
     else:
         _, document, sizes = np.unique(own.document_ids, return_inverse=True, return_counts=True)
-        excluded = np.where(own.validation, 0, sizes[document])
+        excluded = np.where(own.indexed, sizes[document], 0)
     if scene.facts.exclude == "cluster":
         clusters, place = np.unique(own.clusters, return_inverse=True)
         in_cluster = np.array([members.get(int(cluster), 0) for cluster in clusters], dtype=np.int64)

@@ -113,7 +113,7 @@ def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.nda
         if other is None or vectors is None:
             scene.findings.note("damaged shards: neighbours were not compared with all chunks")
             return
-        allowed = ~other.validation
+        allowed = other.indexed
         some = vectors if allowed.all() else vectors[allowed]
         found = exact_top(asked, exclusion, other.chunk_ids[allowed], some, k=kept, metric=metric)
         best = found if best is None else merge_exact([best, found], kept, metric)

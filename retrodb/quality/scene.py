@@ -7,12 +7,14 @@ file gives one problem, and names itself and no other.
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
 from retrodb.chunking.duplicates import uid_keys, uid_matrix
+from retrodb.deletions import Deletions
 from retrodb.errors import DamagedError
 from retrodb.index import Metric
 from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, TABLES, Manifest, Shard
@@ -143,6 +145,8 @@ class ChunkIds:
         chunk_ids: int64 [n], strictly ascending.
         document_ids: int64 [n].
         validation: bool [n], whether the document is of the validation split.
+        indexed: bool [n], whether it may be a neighbour: a training chunk that was not deleted before the index was
+            made.
         clusters: int64 [n], `NO_CLUSTER` for a cluster of one.
         uids: int64 [n], what tells equal blocks; of chunks the ids themselves.
     """
@@ -150,6 +154,7 @@ class ChunkIds:
     chunk_ids: np.ndarray
     document_ids: np.ndarray
     validation: np.ndarray
+    indexed: np.ndarray
     clusters: np.ndarray
     uids: np.ndarray
 
@@ -244,7 +249,15 @@ class Scene:
         rows = np.searchsorted(scalars(owners, "document_id"), document_ids)
         validation = owners["split"].to_numpy() == "validation"
         uids = uid_keys(uid_matrix(table)) if blocks else chunk_ids
-        return ChunkIds(chunk_ids, document_ids, validation[rows].astype(bool), clusters_of(owners)[rows], uids)
+        held_out = validation[rows].astype(bool)
+        indexed = ~held_out & ~self._left_out.of_documents(document_ids)
+        return ChunkIds(chunk_ids, document_ids, held_out, indexed, clusters_of(owners)[rows], uids)
+
+    @cached_property
+    def _left_out(self) -> Deletions:
+        """What was deleted before the index was made."""
+        trusted = set(self.shards("deleted"))
+        return Deletions.of_shards(self.storage, [shard for shard in self.manifest.left_out if shard in trusted])
 
     def _load_tokens(self, number: int) -> ChunkTokens:
         chunks = self.shard("chunks", number)

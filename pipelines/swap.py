@@ -1,0 +1,126 @@
+"""swap: another corpus under the settings, the tokenizer and the encoder of a database, as its next version (realm.md,
+C1).
+
+A build in the version's own place, in which nothing of a model is trained; its shards are numbered behind all that any
+version has had, so that no id means two things. The versions before keep theirs, and `retrodb.versions.switch` goes
+back to one by the pointer alone.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from retrodb.pipelines.builder import Builder
+from retrodb.pipelines.driver import run_mending
+from retrodb.pipelines.holding import held, lay_out, refuse_unfinished
+from retrodb.pipelines.ingredients import same_ingredients
+from retrodb.pipelines.lineage import is_beginning
+from retrodb.pipelines.progress import Progress
+from retrodb.pipelines.runners import make_runner
+from retrodb.pipelines.text_stages import scan_inputs
+
+from retrodb.config import BuildConfig, RunSettings
+from retrodb.corpus import Listing, ScannedFile, with_validation
+from retrodb.errors import InputError
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, TABLES, Manifest, Version, taken_from, version_folder
+from retrodb.storage import Storage
+from retrodb.versions import VersionStorage, load_version, next_shard, next_version, now, publish, switch
+
+MADE_BY: Final = "swap"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a swap came to: the version that is current now, and what is in it."""
+
+    version: int
+    documents: int
+    chunks: int
+
+
+def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -> Swapped:
+    """Build another corpus as a database is built, and publish that as its next version.
+
+    Validation files that the database was built with are its validation files still. Killed anywhere, the same command
+    goes on.
+
+    Args:
+        out: the database.
+        listing: the new corpus.
+        run: how it is carried out.
+        progress: is told what happens.
+
+    Raises:
+        InputError: there is no finished database, no document to build from, or a version has just this corpus.
+        LockedError: another process changes the database.
+        RecallError: the new index is below the recall gate; the current version stays.
+        WorkerError: a worker failed; what was finished is kept.
+    """
+    runner = make_runner(run)
+    with contextlib.closing(runner), held(out, progress) as current:
+        refuse_unfinished(out, current, "its corpus is swapped")
+        with taken_from(out.describe(MANIFEST_NAME)):
+            recorded = BuildConfig.model_validate(current.config)
+        inputs = with_validation(listing, recorded.validation).files
+        runner.check([out.url, *(file.url for file in inputs)])
+        config, ingredients = same_ingredients(out, current, recorded, run)
+        view = VersionStorage(out.url, next_version(current))
+        version = Version(view.version, current.version.id, MADE_BY, current.version.step)
+        lay_out(view, Manifest(version=version), lambda left: is_beginning(left, version), progress)
+        first = next_shard(out, current)
+
+        def builder() -> Builder:
+            return Builder(inputs, view, config, run, progress, ingredients, runner, TABLES, first)
+
+        try:
+            _refuse_known(out, current, scan_inputs(builder()))
+            made = run_mending(builder).manifest
+        except InputError:
+            view.delete_folder(version_folder(view.version))
+            raise
+        # A tokenizer that was learnt is the database's own still, by its name and place.
+        fingerprints = {**made.fingerprints, "tokenizer": current.fingerprints["tokenizer"]}
+        made = replace(made, config=current.config, fingerprints=fingerprints)
+        published = publish(out, replace(made, version=replace(version, created=now())))
+        done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
+        progress.note(f"{done.documents:,} documents, {done.chunks:,} chunks: version {done.version} is published")
+        if SPANS_STAGE in current.stages:
+            progress.note("it has no spans yet: run `retrodb spans` for them")
+        return done
+
+
+def swap_back(out: Storage, version: int, progress: Progress) -> Swapped:
+    """Make a version that is kept the current one again: one pointer, and nothing of it is written.
+
+    Raises:
+        InputError: there is no database, or no such version.
+        DamagedError: its manifest is lost, or not what was published.
+        LockedError: another process changes the database.
+    """
+    with held(out, progress) as current:
+        found = switch(out, version)
+        progress.note(f"version {version} is current{' already' if current.version.id == version else ' again'}")
+        return Swapped(version, found.rows("documents"), found.rows("chunks"))
+
+
+def _refuse_known(out: Storage, current: Manifest, scans: Sequence[ScannedFile]) -> None:
+    """Raises InputError: a version has just this corpus, under this encoder and these settings."""
+    wanted = sorted(scan.sha256 for scan in scans)
+    for number in [current.version.id, *(kept.version.id for kept in current.versions)]:
+        found = load_version(out, number)
+        if (
+            found is not None
+            and sorted(entry["sha256"] for entry in found.inputs) == wanted
+            and found.fingerprints["encoder"] == current.fingerprints["encoder"]
+            and not found.shards("deleted")
+            and "deleted" not in found.stages["corpus"].made_from
+        ):
+            raise InputError(
+                f"version {number} of {out.url} has just these inputs"
+                + (
+                    ", and is current."
+                    if number == current.version.id
+                    else f": `retrodb swap --to {number}` goes there."
+                )
+            )
