@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from retrodb.schemas import NULL_ID
-from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps
+from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
 
 import retrodb as package
 from retrodb.corpus.quickstart import quickstart_lines
@@ -175,11 +175,18 @@ def test_the_commands_of_the_guide_run(
 ) -> None:
     guide = (Path(__file__).parents[1] / "docs" / "realm.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    names = {"wikipedia.jsonl.gz": str(first.parent / "topics.jsonl"), "path/to/encoder": str(tiny_encoder)}
+    write_jsonl(tmp_path / "questions.jsonl", [{"question": "What is it?", "answers": ["name", "object", "the"]}])
+    names = {
+        "wikipedia.jsonl.gz": str(first.parent / "topics.jsonl"),
+        "newer.jsonl.gz": str(first.parent / "topics.jsonl"),
+        "path/to/encoder": str(tiny_encoder),
+        "exports/step-001000": "exports/step-000002",
+    }
     fewer = {
         "build": ["--chunk-tokens", "64"],
         "spans": ["--mask", "random-span"],
         "refresh": ["--poll", "0.1"],
+        "finetune-qa": ["--steps", "2", "--batch", "1"],
         "realm": ["--start", str(tiny_encoder), "--steps", "2", "--cloze-steps", "1", "--batch", "2"],
     }
     beside = []
@@ -192,6 +199,7 @@ def test_the_commands_of_the_guide_run(
         assert ran.code == 0, (line, ran.err)
     assert [running.end() for running in beside] == [0]
     assert manifest_of(tmp_path / "wiki")["version"]["step"] == 2
+    assert (tmp_path / "answers.jsonl").exists()
 
 
 def test_what_cannot_be_trained_on_is_refused_in_words(
