@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from retrodb.database import Database
@@ -81,6 +81,14 @@ class RealmSettings(BaseModel):
     """Whether the retriever learns after its warm start; without, the reader alone does (an ablation)."""
     train_reader: bool = True
     """Likewise the reader: without, the retriever learns from a reader that stays as it was begun."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RealmSettings":
+        if not (self.train_retriever or self.train_reader):
+            raise ValueError("neither the retriever nor the reader trains: nothing is left to learn")
+        if not self.train_retriever and self.max_staleness is not None:
+            raise ValueError("a retriever that does not learn is never stale: leave --max-staleness out")
+        return self
 
     @staticmethod
     def make(given: dict[str, Any]) -> "RealmSettings":
