@@ -86,7 +86,9 @@ def test_a_tiny_experiment_runs_to_its_end_and_goes_on_where_it_was_killed(realm
     figures = json.loads(results.read_text("utf-8"))
     assert [part["condition"] for part in figures["runs"]] == ["refresh", "reader-only"]
     refreshed, reader_only = figures["runs"]
-    assert [entry["staleness"] for entry in refreshed["log"]] == [0, 1, 0], "each version is waited for"
+    assert [entry["staleness"] for entry in refreshed["log"]] == [1, 2, 1], (
+        "after each step; each version is waited for"
+    )
     assert [look["step"] for look in refreshed["versions"]] == [None, 0, 3]
     assert all(entry["retriever_gradient"] == 0 < entry["reader_gradient"] for entry in reader_only["log"])
     assert [look["step"] for look in reader_only["versions"]] == [None, 0], "a frozen retriever is one version"
@@ -97,11 +99,13 @@ def test_a_tiny_experiment_runs_to_its_end_and_goes_on_where_it_was_killed(realm
     assert text.count("\n## ") == 6
     assert not list((work / "runs").iterdir()), "what a run needed goes when its part is there"
 
-    (work / "parts" / "run-refresh-0.json").unlink()
+    (work / "parts" / "swap-0.json").unlink()
+    realm_gain.run(experiment, corpora, work, results, out, share=(1, 2))
+    assert not (work / "parts" / "swap-0.json").exists(), "the third part is the first share's"
     realm_gain.run(experiment, corpora, work, results, out)
     again = json.loads(results.read_text("utf-8"))
-    assert untimed(again["runs"]) == untimed(figures["runs"])
-    assert again["swap"] == figures["swap"]
+    assert again["runs"] == figures["runs"]
+    assert untimed(again["swap"]) == untimed(figures["swap"])
     with pytest.raises(SystemExit, match="another experiment"):
         realm_gain.run(replace(experiment, steps=9), corpora, work, results, out)
 

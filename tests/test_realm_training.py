@@ -16,7 +16,7 @@ import retrodb as package
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, MismatchError, UsageError
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
-from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch
+from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
 from retrodb.quality.verify import verify_database
 
 SETTINGS = {"dimension": 16, "steps": 4, "cloze_steps": 3, "batch": 4, "export_every": 2, "log_every": 1, "seed": 1}
@@ -69,6 +69,13 @@ def test_a_batch_is_the_queries_with_their_candidates_tokens(first: Path) -> Non
             at = row * 4 + slot
             assert tuple(batch.bodies.ids[at, : batch.bodies.lengths[at]].tolist()) == tokens
         assert int(batch.bodies.lengths[row * 4]) == int(batch.titles.lengths[row * 4]) == 0
+
+
+def test_texts_without_a_token_are_texts() -> None:
+    """Where no document has a title, titles are rows of width 0."""
+    found = texts_of(np.zeros((2, 4, 0), np.uint16), np.zeros((2, 4), np.int16))
+    assert found.ids.shape == (8, 0)
+    assert found.lengths.tolist() == [0] * 8
 
 
 def test_a_candidate_holds_the_answer_where_its_body_has_the_masked_wordpieces_in_order(first: Path) -> None:
@@ -127,6 +134,35 @@ def test_other_spans_of_a_database_with_versions_are_a_version_of_their_own(
     assert {shard["path"].split("/")[0] for shard in manifest_of(database)["tables"]["queries"]["shards"]} == {
         "versions"
     }
+
+
+@pytest.mark.parametrize("part", ["retriever", "reader"])
+def test_a_part_that_does_not_learn_stays_bit_for_bit_and_the_other_learns(
+    part: str, first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """The ablations: the steps after the warm start, without a refresher, on the vectors that are there."""
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32, **{f"train_{part}": False})
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    for _ in range(2):
+        made._step()
+    changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
+    other = "reader" if part == "retriever" else "retriever"
+    assert {name.split(".")[0] for name in changed} == {other}
+    for entry in made.run.log:
+        assert entry["gradient_norm"][part] == 0 < entry["gradient_norm"][other]
+
+
+def test_the_readers_gradient_however_large_takes_nothing_from_the_retrievers_step(
+    first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, settings in (("both", {}), ("alone", {"train_reader": False})):
+        made = trainer(first, tmp_path / name, tiny_encoder, dimension=32, clip=1e-3, **settings)
+        made._step()
+        found.append(made)
+    assert found[0].run.log[0]["gradient_norm"]["reader"] > 10 * found[0].run.log[0]["gradient_norm"]["retriever"]
+    for one, other in zip(*(made.model.retriever.state_dict().values() for made in found), strict=True):
+        assert torch.equal(one, other)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -209,6 +245,10 @@ def test_what_cannot_be_trained_on_is_refused_in_words(
         trainer(built, tmp_path, tiny_encoder)
     with pytest.raises(UsageError, match="--steps 0"):
         RealmSettings.make({"steps": 0})
+    with pytest.raises(UsageError, match="neither the retriever nor the reader trains"):
+        RealmSettings.make({"train_retriever": False, "train_reader": False})
+    with pytest.raises(UsageError, match="is never stale: leave --max-staleness out"):
+        RealmSettings.make({"train_retriever": False, "max_staleness": 3})
     with pytest.raises(UsageError, match="--exclude"):
         RealmSettings.make({"exclude": "everything"})
     made = trainer(first, tmp_path, tiny_encoder)

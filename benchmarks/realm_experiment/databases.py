@@ -1,5 +1,7 @@
 """Texts, questions that are about them, the small BERT, and the databases: by the command line, as anyone would."""
 
+import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
@@ -7,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,27 @@ def run_command(*words: object) -> None:
     subprocess.run(command(*words), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
 
 
+@contextlib.contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Of several processes that share the work one is here at a time: who comes later finds it done."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def small_bert(experiment: RealmExperiment, work: Path) -> Path:
     """The BERT that all starts from: the first layers of the package's own encoder, unless a plan names one."""
     if experiment.encoder is not None:
         return Path(experiment.encoder)
     folder = work / f"bert-{experiment.layers}"
-    if folder.exists():
-        return folder
+    with alone(work):
+        if not folder.exists():
+            _write_first_layers(experiment.layers, folder)
+    return folder
+
+
+def _write_first_layers(layers: int, folder: Path) -> None:
     from transformers import BertModel
 
     from retrodb.encoding.featuriser import quieten
@@ -55,8 +72,8 @@ def small_bert(experiment: RealmExperiment, work: Path) -> Path:
     quieten()
     files = resolve_encoder(DEFAULT_ENCODER)
     model = BertModel.from_pretrained(files.transformer, add_pooling_layer=False, local_files_only=True)
-    model.encoder.layer = model.encoder.layer[: experiment.layers]
-    model.config.num_hidden_layers = experiment.layers
+    model.encoder.layer = model.encoder.layer[:layers]
+    model.config.num_hidden_layers = layers
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part, safe_serialization=True)
@@ -64,53 +81,64 @@ def small_bert(experiment: RealmExperiment, work: Path) -> Path:
         if (files.transformer / name).exists():
             shutil.copy(files.transformer / name, part / name)
     part.rename(folder)
-    return folder
 
 
-def write_questions(name: str, corpora: Path, documents: Path, out: Path, most: int | None = None) -> Path:
+def write_questions(
+    name: str, corpora: Path, about: Selection, work: Path, called: str, most: int | None = None
+) -> Path:
     """The questions whose documents are among the selected ones (all, where questions name none), in an order that
     depends on their ids alone; at most so many."""
-    if out.exists():
-        return out
+    out = work / "questions" / f"{called}.jsonl"
+    with alone(work):
+        if not out.exists():
+            lines = _about(corpora / f"{name}.jsonl.gz", write_selection(about, corpora, work / "texts"))
+            _write_whole(out, lines[:most])
+    return out
+
+
+def _about(questions: Path, documents: Path) -> list[bytes]:
+    """The lines of all questions about these documents, by the hash of their ids."""
     keys = {json.loads(line)["id"] for line in documents.read_text("utf-8").splitlines()}
     kept = []
-    with gzip.open(corpora / f"{name}.jsonl.gz") as lines:
+    with gzip.open(questions) as lines:
         for line in lines:
             record = json.loads(line)
             gold = [record[field] for field in DOCUMENT_FIELDS if field in record]
             named = {key for one in gold for key in (one if isinstance(one, list) else [one])}
             if not named or named & keys:
                 kept.append((hashlib.sha256(record["id"].encode()).digest(), line))
-    chosen = [line for _, line in sorted(kept)[:most]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_bytes(b"".join(chosen))
-    part.replace(out)
-    return out
+    return [line for _, line in sorted(kept)]
 
 
-def halves(questions: Path) -> tuple[Path, Path]:
+def halves(questions: Path, work: Path) -> tuple[Path, Path]:
     """Questions to learn from and questions to be asked: every other one."""
-    lines = questions.read_bytes().splitlines(keepends=True)
-    paths = []
-    for name, own in (("learnt", lines[::2]), ("held-out", lines[1::2])):
-        path = questions.with_name(f"{questions.stem}-{name}.jsonl")
-        path.write_bytes(b"".join(own))
-        paths.append(path)
-    return paths[0], paths[1]
+    learnt, held_out = (questions.with_name(f"{questions.stem}-{name}.jsonl") for name in ("learnt", "held-out"))
+    with alone(work):
+        if not held_out.exists():
+            lines = questions.read_bytes().splitlines(keepends=True)
+            _write_whole(learnt, lines[::2])
+            _write_whole(held_out, lines[1::2])
+    return learnt, held_out
+
+
+def _write_whole(path: Path, lines: list[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(b"".join(lines))
+    part.replace(path)
 
 
 def build_blocks(
     selection: Selection, corpora: Path, work: Path, name: str, chunk_tokens: int | None, **flags: object
 ) -> Path:
     """A database of blocks with inner products; one that is whole is left as it is."""
-    inputs = write_selection(selection, corpora, work / "texts")
     out = work / "databases" / name
     given = {"unit": "block", "metric": "ip", "workers": 1, "dedup": "off", **flags}
     if chunk_tokens is not None:
         given["chunk_tokens"] = chunk_tokens
     words = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    run_command("build", inputs, "--out", out, *words)
+    with alone(work):
+        run_command("build", write_selection(selection, corpora, work / "texts"), "--out", out, *words)
     return out
 
 
@@ -131,6 +159,5 @@ def zero_shot(experiment: RealmExperiment, one: ZeroShot, corpora: Path, work: P
     """Recall of the package's own encoder on a corpus with questions, with an approximate index."""
     options = {"until": "index", "index_key": one.index_key, "min_recall": 0}
     database = build_blocks(one.corpus, corpora, work, f"zero-shot-{one.name}", None, **options)
-    documents = write_selection(one.corpus, corpora, work / "texts")
-    questions = write_questions(one.questions, corpora, documents, work / "questions" / f"{one.name}.jsonl")
+    questions = write_questions(one.questions, corpora, one.corpus, work, one.name)
     return recall(retrodb.open(str(database)), questions, experiment.zero_shot_ks)

@@ -28,7 +28,9 @@ _LOGGED = (
 
 def page(results: dict[str, Any]) -> str:
     """The whole page."""
+    done = {part["condition"] for part in results["runs"]}
     plan = results["experiment"]
+    plan = {**plan, "conditions": [one for one in plan["conditions"] if one["name"] in done]}
     seeds = seeds_of(results["runs"]) if results["runs"] else []
     runs = [part for part in results["runs"] if part["seed"] in seeds]
     lines = [
@@ -122,7 +124,6 @@ def _during(plan: dict[str, Any], runs: list[Part]) -> list[str]:
 
 def _conditions(plan: dict[str, Any], runs: list[Part]) -> list[str]:
     first = plan["conditions"][0]["name"]
-    there = {part["condition"] for part in runs}
     lines = [
         "## Refresh, masks, ablations",
         "",
@@ -140,7 +141,7 @@ def _conditions(plan: dict[str, Any], runs: list[Part]) -> list[str]:
             ]
         ),
     ]
-    for condition in (one for one in plan["conditions"] if one["name"] in there):
+    for condition in plan["conditions"]:
         name = condition["name"]
         cells = [f"{over_seeds(of_condition(runs, name, third('staleness', 2))).value:.1f}"]
         cells += [_shown(over_seeds(of_condition(runs, name, third(key, 2)))) for key, _ in _LOGGED]
@@ -167,7 +168,7 @@ def _versions(plan: dict[str, Any], runs: list[Part]) -> list[str]:
     ]
     for condition in plan["conditions"]:
         own = [part for part in runs if part["condition"] == condition["name"]]
-        for look in own[0]["versions"] if own else []:
+        for look in own[0]["versions"]:
             looks = [next((o for o in part["versions"] if o["step"] == look["step"]), None) for part in own]
             found = [one for one in looks if one is not None]
             cells = [

@@ -40,7 +40,7 @@ class Swap:
     questions: str = "factbook_swap_questions"
     learnt: str = "answers 2016"
     chunk_tokens: int = 128
-    steps: int = 200
+    steps: int = 100
     batch: int = 4
     blocks: int = 5
     learning_rate: float = 1e-4
@@ -75,8 +75,8 @@ class RealmExperiment:
     layers: int = 2
     chunk_tokens: int = 64
     dimension: int = 128
-    cloze_steps: int = 100
-    steps: int = 90
+    cloze_steps: int = 60
+    steps: int = 76
     refresh_every: int = 2
     batch: int = 4
     candidates: int = 8
@@ -130,7 +130,7 @@ QUICK = replace(
     steps=6,
     refresh_every=2,
     looks=1,
-    conditions=(REFRESH, CONDITIONS[2], CONDITIONS[3], CONDITIONS[6]),
+    conditions=(REFRESH, CONDITIONS[2], CONDITIONS[6]),
     swap=replace(FULL.swap, old=Selection("factbook_2016", 32), new=Selection("factbook_2020", 32), steps=6),
     zero_shot=(
         ZeroShot("squad", "SQuAD, few paragraphs", Selection("squad_docs", 40), "squad_questions_v1.1", "IVF4,Flat"),

@@ -87,8 +87,8 @@ def _looks(experiment: RealmExperiment, database: Path, questions: Path) -> list
     """Recall of the encoder as it was before all, after the warm start, and at evenly spaced steps."""
     steps: dict[int | None, int] = {}
     for kept in retrodb.open(str(database)).manifest.versions:
-        with retrodb.open(str(database), version=kept.id) as db:
-            steps[db.manifest.version.step] = kept.id
+        with retrodb.open(str(database), version=kept.version.id) as db:
+            steps[db.manifest.version.step] = kept.version.id
     published = sorted(step for step in steps if step is not None)
     wanted = [experiment.steps * look / experiment.looks for look in range(experiment.looks + 1)]
     chosen = dict.fromkeys(min(published, key=lambda step, to=to: abs(step - to)) for to in wanted)
@@ -112,10 +112,10 @@ def _refresher(database: Path, exports: Path, schedule: str, keep: int) -> Itera
         stderr=(exports / "refresher.log").open("wb"),
         preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call of the kernel; a killed experiment leaves nobody behind
     )
-    trainer = threading.main_thread()
+    trainer, ended = threading.main_thread(), threading.Event()
 
     def watch() -> None:
-        if process.wait() != 0:
+        if process.wait() != 0 and not ended.is_set():
             for _ in range(2):  # the first asks the trainer to end after a step, the second ends its waiting
                 signal.pthread_kill(trainer.ident or 0, signal.SIGINT)
 
@@ -123,16 +123,16 @@ def _refresher(database: Path, exports: Path, schedule: str, keep: int) -> Itera
     watching.start()
     try:
         yield
-        process.wait()
+        watching.join()
     except KeyboardInterrupt:
         if process.poll():
             log = (exports / "refresher.log").read_text("utf-8")
             sys.exit(f"the refresher of {database} failed ({process.returncode}): {log[-2000:]}")
         raise
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        ended.set()
+        process.kill()
+        process.wait()
 
 
 def _die_with_parent() -> None:

@@ -16,7 +16,7 @@ def swap_seed(
     swap: Swap, seed: int, databases: dict[str, Path], bert: Path, questions: Path, work: Path
 ) -> dict[str, Any]:
     """Fine-tune on half of the questions with the old corpus, and ask the other half of both."""
-    learnt, held_out = halves(questions)
+    learnt, held_out = halves(questions, work)
     folder = work / "runs" / f"swap-{seed}"
     settings = OpenQaSettings.make(
         {

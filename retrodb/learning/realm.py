@@ -236,7 +236,8 @@ class RealmTrainer:
                 for parameter in parts[name].parameters():
                     parameter.grad = None
         norms = {name: gradient_norm(part) for name, part in parts.items()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for part in parts.values():  # each by itself: a reader that begins has a gradient some 10,000 times as large
+            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip)
         if not math.isfinite(float(loss.detach())):
             raise WorkerError(f"step {self.run.step + 1}: the loss is {float(loss.detach())}. Lower --learning-rate.")
         self._optimiser.step()
