@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,21 @@ class Parts:
 
         return describe(self._masked(self.experiment.conditions[0].mask))
 
-    @lru_cache  # noqa: B019 - one a process
     def _masked(self, mask: str) -> Path:
         """The corpus of pre-training with masked queries."""
-        from realm_experiment.databases import alone, build_blocks, run_command, small_bert
+        from realm_experiment.databases import build_blocks, small_bert
 
-        experiment, work = self.experiment, self.work
-        options = {"encoder": small_bert(experiment, work), "until": "neighbours"}
-        database = build_blocks(experiment.corpus, self.corpora, work, mask, experiment.chunk_tokens, **options)
-        with alone(work):
-            run_command("spans", database, "--mask", mask, "--workers", 1)
-        return database
+        experiment = self.experiment
+        return build_blocks(
+            experiment.corpus,
+            self.corpora,
+            self.work,
+            mask,
+            experiment.chunk_tokens,
+            mask,
+            encoder=small_bert(experiment, self.work),
+            until="neighbours",
+        )
 
     def _pretrained(self, condition: Condition, seed: int) -> dict[str, Any]:
         from realm_experiment.databases import small_bert, write_questions
@@ -148,7 +152,6 @@ class Parts:
         bert = small_bert(experiment, work)
         return pretrain(experiment, condition, seed, self._masked(condition.mask), bert, work, questions)
 
-    @lru_cache  # noqa: B019 - one a process
     def _factbooks(self) -> dict[str, Path]:
         from realm_experiment.databases import build_blocks
 

@@ -129,16 +129,27 @@ def _write_whole(path: Path, lines: list[bytes]) -> None:
 
 
 def build_blocks(
-    selection: Selection, corpora: Path, work: Path, name: str, chunk_tokens: int | None, **flags: object
+    selection: Selection,
+    corpora: Path,
+    work: Path,
+    name: str,
+    chunk_tokens: int | None,
+    mask: str | None = None,
+    **flags: object,
 ) -> Path:
-    """A database of blocks with inner products; one that is whole is left as it is."""
+    """A database of blocks with inner products, and with masked queries where ``mask`` is given; made once."""
     out = work / "databases" / name
     given = {"unit": "block", "metric": "ip", "workers": 1, "dedup": "off", **flags}
     if chunk_tokens is not None:
         given["chunk_tokens"] = chunk_tokens
     words = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    whole = out.with_name(f"{name}.whole")
     with alone(work):
-        run_command("build", write_selection(selection, corpora, work / "texts"), "--out", out, *words)
+        if not whole.exists():
+            run_command("build", write_selection(selection, corpora, work / "texts"), "--out", out, *words)
+            if mask is not None:
+                run_command("spans", out, "--mask", mask, "--workers", 1)
+            whole.touch()
     return out
 
 
@@ -152,7 +163,8 @@ def recall(database: Any, questions: Path, ks: tuple[int, ...], encoder: str | N
     """Zero-shot recall by `retrodb evaluate-retrieval`'s own function: its JSON, without where things lie."""
     found = evaluate_retrieval(database, QuestionSet(str(questions)), ks, progress=Quiet(), encoder=encoder).as_json()
     kept = ("criteria", "index_agreement", "chunks")
-    return {**{name: found[name] for name in kept}, "asked": found["questions"]["asked"]}
+    told = {"asked": found["questions"]["asked"], "index": found["index"]["key"]}
+    return {**{name: found[name] for name in kept}, **told}
 
 
 def zero_shot(experiment: RealmExperiment, one: ZeroShot, corpora: Path, work: Path) -> dict[str, Any]:

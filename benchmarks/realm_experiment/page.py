@@ -53,7 +53,7 @@ def _setup(results: dict[str, Any], seeds: list[int]) -> list[str]:
     plan, machine = results["experiment"], results["machine"]
     database = results["databases"]["pretraining"]
     return [
-        f"The `{plan['name']}` plan, {len(seeds)} seeds ({', '.join(map(str, seeds))}), on {machine['cpu']}, torch "
+        f"The `{plan['name']}` plan, seeds {', '.join(map(str, seeds))}, on {machine['cpu']}, torch "
         f"{machine['torch']}. Both parts start from {_start(plan)}; vectors of {plan['dimension']} dimensions, raw "
         f"inner product. {database['documents']:,} paragraphs of SQuAD in {database['blocks']:,} blocks of at most "
         f"{plan['chunk_tokens']} wordpieces. {plan['cloze_steps']} steps of the Inverse Cloze Task, then "
@@ -69,7 +69,8 @@ def _setup(results: dict[str, Any], seeds: list[int]) -> list[str]:
 
 
 def _start(plan: dict[str, Any]) -> str:
-    return "a given BERT" if plan["encoder"] else f"the first {plan['layers']} layers of all-MiniLM-L6-v2"
+    layers = "first layer" if plan["layers"] == 1 else f"first {plan['layers']} layers"
+    return "a given BERT" if plan["encoder"] else f"the {layers} of all-MiniLM-L6-v2"
 
 
 def _what_came_out(plan: dict[str, Any], runs: list[Part]) -> list[str]:
@@ -190,7 +191,7 @@ def _swap(plan: dict[str, Any], results: dict[str, Any]) -> list[str]:
         f"Questions whose answers changed from 2016 to 2020. A query encoder (all-MiniLM-L6-v2) and a reader "
         f"({_start(plan)}) are fine-tuned on half of them with the Factbook of 2016 and its answers ({swap['steps']} "
         f"steps of {swap['batch']}, {swap['blocks']} blocks a question), and asked the other half, with that database "
-        f"and with the one of 2020: no training in between. {len(parts)} seeds.",
+        f"and with the one of 2020: no training in between. Seeds {', '.join(str(part['seed']) for part in parts)}.",
         "",
         *_head(["database", "answers of", "questions", "exact match", "answer in the blocks read"]),
     ]
@@ -211,7 +212,8 @@ def _zero_shot(plan: dict[str, Any], results: dict[str, Any]) -> list[str]:
         "",
         "`retrodb evaluate-retrieval` with all-MiniLM-L6-v2, blocks of as many wordpieces as it reads (256), inner "
         "product. *Answers*: a gold answer stands in one of the k blocks; *documents*: one of them is of a document "
-        "that the question names. The approximate index is small on purpose, and its recall gate off.",
+        "that the question names. The approximate index is small on purpose, and its recall gate off; few vectors "
+        "have an exact one.",
         "",
         *_head(["corpus", "blocks", "questions", "k", "exact search", "approximate", "index"]),
     ]
@@ -222,7 +224,7 @@ def _zero_shot(plan: dict[str, Any], results: dict[str, Any]) -> list[str]:
                 exact, near = (_of_json(criterion["recall"][side][str(k)]) for side in ("exact", "index"))
                 title = f"{by_name[name]['title']}: {criterion['criterion']}"
                 counts = [f"{found['chunks']:,}", f"{criterion['questions']:,}", str(k)]
-                lines.append(_row([title, *counts, _shown(exact), _shown(near), f"`{by_name[name]['index_key']}`"]))
+                lines.append(_row([title, *counts, _shown(exact), _shown(near), f"`{found['index']}`"]))
     return [*lines, ""]
 
 

@@ -133,6 +133,6 @@ QUICK = replace(
     conditions=(REFRESH, CONDITIONS[2], CONDITIONS[6]),
     swap=replace(FULL.swap, old=Selection("factbook_2016", 32), new=Selection("factbook_2020", 32), steps=6),
     zero_shot=(
-        ZeroShot("squad", "SQuAD, few paragraphs", Selection("squad_docs", 40), "squad_questions_v1.1", "IVF4,Flat"),
+        ZeroShot("squad", "SQuAD, few paragraphs", Selection("squad_docs", 5), "squad_questions_v1.1", "IVF4,Flat"),
     ),
 )
