@@ -150,6 +150,17 @@ def test_differences_are_paired_by_seed_with_students_interval(realm_gain):
     assert over_seeds([0.3]).interval is None
 
 
+def test_a_verdict_is_given_only_where_the_seeds_tell(realm_gain):
+    from realm_experiment.figures import over_seeds
+    from realm_experiment.page import _verdict
+
+    assert _verdict(over_seeds([0.2, 0.21, 0.22])).startswith("more, +0.2100 [")
+    assert _verdict(over_seeds([-0.2, -0.21, -0.22])).startswith("less, -0.2100 [")
+    assert _verdict(over_seeds([0.2, -0.1, 0.1])).startswith("no difference that the seeds show")
+    assert _verdict(over_seeds([0.125, 0.125])) == "+0.1250 in every seed, which leaves nothing to tell chance by"
+    assert _verdict(over_seeds([0.2])) == "+0.2000 (one seed)"
+
+
 def test_seeds_that_are_not_done_for_every_condition_are_left_out(realm_gain):
     from realm_experiment.figures import seeds_of
 

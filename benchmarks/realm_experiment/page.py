@@ -238,6 +238,8 @@ def _verdict(difference: Estimate) -> str:
     if difference.interval is None:
         return f"{difference.value:+.4f} (one seed)"
     low, high = difference.interval
+    if low == high:
+        return f"{difference.value:+.4f} in every seed, which leaves nothing to tell chance by"
     word = "more" if low > 0 else "less" if high < 0 else "no difference that the seeds show"
     return f"{word}, {difference.value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
