@@ -15,13 +15,13 @@ FOLDER holds the corpora as ``NAME.jsonl.gz``, with ``id`` and ``text`` in each 
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gain.files import claim, machine, write_json
 from gain.page import page
 from gain.plan import FULL, LARGER, MODELS, QUICK, RETRO, Experiment, Setting
 
@@ -45,8 +45,8 @@ def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: P
     from gain.models import costs, use_one_thread
 
     use_one_thread()
-    _claim(work, experiment)
-    found: dict[str, Any] = {"experiment": experiment.as_json(), "machine": _machine(), "databases": {}, "costs": {}}
+    claim(work, experiment.as_json())
+    found: dict[str, Any] = {"experiment": experiment.as_json(), "machine": machine(), "databases": {}, "costs": {}}
     parts: list[dict[str, Any]] = []
     built: dict[str, dict[str, Path]] = {}
     spent = {}
@@ -61,16 +61,8 @@ def run(experiment: Experiment, corpora: Path, work: Path, results: Path, out: P
                 steps = spent[setting.name].steps[kind]
                 parts.append(_part(experiment, setting, kind, seed, built[setting.name], work, steps))
             if only is None:
-                _write_json(results, {**found, "parts": parts})
+                write_json(results, {**found, "parts": parts})
                 write_page(results, out)
-
-
-def _claim(work: Path, experiment: Experiment) -> None:
-    """Refuse a folder that another experiment was begun in."""
-    path, own = work / "experiment.json", json.loads(json.dumps(experiment.as_json()))
-    if path.exists() and json.loads(path.read_text("utf-8")) != own:
-        sys.exit(f"{work} holds another experiment (see {path}): name another --work, or remove it.")
-    _write_json(path, own)
 
 
 def _part(
@@ -98,28 +90,8 @@ def _part(
         for which, database in built.items()
     }
     part = {"setting": setting.name, "model": kind, "seed": seed, "training": trained, "measured": measured}
-    _write_json(path, part)
+    write_json(path, part)
     return part
-
-
-def _machine() -> dict[str, str]:
-    import torch
-
-    cpu = next((ln.split(":")[1].strip() for ln in _cpu_lines() if ln.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text("utf-8").splitlines() if path.exists() else []
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def write_page(results: Path, out: Path) -> None:

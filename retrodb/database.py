@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from retrodb.chunking.tokenizer import ChunkTokenizer, load_tokenizer, tokenizer_from_json
 from retrodb.deletions import Deletions
-from retrodb.encoding import EncoderIdentity, chunk_texts, identify, resolve_encoder
+from retrodb.encoding import EncoderFiles, EncoderIdentity, chunk_texts, identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard, shard_of, taken_from
 from retrodb.quality.summary import summarise
@@ -248,6 +248,20 @@ class Database:
             device: auto, cpu or cuda.
 
         Raises:
+            InputError, MismatchError: as `encoder_files`.
+        """
+        from retrodb.encoding.encoder import load_cached  # noqa: PLC0415 - imports torch
+
+        return load_cached(self.encoder_files(spec), self.encoder_identity.precision, device)
+
+    def encoder_files(self, spec: str | None = None) -> EncoderFiles:
+        """Where the encoder is that made the vectors.
+
+        Args:
+            spec: where it is now, if not where it was.
+
+        Raises:
+            InputError: nothing is there.
             MismatchError: what is found there is another encoder; names both fingerprints.
         """
         recorded = self.encoder_identity
@@ -263,9 +277,7 @@ class Database:
                 f"{files.name!r} is another encoder (fingerprint {found.fingerprint[:16]}): "
                 "their vectors cannot be compared. Query with the database's own encoder."
             )
-        from retrodb.encoding.encoder import load_cached  # noqa: PLC0415 - imports torch
-
-        return load_cached(files, recorded.precision, device)
+        return files
 
     def embed(self, texts: Sequence[str], encoder: str | None = None) -> np.ndarray:
         """float16 [n, d]: texts through the one featuriser that made the database's vectors."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from retrodb.schemas import NULL_ID
-from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps
+from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
 
 import retrodb as package
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, MismatchError, UsageError
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
-from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch
+from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
 from retrodb.quality.verify import verify_database
 
 SETTINGS = {"dimension": 16, "steps": 4, "cloze_steps": 3, "batch": 4, "export_every": 2, "log_every": 1, "seed": 1}
@@ -69,6 +69,13 @@ def test_a_batch_is_the_queries_with_their_candidates_tokens(first: Path) -> Non
             at = row * 4 + slot
             assert tuple(batch.bodies.ids[at, : batch.bodies.lengths[at]].tolist()) == tokens
         assert int(batch.bodies.lengths[row * 4]) == int(batch.titles.lengths[row * 4]) == 0
+
+
+def test_texts_without_a_token_are_texts() -> None:
+    """Where no document has a title, titles are rows of width 0."""
+    found = texts_of(np.zeros((2, 4, 0), np.uint16), np.zeros((2, 4), np.int16))
+    assert found.ids.shape == (8, 0)
+    assert found.lengths.tolist() == [0] * 8
 
 
 def test_a_candidate_holds_the_answer_where_its_body_has_the_masked_wordpieces_in_order(first: Path) -> None:
@@ -129,6 +136,35 @@ def test_other_spans_of_a_database_with_versions_are_a_version_of_their_own(
     }
 
 
+@pytest.mark.parametrize("part", ["retriever", "reader"])
+def test_a_part_that_does_not_learn_stays_bit_for_bit_and_the_other_learns(
+    part: str, first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """The ablations: the steps after the warm start, without a refresher, on the vectors that are there."""
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32, **{f"train_{part}": False})
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    for _ in range(2):
+        made._step()
+    changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
+    other = "reader" if part == "retriever" else "retriever"
+    assert {name.split(".")[0] for name in changed} == {other}
+    for entry in made.run.log:
+        assert entry["gradient_norm"][part] == 0 < entry["gradient_norm"][other]
+
+
+def test_the_readers_gradient_however_large_takes_nothing_from_the_retrievers_step(
+    first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, settings in (("both", {}), ("alone", {"train_reader": False})):
+        made = trainer(first, tmp_path / name, tiny_encoder, dimension=32, clip=1e-3, **settings)
+        made._step()
+        found.append(made)
+    assert found[0].run.log[0]["gradient_norm"]["reader"] > 10 * found[0].run.log[0]["gradient_norm"]["retriever"]
+    for one, other in zip(*(made.model.retriever.state_dict().values() for made in found), strict=True):
+        assert torch.equal(one, other)
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
@@ -175,11 +211,18 @@ def test_the_commands_of_the_guide_run(
 ) -> None:
     guide = (Path(__file__).parents[1] / "docs" / "realm.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    names = {"wikipedia.jsonl.gz": str(first.parent / "topics.jsonl"), "path/to/encoder": str(tiny_encoder)}
+    write_jsonl(tmp_path / "questions.jsonl", [{"question": "What is it?", "answers": ["name", "object", "the"]}])
+    names = {
+        "wikipedia.jsonl.gz": str(first.parent / "topics.jsonl"),
+        "newer.jsonl.gz": str(first.parent / "topics.jsonl"),
+        "path/to/encoder": str(tiny_encoder),
+        "exports/step-001000": "exports/step-000002",
+    }
     fewer = {
         "build": ["--chunk-tokens", "64"],
         "spans": ["--mask", "random-span"],
         "refresh": ["--poll", "0.1"],
+        "finetune-qa": ["--steps", "2", "--batch", "1"],
         "realm": ["--start", str(tiny_encoder), "--steps", "2", "--cloze-steps", "1", "--batch", "2"],
     }
     beside = []
@@ -192,6 +235,7 @@ def test_the_commands_of_the_guide_run(
         assert ran.code == 0, (line, ran.err)
     assert [running.end() for running in beside] == [0]
     assert manifest_of(tmp_path / "wiki")["version"]["step"] == 2
+    assert (tmp_path / "answers.jsonl").exists()
 
 
 def test_what_cannot_be_trained_on_is_refused_in_words(
@@ -201,6 +245,10 @@ def test_what_cannot_be_trained_on_is_refused_in_words(
         trainer(built, tmp_path, tiny_encoder)
     with pytest.raises(UsageError, match="--steps 0"):
         RealmSettings.make({"steps": 0})
+    with pytest.raises(UsageError, match="neither the retriever nor the reader trains"):
+        RealmSettings.make({"train_retriever": False, "train_reader": False})
+    with pytest.raises(UsageError, match="is never stale: leave --max-staleness out"):
+        RealmSettings.make({"train_retriever": False, "max_staleness": 3})
     with pytest.raises(UsageError, match="--exclude"):
         RealmSettings.make({"exclude": "everything"})
     made = trainer(first, tmp_path, tiny_encoder)

@@ -28,6 +28,7 @@ from retrodb.cli.generate import generate
 from retrodb.cli.index import index_commands
 from retrodb.cli.living import add, compact, delete, swap
 from retrodb.cli.look import info, query, show
+from retrodb.cli.open_qa import answer, finetune_qa
 from retrodb.cli.plan import plan
 from retrodb.cli.realm import realm
 from retrodb.cli.spans import spans
@@ -66,6 +67,8 @@ for command in (
     evaluate_retrieval,
     spans,
     realm,
+    finetune_qa,
+    answer,
 ):
     app.command()(command)
 app.add_typer(index_commands, name="index")

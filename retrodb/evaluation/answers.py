@@ -6,6 +6,7 @@ stands in a text where its words follow each other in it. In scripts that put no
 a word.
 """
 
+import string
 import unicodedata
 from collections.abc import Iterable
 from typing import Final
@@ -17,6 +18,8 @@ _WORD: Final = regex.compile(
     r"[[\p{L}\p{N}\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+",
     regex.VERSION1,
 )
+_SQUAD_ARTICLES: Final = regex.compile(r"\b(a|an|the)\b")
+_PUNCTUATION: Final = frozenset(string.punctuation)
 _ARTICLES: Final = frozenset(("a", "an", "the"))
 
 
@@ -40,3 +43,15 @@ def normalised_answers(answers: Iterable[str]) -> tuple[str, ...]:
 def stands_in(answers: Iterable[str], body: str) -> bool:
     """Whether one of ``answers`` stands in ``body``; all of them `normalised`."""
     return any(answer in body for answer in answers)
+
+
+def squad_form(text: str) -> str:
+    """A text as SQuAD's evaluation compares answers (Rajpurkar et al. 2016): lower case, without ASCII punctuation, the
+    articles a, an and the, and superfluous blanks."""
+    plain = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(_SQUAD_ARTICLES.sub(" ", plain).split())
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> bool:
+    """Whether a prediction is one of the answers, compared by `squad_form`."""
+    return squad_form(prediction) in {squad_form(answer) for answer in answers}

@@ -20,17 +20,19 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
-from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
+from retrodb.errors import DamagedError, InputError, MismatchError, WorkerError
 from retrodb.formats import Committed
 from retrodb.learning.interrupt import Interruptions
+from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of, trimmed
 from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
+from retrodb.learning.settings import from_flags
 from retrodb.lock import TRAIN, writer_lock
 from retrodb.model.checkpoint import (
     STATE,
@@ -76,18 +78,22 @@ class RealmSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
     log_every: int = Field(default=10, ge=1)
     train_retriever: bool = True
+    """Whether the retriever learns after its warm start; without, the reader alone does (an ablation)."""
     train_reader: bool = True
+    """Likewise the reader: without, the retriever learns from a reader that stays as it was begun."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RealmSettings":
+        if not (self.train_retriever or self.train_reader):
+            raise ValueError("neither the retriever nor the reader trains: nothing is left to learn")
+        if not self.train_retriever and self.max_staleness is not None:
+            raise ValueError("a retriever that does not learn is never stale: leave --max-staleness out")
+        return self
 
     @staticmethod
     def make(given: dict[str, Any]) -> "RealmSettings":
         """Raises UsageError: a setting is out of range."""
-        try:
-            return RealmSettings(**given)
-        except ValidationError as error:
-            lines = [
-                f"--{'.'.join(map(str, e['loc'])).replace('_', '-')} {e['input']!r}: {e['msg']}" for e in error.errors()
-            ]
-            raise UsageError("; ".join(lines) + ".") from error
+        return from_flags(RealmSettings, given)
 
 
 @dataclass
@@ -229,8 +235,9 @@ class RealmTrainer:
             if not trains:
                 for parameter in parts[name].parameters():
                     parameter.grad = None
-        norms = {name: _norm(part) for name, part in parts.items()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        norms = {name: gradient_norm(part) for name, part in parts.items()}
+        for part in parts.values():  # each by itself: a reader that begins has a gradient some 10,000 times as large
+            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip)
         if not math.isfinite(float(loss.detach())):
             raise WorkerError(f"step {self.run.step + 1}: the loss is {float(loss.detach())}. Lower --learning-rate.")
         self._optimiser.step()
@@ -294,14 +301,9 @@ class RealmTrainer:
         """Weights and optimiser into a folder of their step, then the file that names it."""
         if self._saved == self.run.step:
             return
-        state = {
-            f"{name}/{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self._optimiser.state.get(parameter, {}).items()
-        }
         contents = {
             WEIGHTS: tensor_bytes(dict(self.model.state_dict())),
-            STATE: tensor_bytes(state),
+            STATE: tensor_bytes(state_tensors(self.model, self._optimiser)),
             LOG: b"".join(json.dumps(entry).encode() + b"\n" for entry in self.run.log),
         }
         told = {
@@ -332,11 +334,7 @@ class RealmTrainer:
         with _well_formed(self.storage):
             files = parse_files(found["files"])
             _load(self.storage, files, self.model)
-            state = read_tensors(self.storage, files, STATE)
-            for name, parameter in self.model.named_parameters():
-                names = {key: f"{name}/{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
-                if kept := {key: state[full] for key, full in names.items() if full in state}:
-                    self._optimiser.state[parameter] = kept
+            load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
             log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
             self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
         self._saved = self.run.step
@@ -378,11 +376,6 @@ def load_realm(url: str) -> Realm:
         model = Realm.blank(RealmConfig(**found["model"]))
         _load(storage, parse_files(found["files"]), model)
     return model.eval()
-
-
-def _norm(part: torch.nn.Module) -> float:
-    squares = [p.grad.detach().float().square().sum() for p in part.parameters() if p.grad is not None]
-    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
 
 
 def _sentence_ends(tokenizer_json: str) -> tuple[int, ...]:

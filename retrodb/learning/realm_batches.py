@@ -19,7 +19,7 @@ from retrodb.training.columns import lists, scalars
 
 def texts_of(tokens: npt.NDArray, lengths: npt.NDArray) -> Texts:
     """Token rows [.., L] with their lengths [..] as [n, L]."""
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.int64)
+    flat = tokens.reshape(lengths.size, tokens.shape[-1]).astype(np.int64)
     return Texts(torch.from_numpy(flat), torch.from_numpy(lengths.reshape(-1).astype(np.int64)))
 
 

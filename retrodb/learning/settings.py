@@ -1,6 +1,6 @@
 """The settings of a training run: frozen, validated, recorded in the checkpoint. Imports no torch."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -8,6 +8,8 @@ from retrodb.errors import InputError, UsageError
 
 DATA_SETTINGS: Final = ("tokenizer", "chunk_tokens", "sequence_tokens", "neighbours", "training_neighbours")
 """What follows from the database alone."""
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 LARGEST_BATCH: Final = 1 << 16
 """Rows: what is beyond is a slip of the finger, and would fill the memory before anything is computed."""
@@ -81,6 +83,14 @@ def make_settings(file_settings: dict[str, Any], flags: dict[str, Any]) -> Train
         said = "; ".join(_explain(item) for item in error.errors())
         of_flags = any(item["loc"] and item["loc"][0] in flags for item in error.errors())
         raise (UsageError if of_flags else InputError)(f"{said}.") from error
+
+
+def from_flags(kind: type[Settings], given: dict[str, Any]) -> Settings:
+    """Settings that flags alone make. Raises UsageError: one is out of range."""
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(item) for item in error.errors()) + ".") from error
 
 
 def _explain(item: Any) -> str:

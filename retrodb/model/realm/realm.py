@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from retrodb.encoding import EncoderFiles, resolve_encoder
-from retrodb.errors import InputError
+from retrodb.model.realm.bert import bert_card, blank_bert, load_bert, special_tokens
 from retrodb.model.realm.config import RealmConfig
 from retrodb.model.realm.objective import Marginal, marginalise
 from retrodb.model.realm.packing import Texts
@@ -63,18 +63,15 @@ class Realm(nn.Module):
             InputError: there is no such encoder, or it is no BERT.
         """
         files = resolve_encoder(encoder)
-        config = RealmConfig(bert=_bert_card(files), dimension=dimension, **_special_tokens(files))
+        config = RealmConfig(bert=bert_card(files), dimension=dimension, **special_tokens(files))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Realm(config, _bert(files), _bert(files))
+            return Realm(config, load_bert(files), load_bert(files))
 
     @staticmethod
     def blank(config: RealmConfig) -> "Realm":
         """Of a checkpoint's sizes, with weights to be loaded."""
-        from transformers import BertConfig, BertModel  # noqa: PLC0415 - seconds
-
-        card = BertConfig(**config.bert)
-        return Realm(config, *(BertModel(card, add_pooling_layer=False) for _ in range(2)))
+        return Realm(config, *(blank_bert(config.bert) for _ in range(2)))
 
     def scores(self, batch: MaskedQueries) -> torch.Tensor:
         """float [n, c]: f(x, z) of each query with its candidates, with live weights on both sides."""
@@ -135,42 +132,3 @@ class Realm(nn.Module):
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _bert_card(files: EncoderFiles) -> dict[str, Any]:
-    from transformers import BertConfig  # noqa: PLC0415
-
-    try:
-        found = json.loads((files.transformer / "config.json").read_text(encoding="utf-8"))
-        if found.get("model_type") != "bert":
-            raise InputError(f"the encoder {files.name!r} is a {found.get('model_type')!r}: REALM starts from a BERT.")
-        card: dict[str, Any] = BertConfig(**found).to_diff_dict()
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"the encoder {files.name!r} has no readable config.json: {error}.") from error
-    full = BertConfig(**card)
-    return {**card, "hidden_size": full.hidden_size, "vocab_size": full.vocab_size}
-
-
-def _bert(files: EncoderFiles) -> nn.Module:
-    from transformers import BertModel  # noqa: PLC0415
-
-    try:
-        model: nn.Module = BertModel.from_pretrained(
-            files.transformer, add_pooling_layer=False, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the encoder {files.name!r} cannot be loaded: {error}") from error
-    return model.float()
-
-
-def _special_tokens(files: EncoderFiles) -> dict[str, int]:
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
-    path = files.transformer / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"the encoder {files.name!r} has no tokenizer.json.")
-    tokenizer = Tokenizer.from_file(str(path))
-    found = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "mask")}
-    if missing := sorted(name for name, number in found.items() if number is None):
-        raise InputError(f"the tokenizer of {files.name!r} has no [{missing[0].upper()}] token: REALM needs it.")
-    return {name: int(number) for name, number in found.items() if number is not None}

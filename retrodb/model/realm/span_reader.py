@@ -2,7 +2,7 @@
 
     p(y | z, x) ~ sum over the spans s of z that match y of exp(MLP([h_start(s); h_end(s)]))
 
-Spans are scored by their two ends, and normalised over all spans of all candidates of a question, as ORQA does.
+Spans are scored by their two ends, and normalised over all spans of their block; p(z | x) weighs the blocks.
 """
 
 import torch
@@ -38,10 +38,13 @@ class SpanReader(nn.Module):
         ends = starts + torch.arange(LONGEST_ANSWER, device=device)[None, None, :]
         inside = (ends < bodies.lengths[:, None, None]).expand(n, width, LONGEST_ANSWER)
         rows, begins, longer = inside.nonzero(as_tuple=True)
-        first = hidden[rows, packed.second[rows] + begins]
-        last = hidden[rows, packed.second[rows] + begins + longer]
+        # The first layer reads [start; end]: its two halves are applied to each token once, not to each span.
+        enter: nn.Linear = self.mlp[0]  # type: ignore[assignment]
+        of_start, of_end = enter.weight.chunk(2, dim=1)
+        starting, ending = hidden @ of_start.T + enter.bias, hidden @ of_end.T
+        at = packed.second[rows] + begins
         scores = torch.full(inside.shape, -torch.inf, device=device)
-        scores[rows, begins, longer] = self.mlp(torch.cat([first, last], -1))[:, 0].float()
+        scores[rows, begins, longer] = self.mlp[1:](starting[rows, at] + ending[rows, at + longer])[:, 0].float()
         return scores, inside
 
 

@@ -1,0 +1,60 @@
+"""What the parts of a REALM model begin as: the BERT of an encoder's folder, its sizes and special tokens."""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from retrodb.encoding import EncoderFiles
+from retrodb.encoding.featuriser import quieten
+from retrodb.errors import InputError
+
+
+def bert_card(files: EncoderFiles) -> dict[str, Any]:
+    """The config.json of a BERT. Raises InputError: there is none, or it is no BERT's."""
+    from transformers import BertConfig  # noqa: PLC0415 - seconds
+
+    try:
+        found = json.loads((files.transformer / "config.json").read_text(encoding="utf-8"))
+        if found.get("model_type") != "bert":
+            raise InputError(f"the encoder {files.name!r} is a {found.get('model_type')!r}: REALM starts from a BERT.")
+        card: dict[str, Any] = BertConfig(**found).to_diff_dict()
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"the encoder {files.name!r} has no readable config.json: {error}.") from error
+    full = BertConfig(**card)
+    return {**card, "hidden_size": full.hidden_size, "vocab_size": full.vocab_size}
+
+
+def load_bert(files: EncoderFiles) -> nn.Module:
+    """A BERT's weights in float32, without dropout. Raises InputError: they cannot be loaded."""
+    quieten()
+    from transformers import BertModel  # noqa: PLC0415
+
+    try:
+        model: nn.Module = BertModel.from_pretrained(
+            files.transformer, add_pooling_layer=False, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the encoder {files.name!r} cannot be loaded: {error}") from error
+    return model.float()
+
+
+def blank_bert(card: dict[str, Any]) -> nn.Module:
+    """A BERT of these sizes, with weights to be loaded."""
+    from transformers import BertConfig, BertModel  # noqa: PLC0415
+
+    return BertModel(BertConfig(**card), add_pooling_layer=False).eval()
+
+
+def special_tokens(files: EncoderFiles) -> dict[str, int]:
+    """The ids of [CLS], [SEP] and [MASK] as ``cls``, ``sep``, ``mask``. Raises InputError: there is none of these."""
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    path = files.transformer / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"the encoder {files.name!r} has no tokenizer.json.")
+    tokenizer = Tokenizer.from_file(str(path))
+    found = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "mask")}
+    if missing := sorted(name for name, number in found.items() if number is None):
+        raise InputError(f"the tokenizer of {files.name!r} has no [{missing[0].upper()}] token: REALM needs it.")
+    return {name: int(number) for name, number in found.items() if number is not None}
