@@ -199,7 +199,8 @@ class TryNprobe(WholeIndexStep):
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
             found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters, self._uids))
-            recall = recall_at(found.distances, truth_distances(truth), self._settings.metric)
+            at = min(RECALL_AT, self._settings.k)
+            recall = recall_at(found.distances, truth_distances(truth), self._settings.metric, at)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))
             yield task.number
 

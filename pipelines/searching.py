@@ -18,14 +18,17 @@ from retrodb.neighbours import (
     Exclude,
     Exclusion,
     Neighbours,
+    Reranking,
     SameBlock,
     SameCluster,
     SearchedIndex,
     StoredClusters,
     StoredDocuments,
+    StoredTokens,
     StoredUids,
     StoredVectors,
     find_neighbours,
+    rerank,
     to_table,
 )
 from retrodb.storage import Storage
@@ -42,6 +45,7 @@ class SearchSettings:
     ``in_memory``: the runner keeps what is shuffled in memory, as the local one does.
     ``blocks``: of equal blocks one is a neighbour, and none of the query's own.
     ``largest_norm``: of the indexed vectors, where the metric is the inner product.
+    ``reranking``: of the ``k`` that are searched, which are kept; None keeps them as they are.
     """
 
     index: tuple[IndexFile, ...]
@@ -60,6 +64,12 @@ class SearchSettings:
     in_memory: bool = True
     blocks: bool = False
     largest_norm: float | None = None
+    reranking: Reranking | None = None
+
+    @property
+    def kept(self) -> int:
+        """Neighbours that are written for each chunk."""
+        return self.k if self.reranking is None else self.reranking.kept
 
     @property
     def searched(self) -> SearchedIndex:
@@ -109,13 +119,17 @@ class SearchStep(StageDoFn):
         return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
 
     def _finish(self, number: int, found: Neighbours) -> None:
-        """Write a query shard's neighbours, and its receipt."""
+        """Write a query shard's neighbours, re-ranked if they are to be, and its receipt."""
+        settings = self._settings
+        if settings.reranking is not None:
+            tokens = StoredTokens(StoredDocuments(self._storage, settings.chunks))
+            found = rerank(found, settings.reranking, tokens)
         rows = len(found.chunk_ids)
         committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
         counts = {
             "queries": rows,
             "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
+            "short": int((found.n_valid < settings.kept).sum()),
         }
         finish(self._book, Receipt(number, {"neighbours": Shard.of(committed, number, rows)}, counts))
 
