@@ -15,10 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build_topics, topics
-from support import build_here, digests, manifest_of, retrodb, rows_of, save_manifest, sha256, vectors_of, write_jsonl
+from support import (
+    Progress,
+    build_here,
+    digests,
+    manifest_of,
+    retrodb,
+    rows_of,
+    save_manifest,
+    sha256,
+    vectors_of,
+    write_jsonl,
+)
 
 import retrodb as library
-from retrodb.errors import InputError, UsageError
+from retrodb.errors import InputError, RetrodbError, UsageError
 from retrodb.neighbours import Neighbours, Reranking, Tokens, rerank, surface_scores
 from retrodb.quality.findings import VerifyReport
 from retrodb.quality.verify import verify_database
@@ -401,3 +412,59 @@ def test_the_command_line_plans_and_tells_it(reranked: Path) -> None:
     assert why["training"]["action"] == "make again"
     told = retrodb("info", reranked)
     assert "4 a chunk, by bm25 of 12" in told.out
+
+
+def test_a_build_that_ends_while_it_re_ranks_goes_on_and_a_lost_shard_is_made_again(
+    reranked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.pipelines import searching
+
+    calls = []
+
+    def cut_short(*given: Any) -> Neighbours:
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError("here it ends")
+        return rerank(*given)
+
+    monkeypatch.setattr(searching, "rerank", cut_short)
+    with pytest.raises(RetrodbError, match="here it ends"):
+        build_topics(tmp_path, tiny_encoder, shard_bytes="4KB", **SETTINGS)
+    db = build_topics(tmp_path, tiny_encoder, shard_bytes="4KB", **SETTINGS)
+    shards = manifest_of(reranked)["tables"]["neighbours"]["shards"]
+    assert len(calls) == len(shards) + 1, "what was done is not done again"
+    tables = ("neighbours", "training", "leakage")
+    assert digests(db, tables) == digests(reranked, tables)
+    (db / shards[1]["path"]).unlink()
+    build_topics(tmp_path, tiny_encoder, shard_bytes="4KB", **SETTINGS)
+    assert digests(db, tables) == digests(reranked, tables)
+
+
+def test_models_are_measured_with_it_and_exports_put_the_best_first(reranked: Path, tmp_path: Path) -> None:
+    from retrodb.evaluation import EvaluationSettings
+    from retrodb.evaluation.run import evaluate
+    from retrodb.export.huggingface import export_huggingface
+    from retrodb.export.rows import neighbour_rows
+    from retrodb.learning import make_settings
+    from retrodb.learning.run import train
+
+    db = library.open(str(reranked))
+    sizes = {"preset": "tiny", "width": 16, "layers": 2, "heads": 2, "steps": 2, "warmup": 1, "precision": "fp32"}
+    train(db, str(tmp_path / "ckpt"), make_settings({}, sizes), Progress(), "cpu")
+    found = evaluate(
+        db, [str(tmp_path / "ckpt")], EvaluationSettings(neighbours=(0, 1, 4), draws=20), Progress(), device="cpu"
+    )
+    assert [one.name for one in found.conditions][:4] == ["off", "k=1", "k=4", "k=2"]
+    settings = EvaluationSettings(neighbours=(5,))
+    with pytest.raises(InputError, match="keeps 4 neighbours"):
+        evaluate(db, [str(tmp_path / "ckpt")], settings, Progress(), device="cpu")
+    stored = rows_of(reranked, "neighbours")
+    best = {row["chunk_id"]: row["neighbour_ids"][row["neighbour_ranks"].index(0)] for row in stored}
+    for shard in db.manifest.shards("chunks"):
+        chunk_ids = db.storage.read_table(shard, ["chunk_id"])["chunk_id"].to_numpy()
+        assert neighbour_rows(db, shard, chunk_ids).ids[:, 0].tolist() == [best[one] for one in chunk_ids]
+    export_huggingface(db, str(tmp_path / "set"))
+    exported = pq.ParquetDataset(tmp_path / "set" / "neighbours").read(["chunk_id", "neighbour_ranks"]).to_pylist()
+    assert {row["chunk_id"]: row["neighbour_ranks"] for row in exported} == {
+        row["chunk_id"]: row["neighbour_ranks"] for row in stored
+    }
