@@ -122,20 +122,57 @@ def surface_scores(queries: Tokens, documents: Tokens, places: np.ndarray, metho
         own, wanted = Tokens(queries.tokens[block], queries.lengths[block]), places[block]
         present = wanted >= 0
         lengths = np.where(present, documents.lengths[wanted], 0)
-        own_frequencies, frequencies = _counted(own, documents.tokens, wanted, lengths, slots[: len(own)])
-        if method == "overlap":
-            found = np.minimum(frequencies, own_frequencies[:, None, :]).sum(axis=2).astype(np.float64)
-        else:
-            found = _bm25(own_frequencies, frequencies, lengths, present)
+        shared = _counted(own, documents.tokens, wanted, lengths, slots[: len(own)])
+        found = shared.overlap() if method == "overlap" else shared.bm25(lengths, present)
         scores[block][present] = found[present]
     return scores
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Tokens that queries share with their candidates; a token is told by its *slot*, one of its places in the query.
+
+    Attributes:
+        shape: q and K.
+        own: int64 [q, m + 1], how often the token of a slot (from 1) stands in the query.
+        pairs: int64 [p], ``query * K + candidate``, ascending.
+        cells: int64 [p], ``query * (m + 1) + slot``; a pair of these comes once.
+        often: int64 [p], how often the candidate holds the token.
+    """
+
+    shape: tuple[int, int]
+    own: np.ndarray
+    pairs: np.ndarray
+    cells: np.ndarray
+    often: np.ndarray
+
+    def overlap(self) -> np.ndarray:
+        """float64 [q, K]."""
+        return self._summed(np.minimum(self.often, self.own.reshape(-1)[self.cells]))
+
+    def bm25(self, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """float64 [q, K] of candidates with so many tokens, int64 [q, K], where they are there, bool [q, K]."""
+        n = present.sum(axis=1)
+        mean = lengths.sum(axis=1) / np.maximum(n, 1)
+        containing = np.bincount(self.cells, minlength=self.own.size).reshape(self.own.shape)
+        idf = np.empty(self.own.shape)
+        for number in np.unique(n):  # K, but for queries with fewer candidates
+            some = n == number
+            idf[some] = _idf(int(number))[containing[some]]
+        norms = K1 * (1 - B + B * lengths / np.maximum(mean, 1)[:, None])
+        weights = (self.own * idf).reshape(-1)[self.cells]
+        terms = weights * (self.often * (K1 + 1)) / (self.often + norms.reshape(-1)[self.pairs])
+        return self._summed(np.rint(terms * _STEPS)) / _STEPS
+
+    def _summed(self, terms: np.ndarray) -> np.ndarray:
+        count, width = self.shape
+        return np.bincount(self.pairs, weights=terms, minlength=count * width).reshape(count, width)
+
+
 def _counted(
     queries: Tokens, documents: np.ndarray, places: np.ndarray, lengths: np.ndarray, slots: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """How often each of a query's tokens stands in it, int64 [q, m], and in each candidate, int64 [q, K, m]; tokens
-    that repeat are counted in one of their places, with 0 in the others.
+) -> _Shared:
+    """Count the tokens of queries in their candidates.
 
     Args:
         queries: of q chunks.
@@ -147,33 +184,22 @@ def _counted(
     """
     count, width = queries.tokens.shape
     rows, columns = np.nonzero(queries.valid)
-    own = queries.tokens[rows, columns]
-    slots[rows, own] = columns + 1
-    frequencies = np.bincount(rows * (width + 1) + slots[rows, own], minlength=count * (width + 1))
+    tokens = queries.tokens[rows, columns]
+    slots[rows, tokens] = columns + 1  # of a token that repeats, one of its places
+    cells = width + 1
+    own = np.bincount(rows * cells + slots[rows, tokens], minlength=count * cells).reshape(count, cells)
     first = (np.arange(count) * slots.shape[1])[:, None, None]
     valid = np.arange(width) < lengths[:, :, None]
-    tokens = np.where(valid, documents[places] + first, first + slots.shape[1] - 1)  # the last is no token's
-    found = np.take(slots, tokens).reshape(-1)
-    hits = np.flatnonzero(found)
-    cells = hits // width * (width + 1) + found[hits]
-    counted = np.bincount(cells, minlength=places.size * (width + 1)).reshape(*places.shape, width + 1)
-    slots[rows, own] = 0
-    return frequencies.reshape(count, width + 1)[:, 1:], counted[:, :, 1:]
-
-
-def _bm25(own_frequencies: np.ndarray, frequencies: np.ndarray, lengths: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """float64 [q, K] of frequencies int64 [q, m] and [q, K, m], lengths int64 [q, K], and who is there, bool [q, K]."""
-    n = present.sum(axis=1)
-    mean = np.where(present, lengths, 0).sum(axis=1) / np.maximum(n, 1)
-    idf = np.empty(own_frequencies.shape)
-    containing = (frequencies > 0).sum(axis=1)
-    for number in np.unique(n):  # K, but for queries with fewer candidates
-        some = n == number
-        idf[some] = _idf(int(number))[containing[some]]
-    norms = K1 * (1 - B + B * lengths / np.maximum(mean, 1)[:, None])
-    terms = (own_frequencies * idf)[:, None, :] * (frequencies * (K1 + 1)) / (frequencies + norms[:, :, None])
-    found: np.ndarray = np.rint(terms * _STEPS).sum(axis=2) / _STEPS
-    return found
+    looked_up = np.where(valid, documents[places] + first, first + slots.shape[1] - 1)  # the last is no token's
+    found = np.take(slots, looked_up).reshape(-1)
+    slots[rows, tokens] = 0
+    hits = np.flatnonzero(found != 0)
+    counted = np.bincount(hits // width * cells + found[hits])
+    held = np.flatnonzero(counted != 0)
+    pairs = held // cells
+    return _Shared(
+        (count, places.shape[1]), own, pairs, pairs // places.shape[1] * cells + held - pairs * cells, counted[held]
+    )
 
 
 @functools.lru_cache(maxsize=256)
