@@ -50,8 +50,8 @@ def name_of(path: str) -> str:
     """How a database's neighbours were chosen, in words."""
     made = retrodb.open(path).manifest.stages["neighbours"].made_from
     if "rerank" not in made:
-        return "by distance"
-    return f"by {made['rerank']} of {made['rerank_candidates']}"
+        return "distance"
+    return f"{made['rerank']} of {made['rerank_candidates']}"
 
 
 def estimates(parts: list[tuple[Measured, str]], some: np.ndarray) -> Estimates | None:
