@@ -104,6 +104,11 @@ def _refuse_unfit(out: Storage, config: BuildConfig) -> None:
             f"{out.url} keeps near-duplicates of its validation documents out: what is added is not compared with them "
             "as yet. Build anew with all inputs."
         )
+    if config.rerank != "none":
+        raise InputError(
+            f"{out.url} was built with --rerank {config.rerank}: which candidates of its chunks give way to something "
+            "nearer is not kept. Build anew with all inputs."
+        )
     if config.exclude == "cluster" or config.dedup == "drop":
         raise InputError(
             f"{out.url} was built with --exclude {config.exclude}, --dedup {config.dedup}: what is added is not "

@@ -113,6 +113,11 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
             )
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
+        if config.rerank != "none":
+            raise InputError(
+                f"{out.url} was built with --rerank {config.rerank}: which candidates of its chunks take the place of "
+                "deleted ones is not kept. Build anew without those documents; until then they are masked."
+            )
         refuse_damaged(out, current)
         return _Compaction(out, current, gone, config, run, progress, runner).run_all()
 

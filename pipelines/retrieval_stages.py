@@ -34,7 +34,7 @@ from retrodb.index import (
     seeded_sample,
 )
 from retrodb.manifest import LARGEST_NORM, RECALL_REPORT, TEMPLATE_NUMBER, StageState, shard_of
-from retrodb.neighbours import from_table
+from retrodb.neighbours import Reranking, from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
 from retrodb.training.shards import VALIDATION_ROWS
@@ -198,7 +198,10 @@ def build_neighbours(builder: Builder) -> None:
     )
     if receipts is None:
         return
-    details = measured_recall(builder, book, receipts, truth)
+    if settings.reranking is None:
+        details = measured_recall(builder, book, receipts, truth)
+    else:
+        details = candidates_recall(builder, book, settings)
     refuse_low_recall(details, builder.config.min_recall, choice.key)
     details |= {"nprobe": settings.nprobe, "metric": settings.metric}
     details |= {"index": choice.key, "gate": builder.config.min_recall}
@@ -213,7 +216,7 @@ def build_neighbours(builder: Builder) -> None:
     recall = details["recall_at_10"]
     found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
     short = add_counts(receipts)["short"]
-    builder.progress.end(found + (f", {short:,} chunks have fewer than {settings.k}" if short else ""))
+    builder.progress.end(found + (f", {short:,} chunks have fewer than {settings.kept}" if short else ""))
 
 
 def write_recall_report(builder: Builder, state: StageState) -> str:
@@ -223,7 +226,7 @@ def write_recall_report(builder: Builder, state: StageState) -> str:
 
 def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
     """Where everything is that a search needs."""
-    manifest = builder.manifest
+    manifest, config = builder.manifest, builder.config
     fetched = not builder.storage.is_local and sum(s.bytes for s in manifest.shards("embeddings")) > FETCH_ABOVE
     return SearchSettings(
         index=tuple(IndexFile(s, s.rows) for s in manifest.shards("index") if s.number != TEMPLATE_NUMBER),
@@ -231,17 +234,18 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         chunks={shard.number: shard for shard in manifest.shards("chunks")},
         embeddings={shard.number: shard for shard in manifest.shards("embeddings")},
         dimension=manifest.fingerprints["encoder"]["dimension"],
-        metric=builder.config.metric,
-        k=builder.config.neighbours,
-        exclude=builder.config.exclude,
+        metric=config.metric,
+        k=config.searched_neighbours,
+        exclude=config.exclude,
         raw_is_exact=has_exact_codes(choice.key),
         n_lists=choice.n_lists,
         nprobe=1,
         together=not fetched and sum(s.bytes for s in manifest.shards("index")) < TOGETHER_BELOW,
         fetched=fetched,
         in_memory=builder.runner.is_local,
-        blocks=builder.config.unit == "block",
+        blocks=config.unit == "block",
         largest_norm=manifest.stages["index"].details.get(LARGEST_NORM),
+        reranking=None if config.rerank == "none" else Reranking(config.rerank, config.neighbours),
     )
 
 
@@ -307,6 +311,20 @@ def measured_recall(
     at = min(10, builder.config.neighbours)
     recall = recall_at(found, truth_distances(truth), builder.config.metric, at)
     return {"recall_at_10": recall, "recall_at": at, "recall_queries": len(shards)}
+
+
+def candidates_recall(builder: Builder, book: ReceiptBook, settings: SearchSettings) -> dict[str, Any]:
+    """Recall@10 of the sampled queries' candidates, searched as all were: rows that were re-ranked do not tell it."""
+    receipts = builder.executor.complete(
+        book,
+        neighbours_stage.nprobe_tasks([settings.nprobe], RECALL_QUERIES),
+        lambda pipeline, tasks: neighbours_stage.tuning_pipeline(pipeline, book, tasks, settings),
+        unit="queries",
+        small=0,
+    )
+    sample = Sample.from_bytes(builder.storage.read_bytes(neighbours_stage.sample_path(book)))
+    recall = next(iter(receipts.values())).details["recall"]
+    return {"recall_at_10": recall, "recall_at": min(10, settings.k), "recall_queries": len(sample.chunk_ids)}
 
 
 def refuse_low_recall(details: Mapping[str, Any], gate: float, key: str) -> None:

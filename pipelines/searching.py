@@ -18,14 +18,17 @@ from retrodb.neighbours import (
     Exclude,
     Exclusion,
     Neighbours,
+    Reranking,
     SameBlock,
     SameCluster,
     SearchedIndex,
     StoredClusters,
     StoredDocuments,
+    StoredTokens,
     StoredUids,
     StoredVectors,
     find_neighbours,
+    rerank,
     to_table,
 )
 from retrodb.storage import Storage
@@ -44,6 +47,7 @@ class SearchSettings:
     ``in_memory``: the runner keeps what is shuffled in memory, as the local one does.
     ``blocks``: of equal blocks one is a neighbour, and none of the query's own.
     ``largest_norm``: of the indexed vectors, where the metric is the inner product.
+    ``reranking``: of the ``k`` that are searched, which are kept; None keeps them as they are.
     """
 
     index: tuple[IndexFile, ...]
@@ -62,6 +66,12 @@ class SearchSettings:
     in_memory: bool = True
     blocks: bool = False
     largest_norm: float | None = None
+    reranking: Reranking | None = None
+
+    @property
+    def kept(self) -> int:
+        """Neighbours that are written for each chunk."""
+        return self.k if self.reranking is None else self.reranking.kept
 
     @property
     def searched(self) -> SearchedIndex:
@@ -111,7 +121,11 @@ class SearchStep(StageDoFn):
         return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
 
     def _finish(self, number: int, found: Neighbours, searched: int | None = None) -> None:
-        """Write a query shard's neighbours, and its receipt (`_account`)."""
+        """Write a query shard's neighbours, re-ranked if they are to be, and its receipt (`_account`)."""
+        settings = self._settings
+        if settings.reranking is not None:
+            tokens = StoredTokens(StoredDocuments(self._storage, settings.chunks))
+            found = rerank(found, settings.reranking, tokens)
         committed = self._storage.commit_table(shard_path("neighbours", number), to_table(found), NEIGHBOUR_ROW_GROUP)
         self._account(number, found, Shard.of(committed, number, len(found.chunk_ids)), searched)
 
@@ -122,7 +136,7 @@ class SearchStep(StageDoFn):
         counts = {
             "queries": rows,
             "found": int(found.n_valid.sum()),
-            "short": int((found.n_valid < self._settings.k).sum()),
+            "short": int((found.n_valid < self._settings.kept).sum()),
         }
         details = {} if searched is None else {SEARCHED: searched}
         finish(self._book, Receipt(number, {"neighbours": shard}, counts, details))

@@ -143,6 +143,8 @@ def neighbours_parts(index: str, config: BuildConfig, choice: KeyChoice) -> dict
         "neighbours": config.neighbours,
         "exclude": config.exclude,
     }
+    if config.rerank != "none":
+        parts |= {"rerank": config.rerank, "rerank_candidates": config.searched_neighbours}
     return parts if choice.exact else {**parts, "min_recall": config.min_recall, "seed": config.seed}
 
 

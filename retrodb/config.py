@@ -30,6 +30,9 @@ _OVERRIDES: Final = {"validation": "validation_fraction", "validation_fraction":
 """A flag that stands for another way of the same takes the place of a setting of the file."""
 _SWITCHES: Final = ("no_text", "decontaminate")
 
+RERANK_OF: Final = 10
+"""Candidates of re-ranking for each neighbour that is kept: 200 for 20, as Megatron-LM searched and kept for RETRO."""
+
 DEFAULT_MEMORY: Final = 16 * 10**9
 """Fixed, not this machine's: the same corpus gets the same index key everywhere."""
 
@@ -63,6 +66,8 @@ class BuildConfig(BaseModel):
     memory: int | None = Field(default=None, ge=1 << 20)
     neighbours: int = Field(default=20, ge=1, le=1000)
     exclude: Literal["document", "cluster", "none"] = "document"
+    rerank: Literal["none", "overlap", "bm25"] = "none"
+    rerank_candidates: int | None = Field(default=None, ge=1, le=10_000)
     min_recall: float = Field(default=0.95, ge=0.0, le=1.0)
     sequence_tokens: int = Field(default=2048, ge=1)
     training_neighbours: int = Field(default=2, ge=1, le=127)
@@ -105,6 +110,7 @@ class BuildConfig(BaseModel):
                 f"training-neighbours {self.training_neighbours} is more than neighbours {self.neighbours}, "
                 "the number kept per chunk"
             )
+        self._check_reranking()
         if self.validation and self.validation_fraction:
             raise ValueError("give validation inputs or a validation-fraction of the others, not both")
         if self.dedup == "off" and self.exclude == "cluster":
@@ -124,6 +130,24 @@ class BuildConfig(BaseModel):
             )
         if self.chunk_tokens < _LEAST_BLOCK:
             raise ValueError(f"chunk-tokens {self.chunk_tokens} leaves a block no room: give {_LEAST_BLOCK} or more")
+
+    def _check_reranking(self) -> None:
+        if self.rerank_candidates is None:
+            return
+        if self.rerank == "none":
+            raise ValueError("rerank-candidates without re-ranking: give rerank overlap or bm25 as well")
+        if self.rerank_candidates < self.neighbours:
+            raise ValueError(
+                f"rerank-candidates {self.rerank_candidates} is less than neighbours {self.neighbours}, "
+                "which are kept of them"
+            )
+
+    @property
+    def searched_neighbours(self) -> int:
+        """Neighbours that are searched for each chunk: those that are kept, or the candidates of re-ranking."""
+        if self.rerank == "none":
+            return self.neighbours
+        return self.rerank_candidates or RERANK_OF * self.neighbours
 
     @property
     def has_validation(self) -> bool:

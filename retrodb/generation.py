@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from retrodb.learning.device import Device
 from retrodb.model.batch import Batch
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
+
+_COLDEST: Final = 1e-6
+"""Below, float32 logits that differ at all are as far apart as can be, and divided by it overflow."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Sampling:
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """A token of ``logits`` [vocabulary]."""
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return int(logits.argmax())
         scores, order = (logits / self.temperature).sort(descending=True, stable=True)
         shares = scores.softmax(-1)

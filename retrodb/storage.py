@@ -441,14 +441,14 @@ class Storage:
         """Write an array as ``.npy`` (C order)."""
         return self.commit(relative, lambda writer: write_array(writer, array))
 
-    def refuse_inside(self, out: str) -> None:
+    def refuse_inside(self, out: str, name: str = "out") -> None:
         """Refuse to write others' files into this database.
 
         Raises:
-            InputError: ``out`` is this folder, or lies in it.
+            InputError: ``out``, given as the flag ``name``, is this folder, or lies in it.
         """
         if f"{absolute_url(out)}/".startswith(f"{self.url}/"):
-            raise InputError(f"--out {out} lies inside the database, which holds only what its manifest names.")
+            raise InputError(f"--{name} {out} lies inside the database, which holds only what its manifest names.")
 
     def make_root(self) -> list[str]:
         """Create the folder where the filesystem has folders.

@@ -92,8 +92,14 @@ def block_duplicates() -> pa.Schema:
     )
 
 
-def neighbours(k: int) -> pa.Schema:
-    """One row a chunk (query) with its ``k`` kept neighbours."""
+def neighbours(k: int, ranked: bool = False) -> pa.Schema:
+    """One row a chunk (query) with its ``k`` kept neighbours; ``ranked`` where they were chosen by re-ranking."""
+    ranks = (
+        "neighbour_ranks",
+        pa.list_(pa.int16(), k),
+        "with --rerank alone: place of each neighbour by what its tokens have in common with the chunk's, 0 the best; "
+        "the order in which models take them; null where missing",
+    )
     return _schema(
         "neighbours",
         [
@@ -106,6 +112,7 @@ def neighbours(k: int) -> pa.Schema:
                 "squared L2, ascending (or inner product, descending) of the stored vectors; null where missing",
             ),
             ("n_valid", pa.int16(), "number of neighbours found"),
+            *([ranks] if ranked else []),
         ],
     )
 

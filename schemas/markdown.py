@@ -11,7 +11,7 @@ _TITLES = {
     "chunks": schemas.chunks(64, "uint16"),
     "chunks of blocks": schemas.blocks(288, "uint16"),
     "block_duplicates": schemas.block_duplicates(),
-    "neighbours": schemas.neighbours(20),
+    "neighbours": schemas.neighbours(20, ranked=True),
     "training": schemas.training(2048, 64, 2, "uint16"),
     "leakage": schemas.leakage(),
     "spans": schemas.spans(),

@@ -221,6 +221,22 @@ def test_evaluate_from_the_command_line(topics_db, checkpoints, tmp_path):
     assert (tmp_path / "evaluation.md").exists()
 
 
+@pytest.mark.parametrize("flag", ["--out", "--cache"])
+def test_nothing_is_written_into_the_database_nor_in_the_place_of_a_file(flag, topics_db, tmp_path):
+    """Before anything is measured: there is no such checkpoint."""
+    from typer.testing import CliRunner
+
+    from retrodb.cli import app
+
+    (tmp_path / "file").write_text("mine")
+    for place, words in ((topics_db / "there", "lies inside the database"), (tmp_path / "file", "is a file")):
+        given = ["evaluate", str(topics_db), "--checkpoint", str(tmp_path / "none"), flag, str(place)]
+        error = CliRunner().invoke(app, given).exception
+        assert isinstance(error, InputError)
+        assert f"{flag} {place} {words}" in str(error)
+    assert not (topics_db / "there").exists()
+
+
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,12 @@ def test_generate_from_the_command_line(topics_db, checkpoint):
         assert retrodb("generate", topics_db, PROMPT, "--checkpoint", checkpoint, *flags).code == 2
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-45, 1e-7])
+def test_what_is_colder_than_logits_can_tell_is_the_likeliest(temperature):
+    logits = torch.tensor([0.0, 3.0, 3.0 - 1e-6, -200.0])
+    assert Sampling(temperature=temperature).draw(logits, torch.Generator()) == 1
+
+
 def test_top_p_keeps_the_likeliest_alone():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     drawn = {Sampling(1.0, None, 0.7).draw(logits, torch.Generator().manual_seed(s)) for s in range(100)}

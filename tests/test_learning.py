@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build_topics, make_batch, make_model
-from support import Progress, Running, retrodb
+from support import Progress, Running, build_here, retrodb, write_jsonl
 
 import retrodb as package
 from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
@@ -188,6 +188,81 @@ def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path):
         load_model(str(tmp_path / "ckpt"))
     with pytest.raises(InputError, match=r"is no checkpoint: it has no checkpoint\.json"):
         load_model(str(tmp_path))
+
+
+def changed(folder: Path, **changes) -> None:
+    """Change settings in ``checkpoint.json``, as ``model={"width": 3}``."""
+    path = folder / "checkpoint.json"
+    found = json.loads(path.read_text("utf-8"))
+    for name, values in changes.items():
+        found[name].update(values)
+    path.write_text(json.dumps(found), "utf-8")
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_has_lost_its_weights_is_not_called_finished(database, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "step-00000012" / WEIGHTS).unlink()
+    with pytest.raises(DamagedError, match=r"model\.safetensors is missing"):
+        run(database, tmp_path / "ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"width": 10**9}}, "malformed: width"),
+        ({"model": {"width": 1 << 17, "head_width": 1 << 16, "layers": 64}}, "does not hold this model's weights"),
+        ({"model": {"layers": 10**9}}, "malformed: layers"),
+        ({"model": {"vocabulary": 10**12}}, "malformed: vocabulary"),
+        ({"model": {"chunk_tokens": 8}}, "chunks of 8 and 16 tokens"),
+        ({"progress": {"step": -5}}, "step -5"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_contradicts_itself_is_named_and_takes_no_memory(undisturbed, tmp_path, changes, words):
+    shutil.copytree(undisturbed, tmp_path / "ckpt")
+    changed(tmp_path / "ckpt", **changes)
+    with pytest.raises(DamagedError, match=words):
+        load_model(str(tmp_path / "ckpt"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_say_how_far_it_is_is_not_gone_on_with(database, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "ckpt")
+    changed(tmp_path / "ckpt", progress={"step": 3, "since": "x"})
+    with pytest.raises(DamagedError, match="does not say how far"):
+        run(database, tmp_path / "ckpt")
+
+
+@pytest.mark.slow
+def test_documents_in_which_nothing_is_predicted_teach_nothing(tiny_encoder, tmp_path):
+    letters = write_jsonl(tmp_path / "letters.jsonl", [{"id": letter, "text": letter} for letter in "abcdefgh"])
+    sizes = {"chunk_tokens": 16, "sequence_tokens": 64, "neighbours": 4, "dedup": "off"}
+    build_here([letters], tmp_path / "db", encoder=str(tiny_encoder), **sizes)
+    with pytest.raises(InputError, match="no token to predict"):
+        run(package.open(str(tmp_path / "db")), tmp_path / "ckpt", steps=2)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused_in_words(database, tmp_path, monkeypatch):
+    def too_large(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 160000000000 bytes")
+
+    monkeypatch.setattr("retrodb.learning.run.Retro", too_large)
+    with pytest.raises(InputError, match="width 32 with 2 layers does not fit this machine's memory"):
+        run(database, tmp_path / "ckpt")
+
+
+def test_a_device_that_there_is_not_is_named():
+    with pytest.raises(InputError, match="--device tpu: there is auto, cpu and cuda"):
+        Device.choose("tpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("clip", "inf"), ("width", 10**9), ("layers", 10**9), ("heads", 10**9)])
+def test_numbers_beyond_all_bounds_name_their_flag(name, value):
+    with pytest.raises(UsageError, match=f"--{name}"):
+        make_settings({}, {name: value})
 
 
 @pytest.mark.slow

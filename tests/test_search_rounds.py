@@ -212,6 +212,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         {"exclude": "cluster"},
         {"index_key": "IVF8,SQ8", "metric": "ip"},
         {"unit": "block", "chunk_tokens": 48, "metric": "ip", "exclude": "cluster"},
+        {"rerank": "bm25", "neighbours": 4, "rerank_candidates": 30},
     ],
     ids=str,
 )

@@ -63,6 +63,12 @@ def build(
     exclude: Annotated[
         Text, typer.Option(help="What is never a neighbour: document, cluster, none. [document]")
     ] = None,
+    rerank: Annotated[
+        Text, typer.Option(help="Keep the neighbours with most tokens in common: none, overlap, bm25. [none]")
+    ] = None,
+    rerank_candidates: Annotated[
+        Number, typer.Option(metavar="<int>", help="Nearest chunks that re-ranking chooses from. [10 a neighbour]")
+    ] = None,
     min_recall: Annotated[
         Number, typer.Option(metavar="<float>", help="Recall@10 the index must reach. [0.95]")
     ] = None,
@@ -108,6 +114,8 @@ def build(
         "training_neighbours": training_neighbours,
         "metric": metric,
         "exclude": exclude,
+        "rerank": rerank,
+        "rerank_candidates": rerank_candidates,
         "min_recall": min_recall,
         "index_key": index_key,
         "memory": memory,

@@ -1,6 +1,6 @@
 """``retrodb evaluate``: what a database is worth to a model, in bits per byte."""
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -52,7 +52,9 @@ def evaluate(
     settings = make_settings({name: value for name, value in given.items() if value is not None})
     db = open_database(database)
     target = out or f"{checkpoint[0].rstrip('/')}/reports"
-    db.storage.refuse_inside(target)
+    for name, folder in (("out", target), ("cache", cache)):
+        if folder is not None:
+            _check_folder(db.storage, name, folder)
     use_threads(threads)
     from retrodb.evaluation.report import markdown, write_report  # noqa: PLC0415 - imports torch
     from retrodb.evaluation.run import evaluate as run  # noqa: PLC0415
@@ -68,3 +70,13 @@ def evaluate(
         return
     echo(markdown(evaluated))
     echo(", ".join(files))
+
+
+def _check_folder(storage: Any, name: str, folder: str) -> None:
+    """Refuse, before hours of work, a folder in the database, or a file in its place."""
+    from retrodb.errors import InputError  # noqa: PLC0415
+    from retrodb.storage import Storage  # noqa: PLC0415
+
+    storage.refuse_inside(folder, name)
+    if Storage(folder).is_a_file():
+        raise InputError(f"--{name} {folder} is a file; name a folder.")

@@ -28,7 +28,7 @@ def realm(
         Optional[int], typer.Option(help="Steps that the version may be behind: else it waits. [any]")
     ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of weights and order. [0]")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU. [the cores]")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, max=4096, help="Threads of the CPU. [the cores]")] = None,
     as_json: Json = False,
 ) -> None:
     """Pre-train a REALM on DB's masked queries while `refresh DB --watch DIR` re-embeds it. Run again: it goes on."""

@@ -147,7 +147,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         neighbours = facts["neighbours"]
         recall = neighbours["recall_at_10"]
         measured = "not measurable" if recall is None else f"{recall:.4f} on {neighbours['recall_queries']:,} queries"
-        lines.append(f"neighbours  {neighbours['k']} a {facts['unit']}, recall@10 {measured}")
+        of = f", by {neighbours['rerank']} of {neighbours['rerank_candidates']}" if "rerank" in neighbours else ""
+        lines.append(f"neighbours  {neighbours['k']} a {facts['unit']}{of}, recall@10 {measured}")
     if facts["unit"] == "block" and facts["complete"]:
         lines.append("training    none: training rows and the leakage report belong to chunks")
     if facts["training"]:

@@ -23,7 +23,7 @@ Precision = Annotated[Optional[str], typer.Option(help="auto (bf16 where native)
 SaveEvery = Annotated[Number, typer.Option(metavar="<int>", help="Steps between checkpoints. [250]")]
 LogEvery = Annotated[Number, typer.Option(metavar="<int>", help="Steps between entries of the log. [10]")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU. [the cores]")]
+Threads = Annotated[Optional[int], typer.Option(min=1, max=4096, help="Threads of the CPU. [the cores]")]
 
 
 def train(

@@ -20,8 +20,10 @@ def choose_device(device: str) -> str:
     """``cuda`` or ``cpu`` for ``auto``.
 
     Raises:
-        InputError: cuda was asked for and there is none (never silently the CPU).
+        InputError: cuda was asked for and there is none (never silently the CPU); or something else was.
     """
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise InputError(f"--device {device}: there is auto, cpu and cuda.")
     if device == "cpu" or (device == "auto" and not _has_driver()):
         return "cpu"
     import torch  # noqa: PLC0415 - a second, which a machine without a card need not spend

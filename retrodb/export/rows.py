@@ -16,6 +16,7 @@ from retrodb.errors import DamagedError, InputError
 from retrodb.manifest import Shard
 from retrodb.schemas import ID_SHIFT
 from retrodb.training.columns import lists, scalars
+from retrodb.training.join import in_order
 from retrodb.units import refuse_table
 
 Ints = npt.NDArray[np.int64]
@@ -171,12 +172,14 @@ def neighbour_rows(database: Database, shard: Shard, chunk_ids: Ints) -> Neighbo
     found = next((other for other in database.manifest.shards("neighbours") if other.number == shard.number), None)
     if found is None:
         raise DamagedError(f"shard {shard.number} of neighbours is missing. Run the build again to repair it.")
-    table = database.storage.read_table(found, ["chunk_id", "neighbour_ids", "neighbour_document_ids"])
+    table = database.storage.read_table(
+        found, ["chunk_id", "neighbour_ids", "neighbour_document_ids", "neighbour_ranks"]
+    )
     if not np.array_equal(scalars(table, "chunk_id"), chunk_ids):
         raise DamagedError(
             f"{database.storage.describe(found)} is not of the chunks of its shard. Verify the database."
         )
-    return NeighbourRows(lists(table, "neighbour_ids", MISSING), lists(table, "neighbour_document_ids", MISSING))
+    return NeighbourRows(in_order(table), in_order(table, "neighbour_document_ids"))
 
 
 def refuse_token(rows: ChunkRows, token: int, remedy: str) -> None:

@@ -72,7 +72,7 @@ class RealmSettings(BaseModel):
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     export_every: int = Field(default=100, ge=1)
     max_staleness: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from retrodb.database import Database
-from retrodb.errors import MismatchError
+from retrodb.errors import InputError, MismatchError
 from retrodb.learning.device import Device
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.plot import loss_plot
@@ -116,6 +116,7 @@ def _run(
         _check_same_run(kept, storage, run, config, data, database)
         if kept.step < settings.steps:
             return kept, False
+        read_file(storage, kept.files, WEIGHTS)  # who says that nothing is to be done has to have it
         progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")
         return kept, True
 
@@ -148,7 +149,15 @@ def _make_trainer(
 ) -> Trainer:
     """At step 0."""
     torch.manual_seed(settings.seed)
-    model = Retro(config)
+    try:
+        model = Retro(config)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise InputError(
+            f"a model of width {config.width} with {config.layers} layers does not fit this machine's memory. Train a"
+            " smaller one: --width, --layers, or another --preset."
+        ) from error
     if base is not None:
         load_weights(model.decoder, base.weights, base.name)
         model.freeze_base()
@@ -187,6 +196,11 @@ def _steps(trainer: Trainer, storage: Storage, start: Checkpoint, progress: Prog
 
 
 def _save(trainer: Trainer, storage: Storage, start: Checkpoint) -> Checkpoint:
+    if not trainer.counts.tokens:
+        raise InputError(
+            f"{trainer.counts.step:,} steps had no token to predict: a document's first token has no prediction, and"
+            " these documents have one token alone, or were deleted. Nothing was learnt, and nothing is kept."
+        )
     log = trainer.counts.log
     contents = {
         WEIGHTS: tensor_bytes(dict(trainer.model.state_dict())),

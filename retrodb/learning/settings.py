@@ -5,6 +5,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retrodb.errors import InputError, UsageError
+from retrodb.model.config import LARGEST_WIDTH, MOST_LAYERS
 
 DATA_SETTINGS: Final = ("tokenizer", "chunk_tokens", "sequence_tokens", "neighbours", "training_neighbours")
 """What follows from the database alone."""
@@ -21,9 +22,9 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str = "small"
-    width: int | None = Field(default=None, ge=2)
-    layers: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=2, le=LARGEST_WIDTH)
+    layers: int | None = Field(default=None, ge=1, le=MOST_LAYERS)
+    heads: int | None = Field(default=None, ge=1, le=LARGEST_WIDTH)
     retrieval: bool = True
     steps: int = Field(default=2000, ge=1)
     batch: int = Field(default=8, ge=1, le=LARGEST_BATCH)
@@ -36,7 +37,7 @@ class TrainSettings(BaseModel):
     warmup: int = Field(default=100, ge=0)
     """Steps in which the learning rate rises to its full height."""
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Largest norm of the gradient."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -148,9 +148,13 @@ class Trainer:
             MismatchError: the position is of another stream.
             DamagedError: the state is not this model's.
         """
-        self.stream.load_state_dict(progress["position"])
-        self._since = [(float(n), int(t), float(s), float(lo)) for n, t, s, lo in progress["since"]]
-        self.counts = Counts(int(progress["step"]), int(progress["tokens"]), float(progress["seconds"]), log=log)
+        try:
+            position = progress["position"]
+            self._since = [(float(n), int(t), float(s), float(lo)) for n, t, s, lo in progress["since"]]
+            self.counts = Counts(int(progress["step"]), int(progress["tokens"]), float(progress["seconds"]), log=log)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"the checkpoint does not say how far its run had got: {error!r}.") from error
+        self.stream.load_state_dict(position)
         for name, parameter in self._named.items():
             try:
                 own = {key: state[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}

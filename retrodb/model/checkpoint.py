@@ -84,13 +84,18 @@ def read_checkpoint(storage: Storage) -> Checkpoint | None:
     if mark.get("version") != _VERSION:
         raise MismatchError(f"{where} has version {mark.get('version')}; this retrodb reads version {_VERSION}.")
     try:
-        return Checkpoint(
+        made = Checkpoint(
             model=parse_model(found["model"]),
             data=DataSettings(**found["data"]),
             settings=dict(found["settings"]),
             progress={**found["progress"], "step": int(found["progress"]["step"])},
             files=parse_files(found["files"]),
         )
+        if made.step < 0 or made.model.chunk_tokens != made.data.chunk_tokens:
+            raise ValueError(
+                f"step {made.step}, chunks of {made.model.chunk_tokens} and {made.data.chunk_tokens} tokens"
+            )
+        return made
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise DamagedError(f"{where} is malformed: {error}.") from error
 
@@ -212,15 +217,17 @@ def load_model(url: str) -> tuple[Retro, Checkpoint]:
         DamagedError: a file is not what was saved, or does not hold the model's weights.
     """
     storage, checkpoint = open_checkpoint(url)
+    weights = read_tensors(storage, checkpoint.files, WEIGHTS)
+    where = storage.describe(checkpoint.files[WEIGHTS].path)
+    with torch.device("meta"):  # sizes that are not those of the weights must not take the memory they ask for
+        check_weights(Retro(checkpoint.model), weights, where)
     model = Retro(checkpoint.model)
-    load_weights(
-        model, read_tensors(storage, checkpoint.files, WEIGHTS), storage.describe(checkpoint.files[WEIGHTS].path)
-    )
+    load_weights(model, weights, where)
     return model.eval(), checkpoint
 
 
-def load_weights(module: torch.nn.Module, tensors: Tensors, where: str) -> None:
-    """Put ``tensors`` into a module. Raises DamagedError unless they are exactly its own, in name and shape."""
+def check_weights(module: torch.nn.Module, tensors: Tensors, where: str) -> None:
+    """Raises DamagedError unless ``tensors`` are exactly a module's own, in name and shape."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -230,4 +237,9 @@ def load_weights(module: torch.nn.Module, tensors: Tensors, where: str) -> None:
             f"{where} does not hold this model's weights: {name} has the shape {found.get(name, 'missing')}, and should"
             f" have {expected.get(name, 'not be there')} ({len(wrong)} of {len(expected)} differ)."
         )
+
+
+def load_weights(module: torch.nn.Module, tensors: Tensors, where: str) -> None:
+    """Put ``tensors`` into a module. Raises DamagedError as `check_weights` does."""
+    check_weights(module, tensors, where)
     module.load_state_dict(tensors)

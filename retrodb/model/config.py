@@ -6,19 +6,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from retrodb.errors import InputError
 
+LARGEST_WIDTH: Final = 1 << 17
+"""Of anything in a model: what is beyond is a slip of the finger, or a checkpoint that is not what it says."""
+MOST_LAYERS: Final = 1 << 12
+_LARGEST_VOCABULARY: Final = 1 << 24
+
 
 class RetrievalConfig(BaseModel):
     """The neighbour encoder and where the decoder looks at it (the paper's section 2.4)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: tuple[int, ...] = Field(min_length=1, max_length=MOST_LAYERS)
     """P: the decoder layers, from 1, that have chunked cross-attention."""
-    width: int = Field(ge=1)
+    width: int = Field(ge=1, le=LARGEST_WIDTH)
     """d' of the encoder."""
-    encoder_layers: int = Field(default=2, ge=1)
-    encoder_heads: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
+    encoder_layers: int = Field(default=2, ge=1, le=MOST_LAYERS)
+    encoder_heads: int = Field(ge=1, le=LARGEST_WIDTH)
+    feed_forward: int = Field(ge=1, le=8 * LARGEST_WIDTH)
     conditioned: tuple[int, ...] = Field(default=(1,), min_length=1)
     """P_enc: the encoder layers that look at the decoder's activations of the chunk."""
     gated: bool = False
@@ -34,14 +39,14 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocabulary: int = Field(ge=1)
+    vocabulary: int = Field(ge=1, le=_LARGEST_VOCABULARY)
     chunk_tokens: int = Field(ge=1)
-    width: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    head_width: int = Field(ge=1)
-    key_value_heads: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
+    width: int = Field(ge=1, le=LARGEST_WIDTH)
+    layers: int = Field(ge=1, le=MOST_LAYERS)
+    heads: int = Field(ge=1, le=LARGEST_WIDTH)
+    head_width: int = Field(ge=1, le=LARGEST_WIDTH)
+    key_value_heads: int = Field(ge=1, le=LARGEST_WIDTH)
+    feed_forward: int = Field(ge=1, le=8 * LARGEST_WIDTH)
     activation: Literal["swiglu", "gelu_tanh", "gelu"] = "swiglu"
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = Field(default=1e-5, gt=0)
@@ -49,7 +54,7 @@ class ModelConfig(BaseModel):
     feed_forward_biases: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
     rotary_base: float = Field(default=10_000.0, gt=0)
-    max_positions: int | None = Field(default=None, ge=1)
+    max_positions: int | None = Field(default=None, ge=1, le=_LARGEST_VOCABULARY)
     tied: bool = True
     """Whether the output projection is the embedding table."""
     retrieval: RetrievalConfig | None = None

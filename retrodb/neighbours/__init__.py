@@ -7,7 +7,8 @@ and orders by (distance, chunk id). The over-fetch doubles, query by query, unti
 the k-th can have been left out, or the index is exhausted; then the row says how many there are (``n_valid``).
 
 `select` is the step in the middle, for a shuffle that searches groups of index shards on different workers and
-merges. `Neighbours` holds the result as arrays; `to_table` and `from_table` convert it to and from rows.
+merges. `rerank` keeps of more neighbours those whose tokens have most in common with the query's. `Neighbours` holds
+the result as arrays; `to_table` and `from_table` convert it to and from rows.
 """
 
 from retrodb.neighbours.asking import Ask, SearchedIndex, initial_candidates
@@ -22,12 +23,14 @@ from retrodb.neighbours.exclusion import (
     UidSource,
     document_ranges,
 )
+from retrodb.neighbours.rerank import Reranking, Tokens, TokenSource, rerank, surface_scores
 from retrodb.neighbours.select import Selection, find_neighbours, pair_scores, rescore, select
 from retrodb.neighbours.sources import (
     CandidateSource,
     DocumentSource,
     StoredClusters,
     StoredDocuments,
+    StoredTokens,
     StoredUids,
     StoredVectors,
     VectorSource,
@@ -46,14 +49,18 @@ __all__ = [
     "ExcludedPairs",
     "Exclusion",
     "Neighbours",
+    "Reranking",
     "SameBlock",
     "SameCluster",
     "SearchedIndex",
     "Selection",
     "StoredClusters",
     "StoredDocuments",
+    "StoredTokens",
     "StoredUids",
     "StoredVectors",
+    "TokenSource",
+    "Tokens",
     "UidSource",
     "VectorSource",
     "by_shard",
@@ -63,7 +70,9 @@ __all__ = [
     "from_table",
     "initial_candidates",
     "pair_scores",
+    "rerank",
     "rescore",
     "select",
+    "surface_scores",
     "to_table",
 ]

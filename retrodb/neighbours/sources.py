@@ -1,5 +1,6 @@
 """Where neighbours come from: candidates from an index, vectors and document ids from stored shards."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -13,6 +14,7 @@ from retrodb.errors import DamagedError
 from retrodb.formats import File
 from retrodb.neighbours.asking import Searched
 from retrodb.neighbours.exclusion import NO_CLUSTER
+from retrodb.neighbours.rerank import Tokens
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
 from retrodb.storage import Storage
@@ -213,6 +215,54 @@ class StoredUids:
 
     def __reduce__(self) -> tuple[object, ...]:
         return StoredUids, (self.documents, self.cache_bytes)
+
+
+@dataclass
+class StoredTokens:
+    """`retrodb.neighbours.TokenSource` over ``chunks`` shards, keeping the tokens of the last ones used.
+
+    Attributes:
+        documents: the same shards; knows the rows of ids.
+        cache_bytes: bound on the tokens kept; at least one shard's are.
+    """
+
+    documents: StoredDocuments
+    cache_bytes: int = 128 << 20
+
+    def __post_init__(self) -> None:
+        self._recent = Recent(self._read, _nbytes, self.cache_bytes)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """m.
+
+        Raises:
+            DamagedError: a shard is not of chunks.
+        """
+        return int(self._recent.get(next(iter(self.documents.paths)))[0].shape[1])
+
+    def take(self, ids: np.ndarray) -> Tokens:
+        """The tokens of chunks int64 [n].
+
+        Raises:
+            DamagedError: a chunk does not exist.
+        """
+        nothing = np.empty((0, 1), np.uint16), np.empty(0, np.int16)
+        return Tokens(*(by_shard(ids, functools.partial(self._take, column), nothing[column]) for column in (0, 1)))
+
+    def _take(self, column: int, shard: int, ids: np.ndarray) -> np.ndarray:
+        return self._recent.get(shard)[column][self.documents.locate(shard, ids)]
+
+    def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and valid numbers of a shard."""
+        path = _recorded(self.documents.paths, shard, "chunk")
+        table = self.documents.storage.read_table(path, columns=["tokens", "n_tokens"])
+        tokens = pa.concat_arrays(table["tokens"].chunks or [pa.array([], table["tokens"].type)])
+        width = table["tokens"].type.list_size
+        return tokens.flatten().to_numpy().reshape(-1, width), table["n_tokens"].to_numpy()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StoredTokens, (self.documents, self.cache_bytes)
 
 
 def clusters_of(documents: pa.Table) -> np.ndarray:

@@ -20,6 +20,8 @@ class Neighbours:
         neighbour_document_ids: int64 [n, k], -1 likewise.
         distances: float32 [n, k], NaN likewise: squared L2 ascending, or inner product descending; ties by id.
         n_valid: int16 [n], how many there are.
+        ranks: int16 [n, k], where they were re-ranked (`retrodb.neighbours.rerank`): 0 for the best of a row, 1 for the
+            next, -1 where missing. Else None, and the nearest is the best.
     """
 
     chunk_ids: np.ndarray
@@ -27,6 +29,7 @@ class Neighbours:
     neighbour_document_ids: np.ndarray
     distances: np.ndarray
     n_valid: np.ndarray
+    ranks: np.ndarray | None = None
 
     @staticmethod
     def none(chunk_ids: np.ndarray, k: int) -> "Neighbours":
@@ -45,31 +48,38 @@ class Neighbours:
         """Neighbours kept for each query."""
         return int(self.neighbour_ids.shape[1])
 
-    def take(self, rows: np.ndarray) -> "Neighbours":
-        """Some of the rows: int64 row numbers, or bool [n]."""
-        return Neighbours(*(column[rows] for column in vars(self).values()))
+    def take(self, rows: np.ndarray | slice) -> "Neighbours":
+        """Some of the rows: a slice, int64 row numbers, or bool [n]."""
+        return Neighbours(**{name: column[rows] for name, column in vars(self).items() if column is not None})
 
     def put(self, rows: np.ndarray, found: "Neighbours") -> "Neighbours":
-        """With ``found`` [m] in place of rows int64 [m], whose queries it is of."""
-        columns = [column.copy() for column in vars(self).values()]
-        for column, values in zip(columns, vars(found).values(), strict=True):
-            column[rows] = values
-        return Neighbours(*columns)
+        """With ``found`` [m] in place of rows int64 [m], whose queries it is of; neither is re-ranked."""
+        columns = {name: column.copy() for name, column in vars(self).items() if column is not None}
+        for name, column in columns.items():
+            column[rows] = getattr(found, name)
+        return Neighbours(**columns)
 
 
 def to_table(result: Neighbours) -> pa.Table:
     """``result`` with the schema `retrodb.schemas.neighbours`: missing elements are null, lists never are."""
     k = result.k
-    schema = neighbours(k)
+    schema = neighbours(k, ranked=result.ranks is not None)
     missing = (result.neighbour_ids < 0).reshape(-1)
-    lists = (result.neighbour_ids, result.neighbour_document_ids, result.distances)
-    columns = [
-        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), mask=missing), type=schema.field(name).type)
-        for name, values in zip(("neighbour_ids", "neighbour_document_ids", "distances"), lists, strict=True)
-    ]
-    return pa.Table.from_arrays(
-        [pa.array(result.chunk_ids, pa.int64()), *columns, pa.array(result.n_valid, pa.int16())], schema=schema
-    )
+    lists = {
+        "neighbour_ids": result.neighbour_ids,
+        "neighbour_document_ids": result.neighbour_document_ids,
+        "distances": result.distances,
+    }
+    if result.ranks is not None:
+        lists["neighbour_ranks"] = result.ranks
+    columns = {
+        name: pa.FixedSizeListArray.from_arrays(
+            pa.array(values.reshape(-1), mask=missing), type=schema.field(name).type
+        )
+        for name, values in lists.items()
+    }
+    columns |= {"chunk_id": pa.array(result.chunk_ids, pa.int64()), "n_valid": pa.array(result.n_valid, pa.int16())}
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 def from_table(table: pa.Table) -> Neighbours:
@@ -86,6 +96,7 @@ def from_table(table: pa.Table) -> Neighbours:
         neighbour_document_ids=_matrix(table["neighbour_document_ids"], MISSING),
         distances=_matrix(table["distances"], np.nan).astype(np.float32, copy=False),
         n_valid=n_valid,
+        ranks=_matrix(table["neighbour_ranks"], MISSING) if "neighbour_ranks" in table.column_names else None,
     )
     expected = np.arange(ids.shape[1])[None, :] < n_valid[:, None]
     if not (np.array_equal(ids >= 0, expected) and np.array_equal(~np.isnan(result.distances), expected)):

@@ -48,7 +48,7 @@ def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
         found["chunks"] = kind(facts.chunk_tokens, facts.token_type)
         found["block_duplicates"] = schemas.block_duplicates()
     if facts.k:
-        found["neighbours"] = schemas.neighbours(facts.k)
+        found["neighbours"] = schemas.neighbours(facts.k, ranked=facts.rerank != "none")
     if facts.sequence_tokens and facts.chunk_tokens and facts.training_neighbours:
         found["training"] = schemas.training(
             facts.sequence_tokens, facts.chunk_tokens, facts.training_neighbours, facts.token_type

@@ -12,10 +12,10 @@ import numpy as np
 from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Shard
 from retrodb.quality.leakage import histograms, leakage_of, longest_overlap, merged_histograms
-from retrodb.quality.neighbour_content import present_lists
 from retrodb.quality.scene import ChunkIds, ChunkTokens, Scene
 from retrodb.quality.training_content import joined
 from retrodb.training.columns import scalars
+from retrodb.training.join import NEIGHBOUR_COLUMNS, in_order
 
 _DERIVED_ROWS: Final = 128
 """Rows of a shard that are always derived again, at less than a millisecond a row."""
@@ -89,8 +89,7 @@ def _rows(scene: Scene, shard: Shard) -> LeakageRows | None:
     if neighbours is None or own is None:
         return None
     table = scene.table(shard, "overlap", "neighbour_id")
-    values, present = present_lists(scene.table(neighbours, "neighbour_ids"), "neighbour_ids")
-    nearest = np.where(present, values, -1)[:, : scene.facts.leakage_neighbours]
+    nearest = in_order(scene.table(neighbours, *NEIGHBOUR_COLUMNS))[:, : scene.facts.leakage_neighbours]
     ids = table["neighbour_id"].fill_null(-1).to_numpy()
     return LeakageRows(scalars(table, "overlap"), ids, own, nearest)
 

@@ -30,6 +30,7 @@ class NeighbourRows:
     distances: np.ndarray
     distances_present: np.ndarray
     n_valid: np.ndarray
+    ranks: np.ndarray | None
 
 
 def present_lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -51,9 +52,13 @@ def present_lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 def read_rows(scene: Scene, shard: Shard) -> NeighbourRows:
     """The columns of a neighbours shard."""
     names = ("neighbour_ids", "neighbour_document_ids", "distances")
-    table = scene.table(shard, *names, "n_valid")
+    table = scene.table(shard, *names, "n_valid", "neighbour_ranks")
     ids, documents, distances = (present_lists(table, name) for name in names)
-    return NeighbourRows(*ids, *documents, *distances, n_valid=scalars(table, "n_valid"))
+    ranks = None
+    if "neighbour_ranks" in table.column_names:
+        values, there = present_lists(table, "neighbour_ranks")
+        ranks = np.where(there, values, -1)
+    return NeighbourRows(*ids, *documents, *distances, n_valid=scalars(table, "n_valid"), ranks=ranks)
 
 
 def check_neighbours(scene: Scene) -> None:
@@ -97,7 +102,21 @@ def _check_rows(scene: Scene, shard: Shard, rows: NeighbourRows) -> bool:
     refuse(path, tied, "neighbours of equal distance that are not in the order of their ids")
     ordered = np.sort(np.where(present, rows.ids, -1 - np.arange(rows.ids.shape[1])), axis=1)
     refuse(path, np.diff(ordered, axis=1) == 0, "a neighbour twice in one row")
+    _check_ranks(scene, shard, rows)
     return not refuse(path, present & (rows.ids < 0), "a neighbour with a negative id")
+
+
+def _check_ranks(scene: Scene, shard: Shard, rows: NeighbourRows) -> None:
+    """Ranks are there just where it was re-ranked: each of 0, 1, .. once for the neighbours of a row."""
+    if (rows.ranks is None) != (scene.facts.rerank == "none"):
+        raise DamagedError("neighbour_ranks are there just where neighbours are re-ranked, and here it is otherwise")
+    if rows.ranks is None:
+        return
+    k = rows.ids.shape[1]
+    expected = np.where(np.arange(k) < rows.present.sum(axis=1)[:, None], np.arange(k), k)
+    found = np.sort(np.where(rows.ranks == -1, k, rows.ranks), axis=1)
+    wrong = (found != expected).any(axis=1) | ((rows.ranks == -1) & rows.present).any(axis=1)
+    scene.findings.refuse(shard.path, wrong, "neighbour_ranks that are not 0, 1, .. once each")
 
 
 def _check_joins(scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds) -> None:

@@ -7,9 +7,19 @@ import numpy as np
 
 from retrodb.index.keys import EXACT_KEY
 from retrodb.manifest import Shard
-from retrodb.neighbours import Exclusion, SameBlock, SameCluster, by_shard, pair_scores
+from retrodb.neighbours import (
+    Exclusion,
+    Neighbours,
+    Reranking,
+    SameBlock,
+    SameCluster,
+    Tokens,
+    by_shard,
+    pair_scores,
+    rerank,
+)
 from retrodb.quality.neighbour_content import NeighbourRows, read_rows
-from retrodb.quality.recall import distinct_top, exact_top, merge_exact
+from retrodb.quality.recall import ExactTop, distinct_top, exact_top, merge_exact
 from retrodb.quality.scene import ChunkIds, Scene, grouped
 
 _RELATIVE: Final = 1e-5
@@ -98,8 +108,11 @@ class _SceneUids:
 
 
 def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:
-    """Rows are the k nearest of all chunks that may be neighbours: by distance, for equally near ones are as good."""
-    k, metric = rows.ids.shape[1], scene.facts.metric
+    """Rows are the k nearest of all chunks that may be neighbours: by distance, for equally near ones are as good. Or,
+    re-ranked, the k best of these."""
+    k, metric = scene.facts.searched or rows.ids.shape[1], scene.facts.metric
+    reranked = scene.facts.rerank != "none"
+    k += reranked  # one more, to see who is just outside
     hook = SameCluster(own.clusters, _SceneClusters(scene)) if scene.facts.exclude == "cluster" else None
     exclusion = Exclusion.of_chunks(own.chunk_ids, own.document_ids, scene.facts.exclude, hook)
     uids = _SceneUids(scene) if scene.facts.unit == "block" else None
@@ -124,6 +137,9 @@ def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.nda
         full = (best[1] >= 0).all(axis=1)
         best = distinct_top(best, uids, k)
         crowded = full & (best[1] < 0).any(axis=1)  # by so many equal blocks that others may stand behind them
+    if reranked:
+        _compare_reranked(scene, shard, own, best, rows, crowded)
+        return
     exact = best[0]
     there = np.zeros(rows.present.shape, dtype=bool)
     there[:, : exact.shape[1]] = ~np.isnan(exact)
@@ -134,5 +150,64 @@ def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.nda
         shard.path,
         wrong.any(axis=1) & ~crowded,
         "rows that are not the nearest of all chunks, though the index is exact",
+        lambda row: f"chunk {own.chunk_ids[row]}",
+    )
+
+
+@dataclass(frozen=True)
+class _SceneTokens:
+    """`retrodb.neighbours.TokenSource` over the trusted shards of a scene."""
+
+    scene: Scene
+    chunk_tokens: int
+
+    def take(self, ids: np.ndarray) -> Tokens:
+        """Of int64 [n] chunk ids that exist."""
+        tokens = by_shard(ids, lambda *own: self._rows(*own).tokens, np.empty((0, self.chunk_tokens), np.uint16))
+        return Tokens(tokens, by_shard(ids, lambda *own: self._rows(*own).lengths, np.empty(0, np.int16)))
+
+    def _rows(self, number: int, ids: np.ndarray) -> Tokens:
+        other, stored = self.scene.ids(number), self.scene.tokens(number)
+        assert other is not None, "compared with trusted shards alone"
+        assert stored is not None, "a shard whose ids are trusted is"
+        places = other.rows(ids)
+        return Tokens(stored.tokens[places], stored.n_tokens[places])
+
+
+def _compare_reranked(
+    scene: Scene, shard: Shard, own: ChunkIds, best: ExactTop, rows: NeighbourRows, crowded: np.ndarray
+) -> None:
+    """Rows and ranks are those of the nearest candidates, re-ranked once more.
+
+    A row is passed over where the last candidate and the one behind it are as near as float error: which of them a
+    processor takes is not told.
+    """
+    facts, (distances, ids) = scene.facts, best
+    assert facts.searched is not None, "it was re-ranked"
+    assert facts.chunk_tokens is not None, "it was cut"
+    k = facts.searched
+    candidates = ids[:, :k]
+    found = Neighbours(
+        own.chunk_ids,
+        candidates,
+        np.where(candidates >= 0, 0, -1),
+        distances[:, :k],
+        (candidates >= 0).sum(axis=1).astype(np.int16),
+    )
+    how = Reranking("overlap" if facts.rerank == "overlap" else "bm25", rows.ids.shape[1])
+    expected = rerank(found, how, _SceneTokens(scene, facts.chunk_tokens))
+    assert expected.ranks is not None, "it is re-ranked"
+    assert rows.ranks is not None, "they were examined"
+    close = np.zeros(len(ids), dtype=bool)
+    if ids.shape[1] > k:
+        last, behind = distances[:, k - 1], distances[:, k]
+        close = (last != behind) & ~_unlike(last, behind) & (ids[:, k] >= 0)
+    width = expected.k
+    unlike = np.where(rows.present, rows.ids, -1)[:, :width] != expected.neighbour_ids
+    unlike |= rows.ranks[:, :width] != expected.ranks
+    scene.findings.refuse(
+        shard.path,
+        unlike.any(axis=1) & ~crowded & ~close,
+        f"rows that are not the best by {facts.rerank} of the {k} nearest, though the index is exact",
         lambda row: f"chunk {own.chunk_ids[row]}",
     )

@@ -67,6 +67,8 @@ class Facts:
     index_key: str
     k: int | None
     exclude: Exclude
+    rerank: str
+    searched: int | None
     sequence_tokens: int | None
     training_neighbours: int | None
     leakage_neighbours: int | None
@@ -109,6 +111,8 @@ class Facts:
             index_key=str(made("index").get("key", "")),
             k=_whole(made("neighbours"), "neighbours"),
             exclude=made("neighbours").get("exclude", "document"),
+            rerank=made("neighbours").get("rerank", "none"),
+            searched=_whole(made("neighbours"), "rerank_candidates", "neighbours"),
             sequence_tokens=_whole(made("training"), "sequence_tokens"),
             training_neighbours=_whole(made("training"), "training_neighbours"),
             leakage_neighbours=_whole(made("report"), "neighbours"),
@@ -121,17 +125,20 @@ class Facts:
             raise ValueError(f"token type {self.token_type!r}, metric {metric!r}")
         if self.exclude not in ("document", "cluster", "none"):
             raise ValueError(f"exclude {self.exclude!r}")
+        if self.rerank not in ("none", "overlap", "bm25") or (self.searched or 0) < (self.k or 0):
+            raise ValueError(f"rerank {self.rerank!r}, {self.k} of {self.searched}")
         if self.unit == "block" and not self.own_tokens:
             raise ValueError("blocks that are not of the encoder's own tokens")
         if self.sequence_tokens is not None and self.sequence_tokens % (self.chunk_tokens or 1):
             raise ValueError(f"sequences of {self.sequence_tokens} tokens from chunks of {self.chunk_tokens}")
 
 
-def _whole(made_from: Mapping[str, Any], name: str) -> int | None:
-    """A recorded size, bounded so that a hostile manifest cannot ask for the whole memory; None before its stage."""
+def _whole(made_from: Mapping[str, Any], name: str, otherwise: str = "") -> int | None:
+    """A recorded size, or another where there is none of this name, bounded so that a hostile manifest cannot ask for
+    the whole memory; None before its stage."""
     if not made_from:
         return None
-    value = int(made_from[name])
+    value = int(made_from[name if name in made_from or not otherwise else otherwise])
     if not 1 <= value <= 1 << 20:
         raise ValueError(f"{name} is {value}")
     return value

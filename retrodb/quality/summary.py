@@ -108,7 +108,9 @@ def _neighbours(manifest: Manifest) -> dict[str, Any] | None:
     if "neighbours" not in manifest.stages:
         return None
     state = manifest.stages["neighbours"]
-    return {"k": state.made_from["neighbours"], "exclude": state.made_from["exclude"], **state.facts, **state.counts}
+    made = state.made_from
+    reranked: dict[str, Any] = {name: made[name] for name in ("rerank", "rerank_candidates") if name in made}
+    return {"k": made["neighbours"], "exclude": made["exclude"], **reranked, **state.facts, **state.counts}
 
 
 def _training(manifest: Manifest) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from retrodb.quality.neighbour_content import present_lists
 from retrodb.quality.scene import ChunkIds, ChunkTokens, Scene, grouped
 from retrodb.schemas import ID_SHIFT, SPLITS
 from retrodb.training.columns import lists, scalars
+from retrodb.training.join import NEIGHBOUR_COLUMNS, in_order
 
 _BLOCK_ROWS: Final = 512
 """Sequences looked into at a time: some 20 MB with 2,048 tokens and 2 neighbours."""
@@ -60,8 +61,7 @@ def _own_shard(scene: Scene, number: int) -> OwnShard | None:
     neighbours, k = scene.shard("neighbours", number), scene.facts.training_neighbours
     if neighbours is None:
         return OwnShard(ids, tokens, None)
-    values, present = present_lists(scene.table(neighbours, "neighbour_ids"), "neighbour_ids")
-    return OwnShard(ids, tokens, np.where(present, values, -1)[:, :k])
+    return OwnShard(ids, tokens, in_order(scene.table(neighbours, *NEIGHBOUR_COLUMNS))[:, :k])
 
 
 def _blocks(scene: Scene, shard: Shard) -> Iterator[tuple[int, pa.Table]]:

@@ -28,8 +28,8 @@ from retrodb.training.sequences import Packed, check_ascending
 CHUNK_COLUMNS: Final = ["chunk_id", "document_id", "tokens", "n_tokens"]
 """What the join reads of a chunk shard."""
 
-NEIGHBOUR_COLUMNS: Final = ["chunk_id", "neighbour_ids"]
-"""What the join reads of a neighbour shard."""
+NEIGHBOUR_COLUMNS: Final = ["chunk_id", "neighbour_ids", "neighbour_ranks"]
+"""What the join reads of a neighbour shard; the ranks only where it was re-ranked."""
 
 MISSING: Final = -1
 """Stands for a null neighbour id in arrays. It is masked before every look-up: it never indexes anything."""
@@ -85,6 +85,26 @@ class ChunkArrays:
         return int(self.tokens.shape[1])
 
 
+def in_order(table: pa.Table, name: str = "neighbour_ids") -> npt.NDArray[np.int64]:
+    """A list column of all stored neighbours, in the order in which models take them: int64 ``[N, k]``, `MISSING` last.
+
+    That is the order of the rows, by distance; of a re-ranked database that of ``neighbour_ranks``.
+
+    Args:
+        table: of a neighbour shard: the column, and ``neighbour_ranks`` where it has them.
+        name: ``neighbour_ids`` or ``neighbour_document_ids``.
+
+    Raises:
+        DamagedError: a list is null.
+    """
+    values = lists(table, name, missing=MISSING)
+    if "neighbour_ranks" not in table.column_names:
+        return values
+    ranks = lists(table, "neighbour_ranks", missing=MISSING)
+    order = np.argsort(np.where(ranks == MISSING, ranks.shape[1], ranks), axis=1, kind="stable")
+    return np.take_along_axis(values, order, axis=1)
+
+
 def neighbour_ids(table: pa.Table, chunk_ids: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
     """The first ``k`` neighbours of each chunk: int64 ``[N, k]``, `MISSING` where there is none.
 
@@ -97,7 +117,7 @@ def neighbour_ids(table: pa.Table, chunk_ids: npt.NDArray[np.int64], k: int) -> 
         InputError: more neighbours are asked for than are stored.
         DamagedError: the rows are not those of the chunk shard.
     """
-    ids = lists(table, "neighbour_ids", missing=MISSING)
+    ids = in_order(table)
     check_neighbours(k, stored=ids.shape[1])
     if not np.array_equal(scalars(table, "chunk_id"), chunk_ids):
         raise DamagedError(

@@ -22,7 +22,7 @@ from retrodb.schemas import SPLITS
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.training.dataset import Sample, as_samples
-from retrodb.training.join import MISSING, ChunkArrays, check_neighbours, locate, with_continuations
+from retrodb.training.join import MISSING, ChunkArrays, check_neighbours, in_order, locate, with_continuations
 from retrodb.training.sequences import EMPTY_SLOT, check_ascending
 
 _FORMAT: Final = 1
@@ -189,7 +189,8 @@ def _unpacker(storage: Storage, manifest: Manifest, column: _Column) -> Callable
 
     def pieces() -> Iterator[npt.NDArray]:
         for shard in manifest.shards(column.table):
-            table = storage.read_table(shard, columns=[column.column])
+            more = ["neighbour_ranks"] if column.column == "neighbour_ids" else []
+            table = storage.read_table(shard, columns=[column.column, *more])
             if table.num_rows != shard.rows or column.column not in table.column_names:
                 raise DamagedError(
                     f"{storage.describe(shard.path)} has {table.num_rows} rows of {table.column_names}; recorded are"
@@ -197,6 +198,8 @@ def _unpacker(storage: Storage, manifest: Manifest, column: _Column) -> Callable
                 )
             if column.column == "split":
                 yield table["split"].to_numpy() == SPLITS[1]
+            elif column.column == "neighbour_ids":
+                yield in_order(table)
             elif column.column in ("chunk_id", "document_id", "n_tokens", "sequence_id"):
                 yield scalars(table, column.column)
             else:
