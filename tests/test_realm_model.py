@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from retrodb.encoding import resolve_encoder
+from retrodb.encoding import DEFAULT_ENCODER, resolve_encoder
 from retrodb.encoding.encoder import Encoder
 from retrodb.errors import InputError
 from retrodb.model.realm import Realm, Texts, marginalise, pack
@@ -43,6 +43,24 @@ def masked(realm: Realm, slots: int = 3, seed: int = 0) -> MaskedQueries:
     return MaskedQueries(
         Texts(ids, queries.lengths), positions, targets, wanted, titles, bodies, torch.ones(2, slots, dtype=torch.bool)
     )
+
+
+def test_a_retriever_starts_with_what_its_encoder_knows() -> None:
+    """all-MiniLM-L6-v2 takes the mean of all positions; its projection onto as many dimensions keeps every angle."""
+    files = resolve_encoder(DEFAULT_ENCODER)
+    sentences = ["how are names bound", "the scope of a variable", "a recipe for bread", "names and bindings"]
+    tokenizer = Tokenizer.from_file(str(files.transformer / "tokenizer.json"))
+    tokenizer.no_padding()
+    realm = Realm.start(DEFAULT_ENCODER, dimension=384)
+    assert realm.config.pooling == "mean"
+    with torch.no_grad():
+        found = realm.retriever.queries(
+            Texts.of([tokenizer.encode(text, add_special_tokens=False).ids for text in sentences])
+        )
+    expected = Encoder.load(files).embed(sentences).astype(np.float32)
+    angles = torch.nn.functional.normalize(found, dim=1)
+    np.testing.assert_allclose((angles @ angles.T).numpy(), expected @ expected.T, atol=5e-3)
+    assert Realm.start(DEFAULT_ENCODER, dimension=16).retriever.projection.weight.shape == (16, 384)
 
 
 # -- what a BERT reads -------------------------------------------------------------------------------------------------

@@ -200,6 +200,11 @@ def identify(files: EncoderFiles, precision: str) -> EncoderIdentity:
     )
 
 
+def card_pooling(files: EncoderFiles) -> str | None:
+    """The pooling that an encoder's card names, as `EncoderIdentity.pooling`; None where there is no card."""
+    return _pooling(files.folder) if _read_json(files.folder / "modules.json", default=[]) else None
+
+
 def query_prompt(files: EncoderFiles, identity: EncoderIdentity) -> str:
     """What is put before a query: the card's ``query`` prompt, as sentence-transformers' ``encode_query`` has it, else
     the prompt of every text. The file it stands in is part of the identity."""

@@ -146,7 +146,8 @@ class OpenQaTrainer:
             return self._joined(query, realm.reader.bert, realm.config)
         own_start = files if start is None else resolve_encoder(start)
         dimension = self.db.encoder_identity.dimension
-        config = RealmConfig(bert=bert_card(own_start), dimension=dimension, **special_tokens(own_start))
+        special = special_tokens(own_start)
+        config = RealmConfig(bert=bert_card(own_start), dimension=dimension, pooling="cls", **special)
         return self._joined(query, load_bert(own_start), config)
 
     def _joined(self, query: QueryEncoder, bert: torch.nn.Module, reader: RealmConfig) -> OpenQa:

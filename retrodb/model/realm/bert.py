@@ -1,8 +1,9 @@
 """What the parts of a REALM model begin as: the BERT of an encoder's folder, its sizes and special tokens."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from retrodb.encoding import EncoderFiles
@@ -44,6 +45,20 @@ def blank_bert(card: dict[str, Any]) -> nn.Module:
     from transformers import BertConfig, BertModel  # noqa: PLC0415
 
     return BertModel(BertConfig(**card), add_pooling_layer=False).eval()
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["cls", "mean"]) -> torch.Tensor:
+    """One vector a row of a BERT's output.
+
+    Args:
+        hidden: float [n, T, width].
+        mask: int64 [n, T], 1 for valid positions.
+        pooling: the first position, or the mean of the valid ones.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def special_tokens(files: EncoderFiles) -> dict[str, int]:

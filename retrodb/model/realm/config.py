@@ -1,6 +1,6 @@
 """What a REALM model is, in words that its checkpoint records."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,9 @@ class RealmConfig(BaseModel):
     bert: dict[str, Any]
     dimension: int = Field(default=128, ge=1)
     """Of query and block vectors (section 3.2: Embed_input and Embed_doc, linear projections of [CLS])."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What the projection is of: [CLS] as in the paper, or the mean of all positions, where the encoder that it starts
+    from was trained so."""
     cls: int = Field(ge=0)
     sep: int = Field(ge=0)
     mask: int = Field(ge=0)

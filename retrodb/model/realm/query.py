@@ -16,7 +16,7 @@ from torch import nn
 from retrodb.encoding import EncoderFiles, EncoderIdentity
 from retrodb.encoding.source import query_prompt
 from retrodb.errors import InputError
-from retrodb.model.realm.bert import bert_card, blank_bert, load_bert, special_tokens
+from retrodb.model.realm.bert import bert_card, blank_bert, load_bert, pooled, special_tokens
 from retrodb.model.realm.packing import Texts, pack
 
 _CARDS: Final = (
@@ -95,12 +95,7 @@ class QueryEncoder(nn.Module):
         hidden = self.bert(
             input_ids=packed.ids, token_type_ids=packed.types, attention_mask=packed.mask
         ).last_hidden_state
-        if self.config.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            weights = packed.mask.unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * weights).sum(1) / weights.sum(1)
-        found: torch.Tensor = self.projection(pooled)
+        found: torch.Tensor = self.projection(pooled(hidden, packed.mask, self.config.pooling))
         return nn.functional.normalize(found, dim=1) if self.config.normalise else found
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from retrodb.encoding import EncoderFiles, resolve_encoder
+from retrodb.encoding.source import card_pooling
 from retrodb.model.realm.bert import bert_card, blank_bert, load_bert, special_tokens
 from retrodb.model.realm.config import RealmConfig
 from retrodb.model.realm.objective import Marginal, marginalise
@@ -63,7 +64,12 @@ class Realm(nn.Module):
             InputError: there is no such encoder, or it is no BERT.
         """
         files = resolve_encoder(encoder)
-        config = RealmConfig(bert=bert_card(files), dimension=dimension, **special_tokens(files))
+        config = RealmConfig(
+            bert=bert_card(files),
+            dimension=dimension,
+            pooling="mean" if card_pooling(files) == "mean" else "cls",
+            **special_tokens(files),
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return Realm(config, load_bert(files), load_bert(files))
@@ -91,7 +97,7 @@ class Realm(nn.Module):
         return marginalise(self.scores(batch), likelihood.view(n, slots), batch.valid)
 
     def export(self, folder: Path, tokenizer: EncoderFiles) -> None:
-        """Write the retriever as an encoder's folder: a BERT, [CLS], the projection; nothing normalises.
+        """Write the retriever as an encoder's folder: a BERT, its pooling, the projection; nothing normalises.
 
         It has its name only when it is whole, as a refresher asks of an export.
 
@@ -116,7 +122,12 @@ class Realm(nn.Module):
             {"idx": 2, "name": "2", "path": "2_Dense", "type": f"{kind}.Dense"},
         ]
         _write_json(writing / "modules.json", modules)
-        pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        mean = self.config.pooling == "mean"
+        pooling = {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": not mean,
+            "pooling_mode_mean_tokens": mean,
+        }
         _write_json(writing / "1_Pooling" / "config.json", pooling)
         dense = {
             "in_features": width,

@@ -5,7 +5,9 @@
     f(x, z)        = Embed_input(x)^T Embed_doc(z)
 
 Here W_input = W_doc and one BERT serves both, so that a checkpoint is one encoder and a database embeds its blocks, and
-its users their queries, with the same files. The inner product is raw: nothing normalises.
+its users their queries, with the same files. The inner product is raw: nothing normalises. W begins with orthonormal
+rows, and where the encoder that it starts from takes the mean of all positions for [CLS], so does the retriever: what
+that encoder knew of relevance is not thrown away.
 """
 
 from typing import cast
@@ -13,6 +15,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from retrodb.model.realm.bert import pooled
 from retrodb.model.realm.config import RealmConfig
 from retrodb.model.realm.packing import Packed, Texts, pack
 
@@ -25,6 +28,7 @@ class Retriever(nn.Module):
         self.config = config
         self.bert = bert
         self.projection = nn.Linear(int(config.bert["hidden_size"]), config.dimension, bias=False)
+        nn.init.orthogonal_(self.projection.weight)
 
     def queries(self, texts: Texts) -> torch.Tensor:
         """float [n, dimension] of ``[CLS] x [SEP]``."""
@@ -43,4 +47,4 @@ class Retriever(nn.Module):
         hidden = self.bert(
             input_ids=packed.ids, token_type_ids=packed.types, attention_mask=packed.mask
         ).last_hidden_state
-        return cast("torch.Tensor", self.projection(hidden[:, 0]))
+        return cast("torch.Tensor", self.projection(pooled(hidden, packed.mask, self.config.pooling)))
