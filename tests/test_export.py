@@ -16,10 +16,11 @@ from exporting import K, Known, M, N, S, build_small, known
 from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import manifest_of, retrodb, save_manifest, sha256, table_of
+from support import build_here, manifest_of, retrodb, save_manifest, sha256, table_of, write_jsonl
 
 from retrodb import export as formats
 from retrodb import open as open_database
+from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, MismatchError
 from retrodb.export.megatron.sequences import in_sight, without_own_documents
 from retrodb.export.retro_pytorch import Layout, document_rows
@@ -355,6 +356,15 @@ def test_nothing_is_written_over_nor_into_the_database(form, small, tmp_path):
     if form != "huggingface":
         with pytest.raises(InputError, match="local folder"):
             EXPORTS[form](open_database(str(small)), "memory://bucket/out")
+
+
+@pytest.mark.parametrize("form", ["retro-pytorch", "megatron"])
+def test_blocks_are_no_sequences_of_consecutive_chunks(form, tiny_encoder, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", quickstart_lines()[:2])
+    out = tmp_path / "db"
+    build_here([source], out, unit="block", chunk_tokens=64, encoder=str(tiny_encoder), until="chunk")
+    with pytest.raises(InputError, match="is a database of blocks .*--unit chunk"):
+        EXPORTS[form](open_database(str(out)), str(tmp_path / "out"))
 
 
 def test_rows_are_found_by_id_also_where_a_shard_was_compacted(tmp_path):

@@ -33,6 +33,7 @@ from retrodb.export.rows import (
     chosen_neighbours,
     chunk_rows,
     neighbour_rows,
+    refuse_blocks,
     refuse_token,
 )
 from retrodb.export.target import Advance, Exported, check_local_target, folder_bytes, new_folder, no_progress
@@ -113,6 +114,7 @@ def export_retro_pytorch(
         DamagedError, MismatchError: the database is damaged, or was rebuilt meanwhile.
     """
     final = check_local_target(out, database.storage, FORMAT)
+    refuse_blocks(database)
     check_built(database, "documents", "chunks", "neighbours")
     layout = _layout(database, neighbours, eos_id, keep_ids)
     _check_rows(database.manifest.rows("chunks") + 2 * layout.per_sequence)

@@ -89,6 +89,11 @@ def check_built(database: Database, *tables: str) -> None:
             raise InputError(f"{database.storage.url} has no rows in {table}: there is nothing to export.")
 
 
+def refuse_blocks(database: Database) -> None:
+    """Raises InputError: it is of blocks, which formats of consecutive chunks cannot hold."""
+    refuse_table(database.manifest, "training", database.storage.url)
+
+
 def chosen_neighbours(database: Database, wanted: int | None, default: int) -> int:
     """How many neighbours a chunk are exported. Raises InputError for more than the database keeps, or none."""
     kept = int(database.manifest.config["neighbours"])

@@ -13,7 +13,7 @@ from retrodb.export.megatron.chunk_database import ChunkDatabaseWriter
 from retrodb.export.megatron.indexed import token_dtype, write_uniform_index
 from retrodb.export.megatron.order import sample_order
 from retrodb.export.megatron.sequences import SEQUENCES, SequenceWriter
-from retrodb.export.rows import GPT2_END, RowNumbers, check_built, chosen_neighbours
+from retrodb.export.rows import GPT2_END, RowNumbers, check_built, chosen_neighbours, refuse_blocks
 from retrodb.export.target import Advance, Exported, check_local_target, folder_bytes, new_folder, no_progress
 from retrodb.formats import json_bytes
 
@@ -53,6 +53,7 @@ def export_megatron(
     """
     h5py = _h5py()
     final = check_local_target(out, database.storage, FORMAT)
+    refuse_blocks(database)
     check_built(database, "documents", "chunks", "neighbours")
     tokenizer = database.manifest.fingerprints["tokenizer"]
     if eos_id is None and tokenizer["name"] != DEFAULT_TOKENIZER:
