@@ -61,7 +61,7 @@ def pretrain(
         }
     )
     trainer = RealmTrainer(str(own), str(folder / "ckpt"), str(folder / "exports"), settings, Quiet())
-    with _refresher(own, folder / "exports", _NEVER if every is None else "0-:1", experiment.steps):
+    with _refresher(own, folder / "exports", _NEVER if every is None else "0-:1", experiment.steps + 2):
         run = trainer.train()
     found = {
         "condition": condition.name,
@@ -102,11 +102,14 @@ def _looks(experiment: RealmExperiment, database: Path, questions: Path) -> list
 
 @contextlib.contextmanager
 def _refresher(database: Path, exports: Path, schedule: str, keep: int) -> Iterator[None]:
-    """``retrodb refresh --watch`` beside; it ends with the trainer, and should it fail, so does the trainer."""
+    """``retrodb refresh --watch`` beside; it ends with the trainer, and should it fail, so does the trainer.
+
+    ``keep`` are all versions that there may be, for they are asked afterwards: the first, that of step 0, one a step.
+    """
     exports.mkdir(parents=True, exist_ok=True)
     words = command("refresh", database, "--watch", exports, "--schedule", schedule, "--poll", 0.2)
     process = subprocess.Popen(
-        [*words, "--keep", str(max(3, keep)), "--workers", "1"],
+        [*words, "--keep", str(keep), "--workers", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=sys.stderr,
         stderr=(exports / "refresher.log").open("wb"),
