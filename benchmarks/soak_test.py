@@ -209,7 +209,9 @@ class Soak:
         train = ["realm", self.database, "--exports", exports, "--out", checkpoint, *start, "--steps", 100_000]
         follow = ["refresh", self.database, "--watch", exports, "--poll", 0.2, "--workers", 1]
         actors = [
-            Actor("trainer", lambda: command(*train, "--export-every", 5, "--threads", 1), self.folder / "trainer.log"),
+            Actor(
+                "trainer", lambda: command(*train, "--export-every", 20, "--threads", 1), self.folder / "trainer.log"
+            ),
             Actor("refresher", lambda: command(*follow), self.folder / "refresher.log"),
             Actor("changer", self.change, self.folder / "changer.log", self.changed),
         ]
@@ -219,7 +221,7 @@ class Soak:
         return actors
 
     def change(self) -> list[str] | None:
-        """The next change; one that was killed or had to wait is done again."""
+        """The next change; one that was killed is done again."""
         if self.doing[0] == "":
             what = self.chance.choice(["add", "add", "delete", "gc"])
             if what == "add" and self.additions < ADDITIONS:
@@ -238,7 +240,9 @@ class Soak:
         self.ends[f"{what}: {'killed' if code == KILLED else code}"] += 1
         # An addition that was killed after it was published is refused when it is done again: its content is there.
         known = what == "add" and any(entry["url"].endswith(f"added-{of}.jsonl") for entry in self._inputs())
-        if code == 0 or known:
+        if code == LOCKED and not known:
+            self.doing = ("", None)  # nothing was begun: perhaps something else the next time
+        elif code == 0 or known:
             self.doing = ("", None)
             if what == "add":
                 self.additions += 1
@@ -308,7 +312,7 @@ class Soak:
             if ran.code:
                 self.wrong.append(f"verify --version {kept['version']['id']}: {ran.code}: {ran.err or ran.out}")
         with package.open(str(self.database)) as db:
-            left = {key for table in db.tables("documents", ["key"]) for key in table["key"].to_pylist()}
+            left = {document.key for document in db.documents()}
             try:
                 tables = Tables.read(self.database, db.version)
                 wanted = np.ones((1, tables.vectors.shape[1]), np.float32)
