@@ -1,5 +1,6 @@
 """``retrodb evaluate``: what a database is worth to a model, in bits per byte."""
 
+import contextlib
 from typing import Annotated, Any, Optional
 
 import typer
@@ -59,11 +60,8 @@ def evaluate(
     from retrodb.evaluation.report import markdown, write_report  # noqa: PLC0415 - imports torch
     from retrodb.evaluation.run import evaluate as run  # noqa: PLC0415
 
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         evaluated = run(db, checkpoint, settings, progress, device=device, cache=cache)
-    finally:
-        progress.close()
     files = write_report(evaluated, target)
     if as_json:
         echo_json({**evaluated.as_json(), "files": files})

@@ -1,5 +1,6 @@
 """``retrodb evaluate-retrieval``: zero-shot recall@k of a database on a question set."""
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -33,11 +34,8 @@ def evaluate_retrieval(
     from retrodb.evaluation.retrieval import evaluate_retrieval as run  # noqa: PLC0415 - imports faiss
 
     db = open_database(database)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         result = run(db, QuestionSet(questions), ks, progress=progress, encoder=encoder)
-    finally:
-        progress.close()
     try:
         db.storage.commit_json(result.report_path, result.as_json())
         kept: str | None = result.report_path

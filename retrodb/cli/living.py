@@ -1,6 +1,7 @@
 """``retrodb add``, ``swap``, ``delete`` and ``compact``: documents taken in, exchanged, given up, and their space
 returned."""
 
+import contextlib
 import dataclasses
 from typing import Annotated, Optional
 
@@ -28,11 +29,8 @@ def add(
 
     run = run_settings(workers, runner, runner_option, device)
     listing = expand_inputs(inputs)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         done = run_add(Storage(database), listing.files, run, progress)
-    finally:
-        progress.close()
     if as_json:
         echo_json(dataclasses.asdict(done))
 
@@ -64,13 +62,10 @@ def delete(
         sources=tuple(source or ()),
         where=tuple(Condition.parse(text) for text in where or ()),
     )
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         done = run_delete(Storage(database), selection, progress)
-    finally:
-        progress.close()
     if as_json:
-        echo_json({"version": done.version, "documents": done.documents, "chunks": done.chunks})
+        echo_json(dataclasses.asdict(done))
 
 
 def swap(
@@ -99,13 +94,10 @@ def swap(
         raise UsageError("give the new corpus, or --to VERSION, and not both.")
     run = run_settings(workers, runner, runner_option, device)
     storage = Storage(database)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         done = (
             run_swap(storage, expand_inputs(inputs), run, progress) if inputs else swap_back(storage, to or 0, progress)
         )
-    finally:
-        progress.close()
     if as_json:
         echo_json(dataclasses.asdict(done))
 
@@ -125,11 +117,8 @@ def compact(
     from retrodb.storage import Storage  # noqa: PLC0415
 
     run = run_settings(workers, runner, runner_option, device)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         done = run_compact(Storage(database), run, progress)
-    finally:
-        progress.close()
     if as_json:
         echo_json(dataclasses.asdict(done))
     elif done.documents:

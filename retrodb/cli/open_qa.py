@@ -1,5 +1,6 @@
 """``retrodb finetune-qa`` and ``answer``: open-domain question answering from a database of blocks."""
 
+import contextlib
 from typing import Annotated, Optional
 
 import typer
@@ -55,12 +56,9 @@ def finetune_qa(
         "seed": seed,
     }
     settings = OpenQaSettings.make({name: value for name, value in given.items() if value is not None})
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         trainer = OpenQaTrainer(open_database(database), QuestionSet(questions), out, settings, progress, encoder)
         step = trainer.train()
-    finally:
-        progress.close()
     if as_json:
         echo_json({"checkpoint": out, "step": step, "log": trainer.log[-1:]})
 
@@ -87,12 +85,9 @@ def answer(
     from retrodb.learning.open_qa import FineTuned  # noqa: PLC0415 - imports torch
     from retrodb.storage import Storage  # noqa: PLC0415
 
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         under_way = Answering(open_database(database), FineTuned(model), QuestionSet(questions), progress, blocks)
         found = list(under_way.predictions())
-    finally:
-        progress.close()
     if predictions is not None:
         folder, _, name = predictions.rpartition("/")
         lines = b"".join(json.dumps(one.as_json(), ensure_ascii=False).encode() + b"\n" for one in found)

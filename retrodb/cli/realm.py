@@ -1,5 +1,6 @@
 """``retrodb realm``: the reference REALM pre-training, beside a refresher."""
 
+import contextlib
 from typing import Annotated, Optional
 
 import typer
@@ -50,10 +51,7 @@ def realm(
         "seed": seed,
     }
     settings = RealmSettings.make({name: value for name, value in given.items() if value is not None})
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         run = RealmTrainer(database, out, exports, settings, progress).train()
-    finally:
-        progress.close()
     if as_json:
         echo_json({"checkpoint": out, "step": run.step, "log": run.log[-1:]})

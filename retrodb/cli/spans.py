@@ -1,5 +1,6 @@
 """``retrodb spans``: salient spans and masked queries, as tables of the database."""
 
+import contextlib
 from typing import Annotated, Optional
 
 import typer
@@ -45,11 +46,8 @@ def spans(
     settings = SpanSettings(specs if found == "salient" else (), found, seed)
     run = run_settings(workers, runner, runner_option)
     storage = Storage(database)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         outcome = build_spans(storage, settings, run, progress, encoder)
-    finally:
-        progress.close()
     state = outcome.manifest.stages[SPANS_STAGE]
     if as_json:
         echo_json({"database": storage.url, "done": list(outcome.done), "counts": state.counts, **state.made_from})

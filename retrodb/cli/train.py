@@ -1,5 +1,6 @@
 """``retrodb train`` and ``retrofit``: the reference model from a database's training rows."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -99,14 +100,11 @@ def _train(context: typer.Context, base: str | None) -> None:
     use_threads(threads)
     from retrodb.learning import run  # noqa: PLC0415 - imports torch
 
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         if base is None:
             done = run.train(db, out, settings, progress, device)
         else:
             done = run.retrofit(db, base, out, settings, progress, device)
-    finally:
-        progress.close()
     if as_json:
         shown = {key: done.progress[key] for key in ("step", "tokens", "seconds")}
         echo_json({"checkpoint": out, **shown, "files": {name: file.path for name, file in done.files.items()}})

@@ -1,5 +1,6 @@
 """``retrodb refresh`` and ``gc``: versions of a database, made and retired."""
 
+import contextlib
 from typing import Annotated, Any, Literal, Optional
 
 import typer
@@ -43,8 +44,7 @@ def refresh(
         raise UsageError("give --encoder CKPT, or --watch DIR, and not both.")
     run = run_settings(workers, runner, runner_option, device)
     storage = Storage(database)
-    progress = make_progress()
-    try:
+    with contextlib.closing(make_progress()) as progress:
         if encoder is not None:
             outcome = run_refresh(storage, encoder, run, progress, step=step)
             answer = {"version": outcome.version, "done": list(outcome.done), "published": bool(outcome.done)}
@@ -52,8 +52,6 @@ def refresh(
             settings = _watch_settings(watch or "", schedule, max_staleness, on_stale, poll, keep)
             published = _watch(storage, settings, run, progress)
             answer = {"published": published}
-    finally:
-        progress.close()
     if as_json:
         echo_json(answer)
 

@@ -4,11 +4,9 @@ The document side is frozen: the blocks' vectors are those that the database hol
 the live query vectors. So a fine-tuned model answers from any database of the same encoder, whatever its text.
 """
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from retrodb.database import Database
 from retrodb.encoding import EncoderFiles, resolve_encoder
-from retrodb.errors import DamagedError, InputError, MismatchError, WorkerError
+from retrodb.errors import InputError, MismatchError, WorkerError
 from retrodb.evaluation.questions import QuestionSet
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.open_qa_batches import Asked, TrainingQuestions, Wordpieces, check_answerable, order_of, retrieve
@@ -35,9 +33,11 @@ from retrodb.model.checkpoint import (
     forget_other_steps,
     load_weights,
     parse_files,
+    read_document,
     read_file,
     read_tensors,
     tensor_bytes,
+    well_formed,
     write_step,
 )
 from retrodb.model.realm import RealmConfig
@@ -51,6 +51,7 @@ from retrodb.versions import facts_of
 CHECKPOINT: Final = "open-qa.json"
 TOKENIZER: Final = "tokenizer.json"
 _FORMAT: Final = "retrodb-open-qa"
+_PROGRAM: Final = "retrodb finetune-qa"
 
 
 class OpenQaSettings(BaseModel):
@@ -261,18 +262,18 @@ class OpenQaTrainer:
         self._saved = self.step
 
     def _go_on(self) -> None:
-        found = _read_checkpoint(self.storage)
+        found = read_document(self.storage, CHECKPOINT, _FORMAT, _PROGRAM)
         if found is None:
             return
         own = self._of
-        with _well_formed(self.storage):
+        with well_formed(self.storage, CHECKPOINT):
             differs = sorted(key for key in own if found["run"].get(key) != own[key])
         if differs:
             raise MismatchError(
                 f"{self.storage.url} holds another run: its {differs[0].replace('_', '-')} is "
                 f"{found['run'].get(differs[0])!r}, now it is {own[differs[0]]!r}. Name another --out."
             )
-        with _well_formed(self.storage):
+        with well_formed(self.storage, CHECKPOINT):
             files = parse_files(found["files"])
             load_weights(self.model, read_tensors(self.storage, files, WEIGHTS), self.storage.url)
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
@@ -297,10 +298,10 @@ class FineTuned:
 
     def __init__(self, url: str) -> None:
         storage = Storage(url)
-        found = _read_checkpoint(storage)
+        found = read_document(storage, CHECKPOINT, _FORMAT, _PROGRAM)
         if found is None:
             raise InputError(f"{storage.url} is no checkpoint of retrodb finetune-qa: it has no {CHECKPOINT}.")
-        with _well_formed(storage):
+        with well_formed(storage, CHECKPOINT):
             files = parse_files(found["files"])
             self.model = OpenQa.blank(OpenQaConfig(**found["model"]))
             load_weights(self.model, read_tensors(storage, files, WEIGHTS), storage.url)
@@ -331,19 +332,3 @@ class FineTuned:
         with torch.no_grad():
             found: np.ndarray = self.model.query(asked.prompted).float().numpy()
         return found
-
-
-def _read_checkpoint(storage: Storage) -> dict[str, Any] | None:
-    """What the checkpoint's document says; None where there is none. Raises InputError: it is another program's."""
-    found = storage.read_json(CHECKPOINT)
-    if found is not None and not (isinstance(found, dict) and found.get("format") == _FORMAT):
-        raise InputError(f"{storage.describe(CHECKPOINT)} is no checkpoint of retrodb finetune-qa.")
-    return found
-
-
-@contextlib.contextmanager
-def _well_formed(storage: Storage) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{storage.describe(CHECKPOINT)} is malformed: {error!r}.") from error

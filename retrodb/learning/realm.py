@@ -9,7 +9,6 @@ Logged besides the loss, since the paper's reviewers missed it: the retriever's 
 how often a candidate holds the answer.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
-from retrodb.errors import DamagedError, InputError, MismatchError, WorkerError
+from retrodb.errors import InputError, MismatchError, WorkerError
 from retrodb.formats import Committed
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
@@ -41,9 +40,11 @@ from retrodb.model.checkpoint import (
     forget_other_steps,
     load_weights,
     parse_files,
+    read_document,
     read_file,
     read_tensors,
     tensor_bytes,
+    well_formed,
     write_step,
 )
 from retrodb.model.realm import Realm, RealmConfig
@@ -54,6 +55,7 @@ from retrodb.storage import Storage
 
 CHECKPOINT: Final = "realm.json"
 _FORMAT: Final = "retrodb-realm"
+_PROGRAM: Final = "retrodb realm"
 _POLL_SECONDS: Final = 0.5
 
 
@@ -320,18 +322,18 @@ class RealmTrainer:
         self._saved = self.run.step
 
     def _go_on(self) -> None:
-        found = _read_checkpoint(self.storage)
+        found = read_document(self.storage, CHECKPOINT, _FORMAT, _PROGRAM)
         if found is None:
             return
         own = self.settings.model_dump(mode="json")
-        with _well_formed(self.storage):
+        with well_formed(self.storage, CHECKPOINT):
             differs = sorted(key for key in own if found["settings"].get(key) != own[key] and key != "log_every")
         if differs:
             raise MismatchError(
                 f"{self.storage.url} holds another run: its {differs[0].replace('_', '-')} is "
                 f"{found['settings'].get(differs[0])!r}, now it is {own[differs[0]]!r}. Name another --out."
             )
-        with _well_formed(self.storage):
+        with well_formed(self.storage, CHECKPOINT):
             files = parse_files(found["files"])
             _load(self.storage, files, self.model)
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
@@ -339,22 +341,6 @@ class RealmTrainer:
             self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
         self._saved = self.run.step
         self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
-
-
-def _read_checkpoint(storage: Storage) -> dict[str, Any] | None:
-    """What the checkpoint's document says; None where there is none. Raises InputError: it is another program's."""
-    found = storage.read_json(CHECKPOINT)
-    if found is not None and not (isinstance(found, dict) and found.get("format") == _FORMAT):
-        raise InputError(f"{storage.describe(CHECKPOINT)} is no checkpoint of retrodb realm.")
-    return found
-
-
-@contextlib.contextmanager
-def _well_formed(storage: Storage) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{storage.describe(CHECKPOINT)} is malformed: {error!r}.") from error
 
 
 def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> None:
@@ -369,10 +355,10 @@ def load_realm(url: str) -> Realm:
         DamagedError: a file of it is missing, or is not what was saved.
     """
     storage = Storage(url)
-    found = _read_checkpoint(storage)
+    found = read_document(storage, CHECKPOINT, _FORMAT, _PROGRAM)
     if found is None:
         raise InputError(f"{storage.url} is no checkpoint of retrodb realm: it has no {CHECKPOINT}.")
-    with _well_formed(storage):
+    with well_formed(storage, CHECKPOINT):
         model = Realm.blank(RealmConfig(**found["model"]))
         _load(storage, parse_files(found["files"]), model)
     return model.eval()

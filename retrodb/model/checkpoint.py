@@ -4,9 +4,10 @@ Killed, interrupted or out of space at any moment, a checkpoint is the one befor
 Nothing in it is a pickle.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -171,6 +172,33 @@ def files_json(files: Mapping[str, Committed]) -> dict[str, Any]:
 def parse_files(found: Mapping[str, Any]) -> dict[str, Committed]:
     """Of `files_json`. Raises KeyError, TypeError, ValueError or AttributeError for what is malformed."""
     return {name: Committed(str(file["path"]), int(file["bytes"]), str(file["sha256"])) for name, file in found.items()}
+
+
+def read_document(storage: Storage, name: str, mark: str, program: str) -> dict[str, Any] | None:
+    """What another kind of checkpoint's document says; None where there is none.
+
+    Args:
+        storage: the checkpoint's folder.
+        name: of the document.
+        mark: its ``format``.
+        program: what writes such ones, for a message.
+
+    Raises:
+        InputError: it is another program's.
+    """
+    found = storage.read_json(name)
+    if found is not None and not (isinstance(found, dict) and found.get("format") == mark):
+        raise InputError(f"{storage.describe(name)} is no checkpoint of {program}.")
+    return found
+
+
+@contextlib.contextmanager
+def well_formed(storage: Storage, name: str) -> Iterator[None]:
+    """Within it, what trips over a document's content raises DamagedError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{storage.describe(name)} is malformed: {error!r}.") from error
 
 
 def _leftovers(storage: Storage) -> list[str]:
