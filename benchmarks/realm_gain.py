@@ -14,7 +14,6 @@ core each; neither writes figures or page, which the command without it then doe
 FOLDER holds the corpora as ``NAME.jsonl.gz``; realm_experiment/plan.py names them.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gain.files import claim, machine, write_json
+from gain.files import arguments, claim, given_to, machine, write_json
 from realm_experiment.page import page
 from realm_experiment.plan import FULL, QUICK, Condition, RealmExperiment
 
@@ -176,23 +175,12 @@ def write_page(results: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, help="folder of the texts")
-    parser.add_argument("--work", type=Path, default=Path("realm-gain"), help="for databases, runs and finished parts")
-    parser.add_argument("--quick", action="store_true", help="a small experiment, in minutes")
+    parser = arguments(__doc__, "realm-gain", RESULTS, PAGE)
     parser.add_argument("--share", metavar="N/M", help="the Nth of M shares of the work alone")
-    parser.add_argument("--report-only", action="store_true", help="write the page of the committed figures anew")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    given = parser.parse_args()
+    given = given_to(parser)
     if given.report_only:
         write_page(given.results, given.page)
         return
-    if given.corpora is None:
-        parser.error("--corpora is needed: the folder of the texts")
-    if given.quick:
-        given.work.mkdir(parents=True, exist_ok=True)
-        given.results, given.page = given.work / "realm_gain.json", given.work / "realm-experiments.md"
     share = None
     if given.share is not None:
         which, _, of = given.share.partition("/")

@@ -13,7 +13,6 @@ which the command without it then does.
 FOLDER holds the corpora as ``NAME.jsonl.gz``, with ``id`` and ``text`` in each line; gain/plan.py names them.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gain.files import claim, machine, write_json
+from gain.files import arguments, claim, given_to, machine, write_json
 from gain.page import page
 from gain.plan import FULL, LARGER, MODELS, QUICK, RETRO, Experiment, Setting
 
@@ -100,25 +99,12 @@ def write_page(results: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, help="folder of the texts")
-    parser.add_argument(
-        "--work", type=Path, default=Path("retro-gain"), help="for databases, models and finished parts"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small experiment, in minutes")
+    parser = arguments(__doc__, "retro-gain", RESULTS, PAGE)
     parser.add_argument("--only", choices=[setting.name for setting in FULL.settings], help="one setting alone")
-    parser.add_argument("--report-only", action="store_true", help="write the page of the committed figures anew")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    given = parser.parse_args()
+    given = given_to(parser)
     if given.report_only:
         write_page(given.results, given.page)
         return
-    if given.corpora is None:
-        parser.error("--corpora is needed: the folder of the texts")
-    if given.quick:
-        given.work.mkdir(parents=True, exist_ok=True)
-        given.results, given.page = given.work / "retro_gain.json", given.work / "experiments.md"
     run(QUICK if given.quick else FULL, given.corpora, given.work, given.results, given.page, given.only)
 
 

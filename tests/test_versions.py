@@ -3,6 +3,7 @@
 The labels R1 to R7 are those of the requirements of REALM mode.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -533,6 +535,21 @@ def test_watch_R5_a_second_refresher_goes_on_where_the_first_one_died(
     assert published in ([2], [])  # the kill may have come a moment after the switch
     assert manifest_of(database)["version"]["step"] == 100
     assert watch(database, folder)[0] == []
+
+
+def test_watch_R5_another_writers_turn_between_publishing_and_retiring_ends_nothing(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def taken(storage: Storage) -> Iterator[None]:
+        raise LockedError(f"{storage.url} is being built by another process.")
+        yield
+
+    exports = tmp_path / "exports"
+    export(exports, encoders[1], 5)
+    (exports / "done").touch()
+    monkeypatch.setattr("retrodb.pipelines.watch.writer_lock", taken)
+    assert watch(database, exports)[0] == [2]
 
 
 def test_watch_R5_an_export_that_is_no_encoder_is_said_and_left_out(

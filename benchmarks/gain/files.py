@@ -1,5 +1,6 @@
 """What experiments keep: files that are whole or not there, the claim on a work folder, the machine they ran on."""
 
+import argparse
 import json
 import platform
 import sys
@@ -21,6 +22,36 @@ def claim(work: Path, experiment: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text("utf-8")) != own:
         sys.exit(f"{work} holds another experiment (see {path}): name another --work, or remove it.")
     write_json(path, own)
+
+
+def arguments(about: str | None, folder: str, results: Path, page: Path) -> argparse.ArgumentParser:
+    """What every experiment takes.
+
+    Args:
+        about: the script's docstring.
+        folder: the work folder, if none is named.
+        results: the committed figures.
+        page: the page that is made of them.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, help="folder of the texts")
+    parser.add_argument("--work", type=Path, default=Path(folder), help="for databases, models and finished parts")
+    parser.add_argument("--quick", action="store_true", help="a small experiment, in minutes")
+    parser.add_argument("--report-only", action="store_true", help="write the page of the committed figures anew")
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--page", type=Path, default=page)
+    return parser
+
+
+def given_to(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given. A quick experiment's figures and page go into the work folder: they are not the experiment's."""
+    given = parser.parse_args()
+    if not given.report_only and given.corpora is None:
+        parser.error("--corpora is needed: the folder of the texts")
+    if given.quick:
+        given.work.mkdir(parents=True, exist_ok=True)
+        given.results, given.page = given.work / given.results.name, given.work / given.page.name
+    return given
 
 
 def machine() -> dict[str, str]:
