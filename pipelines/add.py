@@ -1,10 +1,10 @@
 """add: documents join a database, at a cost that follows what is new, as its next version (realm.md, C2).
 
 What is new goes through the text stages and the encoder as a small database of its own, whose shards are numbered where
-those that are there end. Then the index takes the new vectors as further shards under the quantiser it has; the new
-chunks are searched in all of it; and each old chunk, compared with the new index shards alone, takes what is nearer.
-Training shards and leakage are made anew where neighbours changed. With an exact index the neighbours are those that a
-build of everything would find.
+those that are there end; near-duplicates are looked for in what is there, too (`retrodb.pipelines.extend_dedup`). Then
+the index takes the new vectors as further shards under the quantiser it has; the new chunks are searched in all of it;
+and each old chunk, compared with the new index shards alone, takes what is nearer. Training shards and leakage are made
+anew where neighbours changed. With an exact index the neighbours are those that a build of everything would find.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from typing import Final
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
-from retrodb.pipelines.dedup_stage import build_dedup
+from retrodb.pipelines.dedup_stage import CUT, comparable, report_anew
+from retrodb.pipelines.execute import Executor
 from retrodb.pipelines.extend import (
     extend_block_duplicates,
     extend_index,
@@ -22,8 +23,10 @@ from retrodb.pipelines.extend import (
     extend_report,
     extend_training,
 )
+from retrodb.pipelines.extend_dedup import extend_dedup, relabel
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, same_ingredients
+from retrodb.pipelines.integrity import damaged_shards
 from retrodb.pipelines.lineage import beginning, chained
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
@@ -86,33 +89,27 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
         refuse_unfinished(out, current, "documents are added")
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
-        _refuse_unfit(out, config)
+        _refuse_unfit(out, current, config)
         queries = QueriesOfNew.of(current, out.url)
         refuse_damaged(out, current)
         addition = _Addition(out, next_version(current), current, config, run, progress, runner, queries)
         return addition.joined(addition.new(inputs))
 
 
-def _refuse_unfit(out: Storage, config: BuildConfig) -> None:
+def _refuse_unfit(out: Storage, current: Manifest, config: BuildConfig) -> None:
     """What an addition cannot keep true is refused.
 
     Raises:
-        InputError: says which setting.
+        InputError: near-duplicates matter, but there is no text to find them in.
     """
-    if config.has_validation and config.decontaminate:
+    decontaminated = config.has_validation and config.decontaminate and config.dedup != "off"
+    matters = {"--exclude cluster": config.exclude == "cluster", "--dedup drop": config.dedup == "drop"}
+    matters["validation documents kept apart"] = decontaminated
+    named = [name for name, given in matters.items() if given]
+    if named and current.rows("documents") and not comparable(current):
         raise InputError(
-            f"{out.url} keeps near-duplicates of its validation documents out: what is added is not compared with them "
-            "as yet. Build anew with all inputs."
-        )
-    if config.rerank != "none":
-        raise InputError(
-            f"{out.url} was built with --rerank {config.rerank}: which candidates of its chunks give way to something "
-            "nearer is not kept. Build anew with all inputs."
-        )
-    if config.exclude == "cluster" or config.dedup == "drop":
-        raise InputError(
-            f"{out.url} was built with --exclude {config.exclude}, --dedup {config.dedup}: what is added is not "
-            "compared with the near-duplicates that are there as yet. Build anew with all inputs."
+            f"{out.url} has {named[0]}, and its text is not kept (--no-text): what is added cannot be compared with it "
+            "for near-duplicates. Build anew with all inputs."
         )
 
 
@@ -140,7 +137,7 @@ class _Addition:
         config, ingredients = same_ingredients(self.out, self.current, self.config, self.run)
         config = config.model_copy(update={"validation": ()})
         place = VersionStorage(self.out.url, self.number, _NEW)
-        lay_out(place, Manifest(), lambda left: True, self.progress)
+        lay_out(place, Manifest(), lambda left: not any(damaged_shards(place, left).values()), self.progress)
         builder = Builder(
             inputs,
             place,
@@ -151,8 +148,9 @@ class _Addition:
             self.runner,
             (*_TEXT_TABLES, "embeddings"),
             next_shard(self.out, self.current),
+            self.current,
         )
-        for step in (build_corpus, build_dedup, build_chunks, build_embeddings):
+        for step in (build_corpus, extend_dedup, build_chunks, build_embeddings):
             step(builder)
             if step is build_corpus:
                 _refuse_known(self.out, self.current, builder.manifest)
@@ -163,13 +161,14 @@ class _Addition:
         """What is there and what is new together, published."""
         view = VersionStorage(self.out.url, self.number)
         end_leftover_job(view, self.progress)
-        merged = _merged(self.current, new, self.number)
+        merged = relabel(_merged(self.current, new, self.number), new, view, Executor(self.runner, self.progress))
         left = Manifest.load(view)
-        if left is None or left.shards("chunks") != merged.shards("chunks"):
+        if left is None or any(left.shards(table) != merged.shards(table) for table in ("documents", "chunks")):
             merged.save(view)
         nothing = Ingredients(None, "", None)
         tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])
         builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, tables)
+        report_anew(builder)
         extend_block_duplicates(builder)
         extend_index(builder, self.current, new)
         changed = extend_neighbours(builder, self.current)
@@ -201,7 +200,7 @@ def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:
 def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
     """The manifest up to the encoder, as a build of everything would record it but for the numbers of its shards."""
     tables = {
-        table: (*current.shards(table), *new.shards(table))
+        table: tuple(sorted({shard.number: shard for shard in (*current.shards(table), *new.shards(table))}.values()))
         for table in (*_TEXT_TABLES, "embeddings")
         if current.shards(table) or new.shards(table) or table in current.tables
     }
@@ -216,7 +215,14 @@ def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:
         {table: shards for table, shards in tables.items() if shards or table in ("quarantine", "duplicates")},
         Version(number, current.version.id, "add", current.version.step),
     )
-    return replace(merged, inputs=[*current.inputs, *new.inputs])
+    dedup = merged.stages["dedup"]
+    details = dict(dedup.details)
+    details[CUT] = max(manifest.stages["dedup"].details.get(CUT, 0) for manifest in (current, new))
+    return replace(
+        merged,
+        inputs=[*current.inputs, *new.inputs],
+        stages={**merged.stages, "dedup": replace(dedup, details=details)},
+    )
 
 
 def _sum(before: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:

@@ -97,6 +97,8 @@ class Builder:
     """Those whose folders are this build's to clear: of a later version, its own alone."""
     first_shard: int = 0
     """The number of the first document shard: of documents that join others, the first that is free."""
+    joins: Manifest | None = None
+    """The version that the documents join, if they do."""
     manifest: Manifest = field(init=False)
     executor: Executor = field(init=False)
     damage: dict[str, set[int]] = field(init=False)

@@ -16,7 +16,7 @@ from retrodb.pipelines import compaction, stages
 from retrodb.pipelines import index as index_stage
 from retrodb.pipelines.builder import Builder, add_counts
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
-from retrodb.pipelines.dedup_stage import write_report
+from retrodb.pipelines.dedup_stage import report_anew
 from retrodb.pipelines.execute import Executor
 from retrodb.pipelines.extend import extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
@@ -37,10 +37,7 @@ from retrodb.deletions import Deletions
 from retrodb.errors import InputError
 from retrodb.manifest import (
     MANIFEST_NAME,
-    REPORT_PATH,
-    REPORT_SHA256,
     SPANS_STAGE,
-    STAGE_REPORTS,
     TABLES,
     TEMPLATE_NUMBER,
     TEXT_STAGES,
@@ -113,11 +110,6 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
             )
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
-        if config.rerank != "none":
-            raise InputError(
-                f"{out.url} was built with --rerank {config.rerank}: which candidates of its chunks take the place of "
-                "deleted ones is not kept. Build anew without those documents; until then they are masked."
-            )
         refuse_damaged(out, current)
         return _Compaction(out, current, gone, config, run, progress, runner).run_all()
 
@@ -151,7 +143,7 @@ class _Compaction:
         builder = Builder(
             [], view, self.config, self.run, self.progress, Ingredients(None, "", None), self.runner, TABLES
         )
-        self._dedup_report(builder)
+        report_anew(builder)
         self._index(builder)
         searched = self._neighbours(builder)
         if "training" in stages_of(self.config.unit):
@@ -244,16 +236,6 @@ class _Compaction:
             self.current, {"deleted": without}, counts, {number: rows for number, rows in held_out.items() if rows}
         )
 
-    def _dedup_report(self, builder: Builder) -> None:
-        """The report of near-duplicates names documents: it is written for those that are left."""
-        state = builder.manifest.stages["dedup"]
-        if REPORT_SHA256 not in state.details:
-            return
-        where = builder.storage.placed(STAGE_REPORTS["dedup"])
-        details = {**state.details, REPORT_PATH: where, REPORT_SHA256: write_report(builder, state)}
-        builder.manifest = builder.manifest.with_stage("dedup", replace(state, details=details), {})
-        builder.manifest.save(builder.storage)
-
     # -- index and neighbours --------------------------------------------------------------------------------------
 
     def _index(self, builder: Builder) -> None:
@@ -293,11 +275,17 @@ class _Compaction:
         builder.progress.end(f"{len(receipts):,} index shards made again")
 
     def _neighbours(self, builder: Builder) -> int:
-        """Neighbours of what is left; how many chunks were searched anew."""
+        """Neighbours of what is left; how many chunks were searched anew.
+
+        Where candidates are re-ranked that is all of them: those that gave way to better ones are not kept.
+        """
         index, choice = builder.manifest.stages["index"], choice_of(self.current)
         parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
         if builder.is_current("neighbours", parts):
             return 0
+        if self.config.rerank != "none":
+            build_neighbours(builder)
+            return builder.manifest.rows("neighbours")
         book = builder.book("neighbours", parts)
         nprobe = int(self.current.stages["neighbours"].details["nprobe"])
         settings = replace(search_settings(builder, choice), nprobe=nprobe, together=True)

@@ -6,7 +6,9 @@
     cluster   near-duplicates           -> clusters, and which documents are removed  the driver
     write     a shard's clusters        -> its ``duplicates`` shard                   a task a shard
 
-Documents are addressed as they were read; the ids they are given in the end leave no gap for removed ones.
+Documents are addressed by their rows as they were read; the ids they are given in the end leave no gap for removed
+ones. Documents that join a database are compared with those that are there as well, whose rows are not always their
+ids (`retrodb.pipelines.extend_dedup`).
 """
 
 import functools
@@ -35,6 +37,7 @@ from retrodb.corpus.near_duplicates import (
     sketch,
     unique_pairs,
 )
+from retrodb.deletions import Deletions
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -53,20 +56,36 @@ _ROW_MASK: Final = (1 << ID_SHIFT) - 1
 # -- sketch ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ToSketch:
+    """A document shard, and the shards of the table ``deleted``: what they name is passed over."""
+
+    documents: File
+    deleted: tuple[Shard, ...] = ()
+
+
 def sketch_path(book: ReceiptBook, number: int) -> str:
-    """uint64 [BANDS + 1, n]: the bands of a shard's documents, and their whole signatures."""
+    """uint64 [BANDS + 2, n]: the bands of a shard's documents, their whole signatures, and their rows, ascending."""
     return f"{book.folder}/{number:05d}.npy"
 
 
 def _sketch(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
-    found = sketch(book.storage.read_table(task.payload, ["text"])["text"])
-    book.storage.commit_array(sketch_path(book, task.number), np.vstack([found.bands, found.signatures[None]]))
+    item: ToSketch = task.payload
+    documents = book.storage.read_table(item.documents, ["document_id", "text"] if item.deleted else ["text"])
+    rows = np.arange(documents.num_rows)
+    if item.deleted:
+        gone = Deletions.of_shards(book.storage, item.deleted)
+        rows = rows[~gone.of_documents(documents["document_id"].to_numpy())]
+        documents = documents.take(pa.array(rows))
+    found = sketch(documents["text"])
+    everything = np.vstack([found.bands, found.signatures[None], rows[None].astype(np.uint64)])
+    book.storage.commit_array(sketch_path(book, task.number), everything)
     yield Receipt(task.number)
 
 
-def sketch_tasks(documents: Sequence[Shard]) -> list[Task]:
+def sketch_tasks(documents: Sequence[Shard], deleted: tuple[Shard, ...] = ()) -> list[Task]:
     """One task a document shard."""
-    return [Task(shard.number, as_read(shard), weight=shard.bytes) for shard in documents]
+    return [Task(shard.number, ToSketch(as_read(shard), deleted), weight=shard.bytes) for shard in documents]
 
 
 def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
@@ -79,11 +98,13 @@ def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[
 
 @dataclass(frozen=True)
 class PairSettings:
-    """The sketches, and in how many parts the documents of a band are compared."""
+    """The sketches, in how many parts the documents of a band are compared, and the first shard of documents that join
+    others: of pairs of those before, all is known."""
 
     sketches: ReceiptBook
     shards: tuple[int, ...]
     parts: int
+    joining: int = 0
 
 
 def pairs_path(book: ReceiptBook, wave: int, shard: int) -> str:
@@ -114,7 +135,7 @@ class EmitBands(StageDoFn):
         wave, bands, shard = element
         with self._naming(shard):
             sketches = self._storage.read_array(sketch_path(self._settings.sketches, shard))
-            rows = np.arange(sketches.shape[1], dtype=np.uint64)
+            rows = sketches[BANDS + 1]
             for band in bands:
                 part_of = sketches[band] % np.uint64(self._settings.parts)
                 for part in np.unique(part_of):
@@ -139,7 +160,7 @@ class FindPairs(StageDoFn):
             shards = np.repeat([shard for shard, _ in read], [columns.shape[1] for _, columns in read])
             ids = (shards.astype(np.int64) << ID_SHIFT) + records[1].astype(np.int64)
             found = candidate_pairs(records[0], ids, records[2], band, self._bands_of)
-            for shard, own in _by_shard(found.pairs, 0):
+            for shard, own in _by_shard(found.pairs[found.pairs[:, 1] >> ID_SHIFT >= self._settings.joining], 0):
                 yield (wave, shard), own.tobytes()
             yield (wave, -1), np.array([[band, found.cut]], dtype=np.int64).tobytes()
 
@@ -148,7 +169,8 @@ class FindPairs(StageDoFn):
         parts = []
         for shard in np.unique(shards):
             sketches = self._storage.read_array(sketch_path(self._settings.sketches, int(shard)))
-            parts.append(sketches[:BANDS, ids[shards == shard] & _ROW_MASK])
+            own = np.searchsorted(sketches[BANDS + 1], (ids[shards == shard] & _ROW_MASK).astype(np.uint64))
+            parts.append(sketches[:BANDS, own])
         return np.concatenate(parts, axis=1)
 
 

@@ -1,6 +1,7 @@
 """The dedup stage: near-duplicate clusters, and which documents the database goes without."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,8 +25,20 @@ from retrodb.corpus.near_duplicates import (
     unique_pairs,
 )
 from retrodb.errors import InputError
-from retrodb.manifest import DEDUP_REPORT, WORK_FOLDER, StageState
+from retrodb.manifest import (
+    DEDUP_REPORT,
+    REPORT_PATH,
+    REPORT_SHA256,
+    STAGE_REPORTS,
+    WORK_FOLDER,
+    Manifest,
+    Shard,
+    StageState,
+    fingerprint,
+)
 
+CUT: Final = "not_compared_with_all"
+"""Key of the stage's details: documents that share most of their text with too many others."""
 _SMALL_SKETCH_BYTES: Final = 8 << 20
 _SMALL_PAIR_RECORDS: Final = 10_000_000
 _SMALL_COMPARE_BYTES: Final = 8 << 20
@@ -35,9 +48,18 @@ _SHOWN_KEYS: Final = 5
 
 
 def dedup_parts(builder: Builder) -> dict[str, Any]:
-    """What the dedup stage would be made from now."""
+    """What the dedup stage would be made from now: of documents that join others, from those as well."""
     corpus = builder.manifest.stages.get("corpus")
-    return stages.dedup_parts(corpus.fingerprint if corpus else "", builder.config)
+    parts = stages.dedup_parts(corpus.fingerprint if corpus else "", builder.config)
+    if builder.joins is None or builder.config.dedup == "off":
+        return parts
+    there = [[shard.path, shard.sha256] for shard in comparable(builder.joins) + builder.joins.shards("deleted")]
+    return {**parts, "there": fingerprint({"shards": there})}
+
+
+def comparable(manifest: Manifest) -> tuple[Shard, ...]:
+    """The document shards of a database that others can be compared with: none where its text is not kept."""
+    return manifest.shards("documents") if manifest.config.get("text", True) else ()
 
 
 def build_dedup(builder: Builder) -> None:
@@ -74,28 +96,38 @@ def build_dedup(builder: Builder) -> None:
         parts,
         shards_by_table(written, "duplicates"),
         counts,
-        {"not_compared_with_all": cut},
+        {CUT: cut},
         report=None if found is None else lambda state: write_report(builder, state),
     )
     builder.progress.end("near-duplicates were not looked for" if found is None else describe(counts))
 
 
 def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, int]:
-    """The clusters of all documents, and how many were not compared with all that share a band with them.
+    """The clusters of all documents, and how many were not compared with all that share a band with them."""
+    pairs, cut = near_duplicate_pairs(builder, book)
+    return assigned(builder, pairs), cut
 
-    Every step but the last, which is cheap, resumes.
+
+def near_duplicate_pairs(builder: Builder, book: ReceiptBook) -> tuple[np.ndarray, int]:
+    """The near-duplicates among documents as they were read, int64 [p, 2] of shard << 32 | row, the smaller first; and
+    how many documents were not compared with all that share a band with them.
+
+    Of documents that join others: those pairs of which the second one is new. Every step resumes.
     """
-    documents = builder.source_documents()
+    there = comparable(builder.joins) if builder.joins else ()
+    deleted = builder.joins.shards("deleted") if builder.joins else ()
+    documents = [*there, *builder.source_documents()]
     total = sum(shard.rows for shard in documents)
     sketches, pairs, compared = (ReceiptBook(book.storage, book.stage, book.fingerprint, s) for s in _STEPS)
     builder.executor.complete(
         sketches,
-        dedup.sketch_tasks(documents),
+        dedup.sketch_tasks(there, deleted) + dedup.sketch_tasks(builder.source_documents()),
         lambda pipeline, tasks: dedup.sketch_pipeline(pipeline, sketches, tasks),
         unit="bytes",
         small=_SMALL_SKETCH_BYTES,
     )
-    pairing = PairSettings(sketches, tuple(s.number for s in documents if s.rows), dedup.parts_for(total))
+    shards = tuple(shard.number for shard in documents if shard.rows)
+    pairing = PairSettings(sketches, shards, dedup.parts_for(total), builder.first_shard if there else 0)
     receipts = builder.executor.complete(
         pairs,
         dedup.pair_tasks(total),
@@ -123,26 +155,31 @@ def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, i
         waves=dedup.one_task_a_wave,
     )
     parts = [builder.storage.read_array(dedup.near_duplicates_path(compared, task.number)) for task in tasks]
-    found = assigned(builder, unique_pairs(np.concatenate([np.empty((0, 2), np.int64), *parts])))
+    found = unique_pairs(np.concatenate([np.empty((0, 2), np.int64), *parts]))
     return found, max(receipt.details["cut"] for receipt in receipts.values())
 
 
-_STEPS: Final = ("sketch", "pair", "compare")
+_STEPS: Final = ("sketches", "pair", "compare")
 
 
 def assigned(builder: Builder, pairs: np.ndarray) -> Assignments:
     """Clusters of near-duplicates int64 [p, 2], with what is removed of them."""
     ids, labels = clusters(pairs)
-    validation = _validation(builder, ids)
+    validation = of_validation(builder, ids)
     config = builder.config
     repeats, contaminated = removals(labels, validation, config.dedup == "drop", config.decontaminate)
-    rules = np.zeros(len(ids), dtype=np.int8)
+    return Assignments.of(ids, labels, rule_codes(repeats, contaminated))
+
+
+def rule_codes(repeats: np.ndarray, contaminated: np.ndarray) -> np.ndarray:
+    """`Assignments.rules`, int8 [n], of what `removals` says."""
+    rules = np.zeros(len(repeats), dtype=np.int8)
     rules[repeats] = 1 + DEDUP_RULES.index(NEAR_DUPLICATE)
     rules[contaminated] = 1 + DEDUP_RULES.index(VALIDATION_DUPLICATE)
-    return Assignments.of(ids, labels, rules)
+    return rules
 
 
-def _validation(builder: Builder, ids: np.ndarray) -> np.ndarray:
+def of_validation(builder: Builder, ids: np.ndarray) -> np.ndarray:
     """bool [n]: which documents, by their ids as read, are of the validation split."""
     found = np.zeros(len(ids), dtype=bool)
     if not builder.config.has_validation:
@@ -192,6 +229,17 @@ def refuse_no_training(builder: Builder, removed: int) -> None:
     raise InputError(f"nothing is left to retrieve from: {why}.")
 
 
+def report_anew(builder: Builder) -> None:
+    """The report of a version whose near-duplicates are not those of the version before: it names documents."""
+    state = builder.manifest.stages["dedup"]
+    if REPORT_SHA256 not in state.details:
+        return
+    where = builder.storage.placed(STAGE_REPORTS["dedup"])
+    details = {**state.details, REPORT_PATH: where, REPORT_SHA256: write_report(builder, state)}
+    builder.manifest = builder.manifest.with_stage("dedup", replace(state, details=details), {})
+    builder.manifest.save(builder.storage)
+
+
 def write_report(builder: Builder, state: StageState) -> str:
     """Commit ``reports/dedup.json``: what was found and removed, and the largest clusters; its sha256.
 
@@ -210,7 +258,7 @@ def write_report(builder: Builder, state: StageState) -> str:
         "clusters": state.counts["clusters"],
         "clustered": state.counts["clustered"],
         "removed": {rule: state.counts[f"dropped.{rule}"] for rule in DEDUP_RULES},
-        "not_compared_with_all": state.details["not_compared_with_all"],
+        CUT: state.details[CUT],
         "clusters_by_size": dict(zip(map(str, by_size.tolist()), numbers.tolist(), strict=True)),
         "largest": [
             {"cluster_id": int(names[at]), "documents": int(sizes[at]), "keys": keys[int(names[at])]} for at in largest

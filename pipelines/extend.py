@@ -29,12 +29,12 @@ from retrodb.pipelines.retrieval_stages import (
     search_settings,
 )
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
-from retrodb.pipelines.shards import ShardFiles, shard_files, validation_chunks
+from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, shard_files, validation_chunks
 from retrodb.pipelines.tasks import DealOut, Task
 
 from retrodb.index import MISSING, bytes_per_vector, group_shards
 from retrodb.manifest import LARGEST_NORM, LEFT_OUT, TEMPLATE_NUMBER, Manifest, Shard
-from retrodb.neighbours import UidSource, from_table
+from retrodb.neighbours import NO_CLUSTER, UidSource, from_table
 from retrodb.neighbours.select import distinct
 from retrodb.neighbours.table import Neighbours
 from retrodb.quality.leakage import histograms, worst_rows
@@ -112,7 +112,19 @@ class OldNeighbours:
 
 class TakeNearer(SearchShard):
     """Task (a query shard that was there) -> its neighbours, with what is nearer of the new index shards; the shard as
-    it was where nothing is."""
+    it was where nothing is.
+
+    Chunks with a neighbour whose document has become a near-duplicate of theirs are searched anew, where those are
+    excluded: ``whole`` are the settings for all of the index.
+    """
+
+    def __init__(self, book: ReceiptBook, settings: SearchSettings, whole: SearchSettings) -> None:
+        super().__init__(book, settings)
+        self._anew = SearchShard(book, whole)
+
+    def setup(self) -> None:
+        super().setup()
+        self._anew.setup()
 
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
@@ -125,10 +137,24 @@ class TakeNearer(SearchShard):
         before = from_table(self._storage.read_table(payload.before))
         found = self._found(payload.query.files)
         merged = nearest_of(before, found, self._settings.metric, self._uids)
+        rows = self._joined(payload.query.files, before)
+        if len(rows):
+            merged = merged.put(rows, self._anew._found(payload.query.files, rows))
         if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
             self._account(task.number, before, payload.before)
         else:
             self._finish(task.number, merged)
+
+    def _joined(self, files: ShardFiles, before: Neighbours) -> np.ndarray:
+        """int64 [m]: the rows that name a chunk of what is their own near-duplicate cluster now."""
+        if self._settings.exclude != "cluster":
+            return np.empty(0, np.int64)
+        document_ids = chunk_columns(self._storage, files)[1]
+        own = chunk_clusters(self._storage, files, document_ids)
+        found, there = before.neighbour_document_ids, before.neighbour_ids >= 0
+        theirs = np.full(found.shape, NO_CLUSTER)
+        theirs[there] = self._clusters.of_documents(found[there])
+        return np.flatnonzero(((theirs == own[:, None]) & (theirs != NO_CLUSTER)).any(axis=1))
 
 
 def nearest_of(before: Neighbours, found: Neighbours, metric: str, uids: UidSource | None = None) -> Neighbours:
@@ -161,6 +187,8 @@ def nearest_of(before: Neighbours, found: Neighbours, metric: str, uids: UidSour
 def extend_neighbours(builder: Builder, current: Manifest) -> int:
     """The new chunks' neighbours, searched in everything; those of the others, as far as something new is nearer.
 
+    Where candidates are re-ranked all are searched anew: those that gave way to better ones are not kept.
+
     Returns:
         The shards of old chunks that changed.
     """
@@ -168,13 +196,14 @@ def extend_neighbours(builder: Builder, current: Manifest) -> int:
     index = builder.manifest.stages["index"]
     parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     before = {shard.number: shard for shard in current.shards("neighbours")}
-    if not builder.is_current("neighbours", parts):
+    if builder.config.rerank != "none":
+        build_neighbours(builder)
+    elif not builder.is_current("neighbours", parts):
         book = builder.book("neighbours", parts)
         there = set(current.shards("index"))
-        settings = search_settings(builder, choice)
         nprobe = int(current.stages["neighbours"].details["nprobe"])
-        some = tuple(file for file in settings.index if file.path not in there)
-        settings = replace(settings, index=some, nprobe=nprobe, together=True)
+        whole = replace(search_settings(builder, choice), nprobe=nprobe, together=True)
+        settings = replace(whole, index=tuple(file for file in whole.index if file.path not in there))
         files = shard_files(builder.manifest)
         tasks = [
             Task(n, OldNeighbours(QueryShard(files[n]), shard), weight=shard.rows)
@@ -182,16 +211,16 @@ def extend_neighbours(builder: Builder, current: Manifest) -> int:
         ]
         builder.begin("neighbours", parts)
         builder.executor.complete(
-            book, tasks, functools.partial(_take_pipeline, book, settings), unit="chunks", small=SMALL_QUERIES
+            book, tasks, functools.partial(_take_pipeline, book, settings, whole), unit="chunks", small=SMALL_QUERIES
         )
         build_neighbours(builder)
     return sum(before.get(s.number, s) != s for s in builder.manifest.shards("neighbours"))
 
 
 def _take_pipeline(
-    book: ReceiptBook, settings: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
+    book: ReceiptBook, settings: SearchSettings, whole: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
 ) -> beam.PCollection:
-    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings))
+    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings, whole))
 
 
 # -- what follows from neighbours --------------------------------------------------------------------------------------

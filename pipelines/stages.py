@@ -47,6 +47,7 @@ STAGE_READS: Final = {
 
 UPSTREAM: Final = {
     "corpus": "the documents",
+    "there": "the documents that are there",
     "documents": "the documents that are kept",
     "chunks": "the chunks",
     "embeddings": "the embeddings",

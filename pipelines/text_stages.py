@@ -53,7 +53,8 @@ def build_corpus(builder: Builder) -> None:
     fields = FieldNames(config.text_field, config.id_field, config.title_field)
     split_of = FractionSplit(config.validation_fraction, config.seed) if config.validation_fraction else all_train
     again = is_read_again(builder, parts)
-    if again or (not builder.is_current("corpus", parts) and (builder.manifest.tables or config.has_validation)):
+    fresh = not builder.is_current("corpus", parts) and (builder.manifest.tables or config.has_validation)
+    if builder.joins is None and (again or fresh):
         refuse_useless(layout, fields, split_of, config)
     if again:
         reasons = stages.why_rebuilt(builder.manifest, "dedup", dedup_parts(builder))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from near_duplicates import assert_conserved, counts_of, half_new, varied, verified, words_of
 from support import (
     Running,
     always_use_workers,
@@ -23,12 +24,10 @@ from support import (
     rows_of,
     stamps,
     strays,
-    table_of,
     vectors_of,
     write_jsonl,
 )
 
-from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, UsageError
 
 pytestmark = pytest.mark.slow
@@ -36,23 +35,6 @@ pytestmark = pytest.mark.slow
 TABLES = ("documents", "duplicates", "chunks", "embeddings", "index", "neighbours", "training")
 FAMILIES = {"a": 3, "b": 2, "c": 5}
 """Near-duplicate documents made of one original each."""
-
-
-def words_of(seed: int, number: int = 300) -> list[str]:
-    """Words of a seeded random walk through real text, so that no two seeds share 13 in a row."""
-    chance = random.Random(seed)
-    vocabulary = sorted({word for line in quickstart_lines() for word in json.loads(line)["text"].split()[:400]})
-    return [chance.choice(vocabulary) for _ in range(number)]
-
-
-def varied(words: list[str], copy: int) -> str:
-    """The words with one changed: 13 of some 290 13-grams are others, a Jaccard similarity of 0.91."""
-    return " ".join([*words[: 40 + 3 * copy], f"changed{copy}", *words[41 + 3 * copy :]])
-
-
-def half_new(words: list[str], copy: int) -> str:
-    """Half the words are others: far below 0.8."""
-    return " ".join([*words[:150], *words_of(9_000 + copy, 150)])
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +58,6 @@ def made(source: Path, out: Path, encoder: Path, **settings: Any) -> Any:
 def family_of(key: str) -> str | None:
     family = key.split("-", maxsplit=1)[0]
     return family if family in FAMILIES else None
-
-
-def counts_of(database: Path) -> dict[str, Any]:
-    import retrodb as package
-
-    return package.open(str(database)).summary()["documents"]
-
-
-def assert_conserved(database: Path) -> None:
-    counts = counts_of(database)
-    assert counts["in"] == counts["kept"] + sum(counts["dropped"].values()) + counts["quarantined"]
-    assert counts["kept"] == table_of(database, "documents").num_rows
-
-
-def verified(database: Path) -> None:
-    import retrodb as package
-    from retrodb.quality.verify import verify_database
-
-    report = verify_database(package.open(str(database)), sample=1.0)
-    assert report.ok, report.problems
 
 
 @pytest.fixture(scope="module")

@@ -471,8 +471,5 @@ def test_an_addition_that_cannot_be_meant_changes_nothing(
         assert stamps(database)[path] == stamp
     assert package.open(str(database)).version == 1
     assert problems(database) == []
-    build_here([halves[0]], tmp_path / "near", encoder=str(tiny_encoder), exclude="cluster", **ADDED)
-    with pytest.raises(InputError, match="--exclude cluster"):
-        added(tmp_path / "near", halves[1])
     with pytest.raises(InputError, match="is not a retrodb database"):
         added(tmp_path / "nothing", halves[1])

@@ -189,6 +189,10 @@ def test_rows_are_the_best_of_the_nearest(method: str, reranked: Path, tmp_path:
     db = reranked
     if method != "bm25":
         db = build_topics(tmp_path, tiny_encoder, **{**SETTINGS, "rerank": method, "until": "neighbours"})
+    assert_best_of_nearest(db, method)
+
+
+def assert_best_of_nearest(db: Path, method: str) -> None:
     rows = rows_of(db, "neighbours")
     assert len(rows) > 40
     for row, (ids, distances, ranks) in zip(rows, brute_force(db, method, 4, 12), strict=True):
@@ -361,7 +365,7 @@ def test_a_whole_database_is_verified(reranked: Path) -> None:
 # -- what goes with it, and what does not ------------------------------------------------------------------------------
 
 
-def test_a_refresh_keeps_it_and_additions_and_compactions_are_refused(
+def test_a_refresh_keeps_it_and_additions_and_compactions_search_everything_anew(
     copy: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     from retrodb.pipelines.add import add
@@ -376,11 +380,13 @@ def test_a_refresh_keeps_it_and_additions_and_compactions_are_refused(
     from retrodb.corpus.selection import Selection
 
     more = write_jsonl(tmp_path / "more.jsonl", topics(4, first=200))
-    with pytest.raises(InputError, match="--rerank bm25"):
-        add(Storage(str(copy)), expand_inputs([str(more)]).files, RunSettings(workers=1), Silent())
+    add(Storage(str(copy)), expand_inputs([str(more)]).files, RunSettings(workers=1), Silent())
+    assert_best_of_nearest(copy, "bm25")
     delete(Storage(str(copy)), Selection(ids=(0,)), Silent())
-    with pytest.raises(InputError, match="--rerank bm25.*until then they are masked"):
-        compact(Storage(str(copy)), RunSettings(workers=1), Silent())
+    done = compact(Storage(str(copy)), RunSettings(workers=1), Silent())
+    assert done.searched == len(rows_of(copy, "chunks"))
+    assert_best_of_nearest(copy, "bm25")
+    assert verify(copy).ok
     refresh(Storage(str(copy)), str(make_tiny_encoder(tmp_path / "other", seed=5)), RunSettings(workers=1), Silent())
     db = library.open(str(copy))
     assert db.manifest.stages["neighbours"].made_from["rerank"] == "bm25"

@@ -291,30 +291,37 @@ def clusters(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def removals(
-    labels: np.ndarray, validation: np.ndarray, drop: bool, decontaminate: bool
+    labels: np.ndarray, validation: np.ndarray, drop: bool, decontaminate: bool, there: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which documents of clusters are removed from the database, and why.
 
     A training document is removed where its cluster holds a validation document (with ``decontaminate``), or an earlier
-    training document that stays (with ``drop``). Validation documents always stay.
+    training document that stays (with ``drop``). What is in a database already stays, so that a validation document
+    that joins it is removed where it repeats a training document that is ``there``; otherwise validation documents
+    always stay.
 
     Args:
         labels: int64 [n], clusters of documents in ascending order of their ids.
         validation: bool [n].
         drop: keep one training document of a cluster.
         decontaminate: keep none that repeats a validation document.
+        there: bool [n], which are in the database already; None for none.
 
     Returns:
         bool [n], removed as `NEAR_DUPLICATE`; bool [n], removed as `VALIDATION_DUPLICATE`.
     """
-    contaminated = ~validation & np.isin(labels, labels[validation]) & decontaminate
+    there = np.zeros(len(labels), dtype=bool) if there is None else there
+    trained_on, times = np.unique(labels[there & ~validation], return_counts=True)
+    # With ``drop`` one that joins two clusters would leave both of their documents in one.
+    late = validation & ~there & np.isin(labels, trained_on if decontaminate else trained_on[(times > 1) & drop])
+    contaminated = ~validation & ~there & np.isin(labels, labels[validation & ~late]) & decontaminate
     staying = np.flatnonzero(~validation & ~contaminated)
     repeats = np.zeros(len(labels), dtype=bool)
     if drop:
         _, firsts = np.unique(labels[staying], return_index=True)
         repeats[staying] = True
         repeats[staying[firsts]] = False
-    return repeats, contaminated
+    return repeats & ~there, contaminated | late
 
 
 def without_removed(documents: pa.Table, duplicates: pa.Table) -> pa.Table:
