@@ -315,7 +315,7 @@ def everything(halves: tuple[Path, Path], tiny_encoder: Path, tmp_path_factory: 
     return out
 
 
-def added(database: Path, *inputs: Path) -> object:
+def added(database: Path, *inputs: Path, progress: Progress | None = None) -> object:
     """Add in this process."""
     from retrodb.pipelines.add import add
 
@@ -323,7 +323,61 @@ def added(database: Path, *inputs: Path) -> object:
     from retrodb.corpus import expand_inputs
 
     listing = expand_inputs([str(path) for path in inputs])
-    return add(Storage(str(database)), listing.files, RunSettings(workers=1), Progress())
+    return add(Storage(str(database)), listing.files, RunSettings(workers=1), progress or Progress())
+
+
+def test_refresh_R6_of_a_changed_corpus_only_the_new_shards_are_embedded(
+    old: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    database = shutil.copytree(old, tmp_path / "db")
+    before = manifest_of(database)["tables"]["embeddings"]["shards"]
+    progress = Progress()
+    done = added(database, halves[1], progress=progress)
+    after = manifest_of(database)["tables"]["embeddings"]["shards"]
+    assert after[: len(before)] == before
+    assert all(shard["path"].startswith("versions/2/") for shard in after[len(before) :])
+    said = progress.lines[progress.lines.index("begin embed") + 1]
+    assert said.startswith(f"{done.chunks:,} vectors")
+    assert done.chunks == sum(shard["rows"] for shard in after[len(before) :])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"index_key": "IVF4,Flat", "metric": "ip"},
+        {"index_key": "OPQ16_32,IVF4,PQ16x8", "exclude": "none", "min_recall": 0.5},
+    ],
+)
+def test_add_C2_to_an_approximate_index_is_within_the_recall_gate(
+    halves: tuple[Path, Path], tiny_encoder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """Measured anew over old and new queries, and again here by brute force over every query."""
+    database = tmp_path / "db"
+    settings = {"min_recall": 0.8, "chunk_tokens": 16, **ADDED, "sequence_tokens": 64, "neighbours": 10, **settings}
+    build_here([halves[0]], database, encoder=str(tiny_encoder), **settings)
+    added(database, halves[1])
+    db = package.open(str(database))
+    measured = db.summary()["neighbours"]["recall_at_10"]
+    assert measured >= settings["min_recall"]
+    chunks = table_of(database, "chunks")
+    ids, owners = chunks["chunk_id"].to_numpy(), chunks["document_id"].to_numpy()
+    shards = manifest_of(database)["tables"]["embeddings"]["shards"]
+    vectors = np.concatenate([np.load(database / shard["path"]) for shard in shards]).astype(np.float32)
+    product = settings.get("metric") == "ip"
+    hits = []
+    for row in rows_of(database, "neighbours"):
+        at = int(np.searchsorted(ids, row["chunk_id"]))
+        distances = -(vectors @ vectors[at]) if product else ((vectors - vectors[at]) ** 2).sum(1)
+        allowed = ids != row["chunk_id"]
+        if settings.get("exclude") != "none":
+            allowed &= owners != owners[at]
+        exact = ids[allowed][np.lexsort((ids[allowed], distances[allowed]))][:10]
+        hits.append(len(set(exact.tolist()) & set(row["neighbour_ids"])) / 10)
+        found = [place for place in row["neighbour_ids"] if place is not None]
+        stored = distances[np.searchsorted(ids, found)] * (-1 if product else 1)
+        assert np.allclose(row["distances"], stored, rtol=1e-4, atol=1e-5)
+    assert float(np.mean(hits)) == pytest.approx(measured, abs=0.03)
+    assert problems(database) == []
 
 
 def test_add_C2_then_read_equals_build_all_then_read(
