@@ -18,6 +18,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from support import (
     Progress,
@@ -190,6 +191,37 @@ def test_refresh_R7_answers_carry_the_version(database: Path, encoders: list[Pat
     ran = retrodb("query", database, QUERY, "--version", 9)
     assert ran.code == 3
     assert "has no version 9; there are: 1, 2 (current: 2)" in ran.err
+
+
+def test_every_command_that_reads_takes_a_version(database: Path, encoders: list[Path], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from retrodb.cli import app
+
+    refreshed(database, encoders[1])
+    runner, db = CliRunner(), str(database)
+    out, model = ["--out", str(tmp_path / "out")], ["--checkpoint", "ckpt"]
+    for command in (
+        ["train", db, *out],
+        ["retrofit", db, "--base", "base", *out],
+        ["evaluate", db, *model],
+        ["generate", db, "text", *model],
+        ["evaluate-retrieval", db, "questions.jsonl"],
+        ["finetune-qa", db, "questions.jsonl", *out],
+        ["export", db, "--to", "huggingface", *out],
+        ["verify", db],
+    ):
+        ran = runner.invoke(app, [*command, "--version", "9"])
+        assert isinstance(ran.exception, InputError), (command, ran.output)
+        assert "has no version 9; there are: 1, 2 (current: 2)" in str(ran.exception)
+    for version in (1, 2):
+        ran = runner.invoke(
+            app, ["export", db, "--to", "huggingface", "--out", str(tmp_path / f"{version}"), "--version", str(version)]
+        )
+        assert ran.exit_code == 0, ran.output
+        rows = pq.read_table(tmp_path / f"{version}" / "neighbours")["neighbour_ids"].to_pylist()
+        expected = package.open(db, version=version).neighbours(0)
+        assert [found for found in rows[0] if found is not None] == [one.chunk_id for one in expected]
 
 
 def test_a_refresh_of_what_is_no_finished_database_is_refused(

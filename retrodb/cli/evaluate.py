@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.cli.train import Device, Precision, Threads, use_threads
 
 Number = Optional[str]
@@ -34,6 +34,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte on and off retrieval, by k, N and F, with random neighbours as the control, and by leakage."""
@@ -51,7 +52,7 @@ def evaluate(
         "precision": precision,
     }
     settings = make_settings({name: value for name, value in given.items() if value is not None})
-    db = open_database(database)
+    db = open_database(database, version=version)
     target = out or f"{checkpoint[0].rstrip('/')}/reports"
     for name, folder in (("out", target), ("cache", cache)):
         if folder is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 
 if TYPE_CHECKING:
     from retrodb.evaluation.intervals import Estimate
@@ -22,6 +22,7 @@ def evaluate_retrieval(
     encoder: Annotated[
         Optional[str], typer.Option(help="Where the encoder is now, if not where it was. Refused if it is another.")
     ] = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Zero-shot recall@k: does an answer, or a relevant document, stand among the first k? By exact search and by the
@@ -33,7 +34,7 @@ def evaluate_retrieval(
     from retrodb.evaluation.questions import QuestionSet  # noqa: PLC0415
     from retrodb.evaluation.retrieval import evaluate_retrieval as run  # noqa: PLC0415 - imports faiss
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     with contextlib.closing(make_progress()) as progress:
         result = run(db, QuestionSet(questions), ks, progress=progress, encoder=encoder)
     try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.errors import UsageError
 
 
@@ -44,6 +44,7 @@ def export(
     licence: Annotated[
         Optional[str], typer.Option("--license", help="huggingface: the card's license, as the Hub names it. [none]")
     ] = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Write a database as RETRO-pytorch, Megatron-LM or Hugging Face datasets read it (docs/export.md)."""
@@ -68,7 +69,7 @@ def export(
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     write = {
         Form.retro_pytorch: formats.export_retro_pytorch,
         Form.megatron: formats.export_megatron,

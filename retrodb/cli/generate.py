@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.cli.train import Device, Threads, use_threads
 
 
@@ -24,12 +24,13 @@ def generate(
     encoder: Annotated[Optional[str], typer.Option(help="Refused if it is not the database's.")] = None,
     device: Device = "auto",
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with a model, looking up the neighbours of each chunk in DB as it completes."""
     from retrodb import open as open_database  # noqa: PLC0415
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     use_threads(threads)
     from retrodb.generation import Sampling  # noqa: PLC0415 - imports torch
     from retrodb.generation import generate as run  # noqa: PLC0415

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 
 index_commands = typer.Typer(help="The index in other forms.", no_args_is_help=True)
 
@@ -20,6 +20,7 @@ def _index() -> None:
 def merge(
     database: Database,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new local folder, outside the database.")],
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Merge all index shards into one faiss index whose inverted lists stay on disk, for programs that know faiss."""
@@ -29,7 +30,7 @@ def merge(
     from retrodb.index.merged import merge_index  # noqa: PLC0415
     from retrodb.manifest import TEMPLATE_NUMBER  # noqa: PLC0415
 
-    db = open_database(database)
+    db = open_database(database, version=version)
     state = db.manifest.stages.get("index")
     if state is None:
         raise InputError(f"{database} has no index yet; run the build to its end.")

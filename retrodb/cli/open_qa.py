@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from retrodb.cli.echo import echo, echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.cli.train import Out, use_threads
 
 Questions = Annotated[
@@ -36,6 +36,7 @@ def finetune_qa(
         Optional[str], typer.Option(help="Where the database's encoder is now, if not where it was.")
     ] = None,
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune query encoder and span reader on QUESTIONS; DB's vectors stay as they are. Run again: it goes on."""
@@ -57,7 +58,9 @@ def finetune_qa(
     }
     settings = OpenQaSettings.make({name: value for name, value in given.items() if value is not None})
     with contextlib.closing(make_progress()) as progress:
-        trainer = OpenQaTrainer(open_database(database), QuestionSet(questions), out, settings, progress, encoder)
+        trainer = OpenQaTrainer(
+            open_database(database, version=version), QuestionSet(questions), out, settings, progress, encoder
+        )
         step = trainer.train()
     if as_json:
         echo_json({"checkpoint": out, "step": step, "log": trainer.log[-1:]})
@@ -72,6 +75,7 @@ def answer(
         Optional[str], typer.Option("--predictions", metavar="FILE", help="Write each answer as a line of JSON.")
     ] = None,
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTIONS from DB, any of the encoder that the model was fine-tuned with: exact match, with intervals."""
@@ -86,7 +90,9 @@ def answer(
     from retrodb.storage import Storage  # noqa: PLC0415
 
     with contextlib.closing(make_progress()) as progress:
-        under_way = Answering(open_database(database), FineTuned(model), QuestionSet(questions), progress, blocks)
+        under_way = Answering(
+            open_database(database, version=version), FineTuned(model), QuestionSet(questions), progress, blocks
+        )
         found = list(under_way.predictions())
     if predictions is not None:
         folder, _, name = predictions.rpartition("/")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo_json
-from retrodb.cli.look import Database, Json
+from retrodb.cli.look import Database, Json, OfVersion
 
 Out = Annotated[str, typer.Option("--out", metavar="CKPT", help="The checkpoint: a folder, outside the database.")]
 Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="TOML settings; flags win.")]
@@ -50,6 +50,7 @@ def train(
     log_every: LogEvery = None,
     device: Device = "auto",
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Train a RETRO model from scratch on DB's training rows. Run again: it goes on, or does nothing."""
@@ -77,6 +78,7 @@ def retrofit(
     log_every: LogEvery = None,
     device: Device = "auto",
     threads: Threads = None,
+    version: OfVersion = None,
     as_json: Json = False,
 ) -> None:
     """Add retrieval to a plain decoder, whose weights stay as they are bit for bit. Run again: it goes on."""
@@ -87,7 +89,7 @@ def _train(context: typer.Context, base: str | None) -> None:
     """What Typer made of the command line is in ``context``, by the names of the parameters above."""
     flags: dict[str, Any] = dict(context.params)
     database, out, config, device = (flags.pop(name) for name in ("database", "out", "config", "device"))
-    threads, as_json = flags.pop("threads"), flags.pop("as_json")
+    threads, version, as_json = (flags.pop(name) for name in ("threads", "version", "as_json"))
     flags.pop("base", None)
     from retrodb import open as open_database  # noqa: PLC0415
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
@@ -96,7 +98,7 @@ def _train(context: typer.Context, base: str | None) -> None:
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = make_settings(read_config_file(config) if config else {}, given)
-    db = open_database(database)
+    db = open_database(database, version=version)
     use_threads(threads)
     from retrodb.learning import run  # noqa: PLC0415 - imports torch
 
