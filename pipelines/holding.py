@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterator
 from retrodb.pipelines.integrity import damaged_shards, mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners.leftover import end_leftover_job
+from retrodb.pipelines.stages import STAGE_TABLES
 
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import writer_lock
-from retrodb.manifest import MANIFEST_NAME, Manifest, version_folder
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, Manifest, version_folder
 from retrodb.storage import Storage
 from retrodb.units import is_complete
 from retrodb.versions import VersionStorage
@@ -56,8 +57,11 @@ def refuse_damaged(out: Storage, current: Manifest, tables: Collection[str] | No
     paths = [s.path for table, numbers in damage.items() for s in current.shards(table) if s.number in numbers]
     if not paths:
         return
+    of_spans = {table for table, numbers in damage.items() if numbers} <= set(STAGE_TABLES[SPANS_STAGE])
     remedy = (
-        "Put them back from a copy of the database: a build repairs a first version alone."
+        "Run `retrodb spans` again: it repairs them."
+        if of_spans
+        else "Put them back from a copy of the database: a build repairs a first version alone."
         if current.versions
         else "Run the build again: it repairs them."
     )

@@ -25,6 +25,7 @@ from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.manifest import (
     DAMAGE_REPORT,
+    FIRST_VERSION,
     MANIFEST_NAME,
     SPANS_STAGE,
     WORK_FOLDER,
@@ -205,6 +206,9 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
     damaged = set().union(*(builder.damage.get(table, set()) for table in tables))
     if builder.is_current(SPANS_STAGE, parts) and not damaged:
         return
+    if damaged and files and builder.manifest.version.id != FIRST_VERSION:
+        builder.progress.note("spans: made again, for documents may have joined or left since spans were imported")
+        builder.undo([SPANS_STAGE])  # an imported row may belong to another shard by now, and is counted there
     builder.begin(SPANS_STAGE, parts)
     imported = _assign(builder, book, files) if files else {}
     receipts = builder.run_stage(

@@ -11,9 +11,9 @@ from retrodb import schemas
 from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
-from retrodb.quality.scene import Scene
+from retrodb.quality.scene import Scene, check_ids
 from retrodb.quality.span_content import span_schemas
-from retrodb.schemas import ID_SHIFT, SPLITS
+from retrodb.schemas import SPLITS
 from retrodb.training.columns import lists, scalars
 
 _VECTOR_ROWS: Final = 1 << 14
@@ -164,13 +164,6 @@ def _wrong_hashes(table: pa.Table) -> np.ndarray:
 def nulls(table: pa.Table, name: str) -> np.ndarray:
     """bool [n]: where a column is null."""
     return np.asarray(table[name].is_null().to_numpy())
-
-
-def check_ids(scene: Scene, shard: Shard, ids: np.ndarray, name: str) -> None:
-    """Ids strictly ascend and are ``shard << 32 | row``, where a compaction may have left rows out."""
-    refuse = scene.findings.refuse
-    refuse(shard.path, ids >> ID_SHIFT != shard.number, f"{name} of another shard", lambda row: str(ids[row]))
-    refuse(shard.path, np.diff(ids) <= 0, f"{name} does not ascend from one row to the next", lambda row: str(ids[row]))
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
