@@ -93,11 +93,15 @@ def build_spans(
 
 @dataclass(frozen=True)
 class QueriesOfNew:
-    """The queries of documents that join a database, drawn as those that are there were."""
+    """The queries of documents that are new to a database, drawn as those that are there were.
+
+    Spans that were imported are of the documents that they were imported for: in new ones none are looked for.
+    """
 
     current: Manifest
     settings: SpanSettings
-    identities: tuple[str, ...]
+    taggers: tuple[Mapping[str, Any], ...]
+    """Their identities, in order; imports are none of them."""
 
     @staticmethod
     def of(current: Manifest, url: str) -> "QueriesOfNew | None":
@@ -120,7 +124,24 @@ class QueriesOfNew:
                 f"{_named(found)}, {splitter_identity()}. Install what drew them, or draw all anew with retrodb spans."
             )
         settings = SpanSettings(specs, parts["mask"], parts["seed"], parts["max_tokens"], parts["max_masked"])
-        return QueriesOfNew(current, settings, tuple(map(repr, found)))
+        return QueriesOfNew(current, settings, tuple(found))
+
+    def _work(self, builder: Builder, wordpieces: str) -> SpanWork:
+        return SpanWork(self.settings, _encoder(builder), wordpieces, tuple(map(repr, self.taggers)))
+
+    def draw_all(self, builder: Builder) -> None:
+        """Record queries of all documents, none of which was there: those of another corpus."""
+        imported = len(self.taggers) < len(self.current.stages[SPANS_STAGE].made_from["taggers"])
+        if imported:
+            builder.progress.note(
+                "spans: those that were imported are of the corpus before; import those of this one by `retrodb spans`"
+            )
+        if imported and not self.taggers:
+            return
+        wordpieces = load_wordpieces(_encoder(builder)).fingerprint
+        chunk = builder.manifest.stages["chunk"].fingerprint
+        parts = stages.spans_parts(chunk, self.settings, self.taggers, wordpieces)
+        _run(builder, parts, self._work(builder, wordpieces), ())
 
     def draw(self, builder: Builder) -> None:
         """Record the queries that were there and those of the further shards of documents."""
@@ -130,7 +151,7 @@ class QueriesOfNew:
             return
         book = builder.book(SPANS_STAGE, parts)
         builder.begin(SPANS_STAGE, parts)
-        work = SpanWork(self.settings, _encoder(builder), parts["wordpieces"], self.identities)
+        work = self._work(builder, parts["wordpieces"])
         there = {shard.number for shard in self.current.shards("documents")}
         receipts = builder.executor.complete(
             book,
