@@ -82,7 +82,7 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
     """
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in inputs)])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "documents are added")
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)

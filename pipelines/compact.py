@@ -101,7 +101,7 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
     """
     runner = make_runner(run)
     runner.check([out.url])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "it is compacted")
         gone = Deletions.of(out, current)
         size = named_bytes(current)

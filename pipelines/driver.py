@@ -78,7 +78,7 @@ def build(
     runner.check([out.url, *(file.url for file in inputs)])
     made = out.make_root()
     try:
-        with writer_lock(out):
+        with writer_lock(out, wait=run.wait, tell=progress.note):
             end_leftover_job(out, progress)
             new = not mend_manifest(out, progress)
             if new:

@@ -17,18 +17,23 @@ from retrodb.versions import VersionStorage
 
 
 @contextlib.contextmanager
-def held(out: Storage, progress: Progress) -> Iterator[Manifest]:
+def held(out: Storage, progress: Progress, wait: float | None = None) -> Iterator[Manifest]:
     """The current manifest of a database whose lock is held; a job that an earlier driver left is ended.
+
+    Args:
+        out: the database.
+        progress: is told what happens.
+        wait: seconds that another writer is waited for; None: not at all.
 
     Raises:
         InputError: there is no database.
         DamagedError: neither its manifest nor the copy is whole.
-        LockedError: another process changes it.
+        LockedError: another process changes it, still.
     """
     if Manifest.recover(out) is None:
         out.check_bucket()
         raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    with writer_lock(out):
+    with writer_lock(out, wait=wait, tell=progress.note):
         end_leftover_job(out, progress)
         mend_manifest(out, progress)
         current = Manifest.load_whole(out)

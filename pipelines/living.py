@@ -27,7 +27,7 @@ class Deleted:
     chunks: int
 
 
-def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
+def delete(out: Storage, selection: Selection, progress: Progress, wait: float | None = None) -> Deleted:
     """Delete documents for every reader at once: one small shard, and a new version that names it.
 
     Nothing else is written, so the cost is that of finding the documents; their rows stay in the tables. What was
@@ -37,6 +37,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
         out: the database.
         selection: which documents.
         progress: is told what happens.
+        wait: seconds that another writer is waited for; None: not at all.
 
     Raises:
         UsageError: nothing was asked for.
@@ -45,7 +46,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
     """
     if selection.is_empty:
         raise UsageError("say which documents: --ids, --keys, --source or --where.")
-    with held(out, progress) as current:
+    with held(out, progress, wait) as current:
         if "index" not in current.stages:
             raise InputError(f"{out.url} has no index yet: run its build to the end before documents are deleted.")
         rows = _rows_of(out, current, selection)

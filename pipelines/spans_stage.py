@@ -68,7 +68,7 @@ def build_spans(
     files = scan_imports(imports)
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in files)])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         place = _place(out, current, progress)
         builder = _builder(place, run, progress, runner)
         _refuse_unfit(builder)

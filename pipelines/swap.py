@@ -60,7 +60,7 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         WorkerError: a worker failed; what was finished is kept.
     """
     runner = make_runner(run)
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "its corpus is swapped")
         queries = QueriesOfNew.of(current, out.url)
         with taken_from(out.describe(MANIFEST_NAME)):
@@ -91,15 +91,17 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         return done
 
 
-def swap_back(out: Storage, version: int, progress: Progress) -> Swapped:
+def swap_back(out: Storage, version: int, progress: Progress, wait: float | None = None) -> Swapped:
     """Make a version that is kept the current one again: one pointer, and nothing of it is written.
+
+    ``wait`` is how many seconds another writer is waited for.
 
     Raises:
         InputError: there is no database, or no such version.
         DamagedError: its manifest is lost, or not what was published.
         LockedError: another process changes the database.
     """
-    with held(out, progress) as current:
+    with held(out, progress, wait) as current:
         found = switch(out, version)
         progress.note(f"version {version} is current{' already' if current.version.id == version else ' again'}")
         return Swapped(version, found.rows("documents"), found.rows("chunks"))
