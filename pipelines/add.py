@@ -44,6 +44,7 @@ from retrodb.manifest import (
     taken_from,
     version_folder,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_shard, next_version, now, publish
 
@@ -183,7 +184,9 @@ class _Addition:
         made = replace(builder.manifest.version, created=now())
         published = publish(self.out, replace(builder.manifest, version=made))
         documents, chunks = new.rows("documents"), new.rows("chunks")
-        self.progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {self.number} is published")
+        self.progress.note(
+            f"{count_of(documents, 'document')}, {count_of(chunks, 'chunk')} added: version {self.number} is published"
+        )
         return Added(published.version.id, documents, chunks, changed)
 
 

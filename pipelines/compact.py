@@ -53,6 +53,7 @@ from retrodb.manifest import (
     fingerprint,
     taken_from,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.units import stages_of
 from retrodb.versions import VersionStorage, next_version, now, publish
@@ -198,8 +199,9 @@ class _Compaction:
             named_bytes(published),
         )
         self.progress.note(
-            f"{done.documents:,} documents, {chunks:,} chunks left out, {searched:,} chunks searched anew, {written:,} "
-            f"shards written: version {done.version} is published"
+            f"{count_of(done.documents, 'document')}, {count_of(chunks, 'chunk')} left out, "
+            f"{count_of(searched, 'chunk')} searched anew, {count_of(written, 'shard')} written: version "
+            f"{done.version} is published"
         )
         return done
 
@@ -231,7 +233,7 @@ class _Compaction:
             left("equals", compaction.equals_tasks(current), compaction.equals_pipeline),
             left("refused", compaction.refused_tasks(current, files, numbers), compaction.refused_pipeline),
         )
-        self.progress.end(f"{len(kept.text):,} shards hold something deleted")
+        self.progress.end(f"{count_of(len(kept.text), 'shard holds', 'shards hold')} something deleted")
         return beginning(current, self._states(kept), _tables(current, kept), version)
 
     def _states(self, kept: "_Kept") -> dict[str, StageState]:
@@ -318,7 +320,7 @@ class _Compaction:
         # The largest norm stays: it is a bound on what is left.
         details = {**state.details, "vectors": vectors}
         builder.record("index", parts, {"index": list(shards.values())}, {**state.counts, "indexed": vectors}, details)
-        builder.progress.end(f"{len(receipts):,} index shards made again")
+        builder.progress.end(f"{count_of(len(receipts), 'index shard')} made again")
 
     def _neighbours(self, builder: Builder) -> int:
         """Neighbours of what is left; how many chunks were searched anew."""

@@ -12,6 +12,7 @@ from retrodb.corpus.selection import Selection
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import Manifest, Shard, Version, shard_of, shard_path, version_folder
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_version, now, publish
 
@@ -67,7 +68,10 @@ def delete(out: Storage, selection: Selection, progress: Progress, wait: float |
             versions=(),
         )
         published = publish(out, made)
-        progress.note(f"{rows.num_rows:,} documents, {chunks:,} chunks deleted: version {published.version.id}")
+        progress.note(
+            f"{count_of(rows.num_rows, 'document')}, {count_of(chunks, 'chunk')} deleted: version "
+            f"{published.version.id}"
+        )
         return Deleted(published.version.id, rows.num_rows, chunks)
 
 

@@ -34,6 +34,7 @@ from retrodb.manifest import (
     taken_from,
     version_folder,
 )
+from retrodb.sizes import count_of
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
 from retrodb.spans.taggers import DATES, IMPORT, NER, resolve_taggers
@@ -293,5 +294,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     """``5,210 spans in 3,400 sentences, 2,900 queries; 12 too_late``."""
     left_out = [f"{number:,} {name.partition('.')[2]}" for name, number in counts.items() if "." in name and number]
     left_out += [f"{counts['quarantined']:,} quarantined"] if counts.get("quarantined") else []
-    text = f"{counts['spans']:,} spans in {counts['sentences']:,} sentences, {counts['queries']:,} queries"
+    found = f"{count_of(counts['spans'], 'span')} in {count_of(counts['sentences'], 'sentence')}"
+    text = f"{found}, {count_of(counts['queries'], 'query', 'queries')}"
     return text + (f"; {', '.join(left_out)}" if left_out else "")

@@ -25,6 +25,7 @@ from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import Listing, ScannedFile, with_validation
 from retrodb.errors import InputError
 from retrodb.manifest import MANIFEST_NAME, TABLES, Manifest, Version, taken_from, version_folder
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, load_version, next_shard, next_version, now, publish, switch
 
@@ -87,7 +88,10 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         made = replace(made, config=current.config, fingerprints=fingerprints)
         published = publish(out, replace(made, version=replace(version, created=now())))
         done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
-        progress.note(f"{done.documents:,} documents, {done.chunks:,} chunks: version {done.version} is published")
+        progress.note(
+            f"{count_of(done.documents, 'document')}, {count_of(done.chunks, 'chunk')}: version {done.version} is "
+            "published"
+        )
         return done
 
 

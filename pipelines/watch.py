@@ -15,6 +15,7 @@ from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import KEPT_VERSIONS, collect
 
@@ -139,8 +140,8 @@ class Watch:
         passed = self.settings.limit.is_passed(staleness)
         if passed and not self._warned:
             self.progress.note(
-                f"the published version (step {published}) is {staleness.steps} steps and {staleness.seconds:.0f} s "
-                "behind the newest export: more than --max-staleness"
+                f"the published version (step {published}) is {count_of(staleness.steps, 'step')} and "
+                f"{staleness.seconds:.0f} s behind the newest export: more than --max-staleness"
             )
         self._warned = passed
         hold(self.settings.folder, passed and self.settings.on_stale == "block")

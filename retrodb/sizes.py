@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Sizes, times and counts as people write them."""
 
 import re
 from typing import Final
@@ -54,3 +54,8 @@ def duration_text(seconds: float) -> str:
         if whole >= 1 and round(whole, 1) == whole:
             return f"{whole:g}{unit}"
     return f"{seconds:g}s"
+
+
+def count_of(number: int, one: str, many: str = "") -> str:
+    """``1 shard``, ``1,234 shards``: a number and what it counts; ``many`` where that takes more than an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"

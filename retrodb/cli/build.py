@@ -9,6 +9,7 @@ import typer
 
 from retrodb.cli.echo import echo_json
 from retrodb.cli.running import Wait
+from retrodb.sizes import count_of
 
 Text = Optional[str]
 Number = Optional[str]
@@ -175,7 +176,7 @@ def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -
 
     progress = make_progress()
     if listing.skipped:
-        progress.note(f"{listing.skipped:,} files of other kinds were skipped")
+        progress.note(f"{count_of(listing.skipped, 'file of another kind was', 'files of other kinds were')} skipped")
     try:
         outcome = run_build(listing.files, storage, settings, run, progress)
     finally:

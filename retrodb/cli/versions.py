@@ -9,6 +9,7 @@ import typer
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
 from retrodb.cli.running import Device, Runner, RunnerOption, Wait, Workers, run_settings
+from retrodb.sizes import count_of
 
 
 def refresh(
@@ -107,6 +108,6 @@ def gc(
         return
     what = ", ".join(map(str, done.retired)) or "none"
     verb = "would be removed" if dry_run else "removed"
-    echo(f"versions retired: {what}; {done.files:,} files, {size_text(done.bytes)} {verb}")
+    echo(f"versions retired: {what}; {count_of(done.files, 'file')}, {size_text(done.bytes)} {verb}")
     if done.in_use:
         echo(f"kept, since they are in use: {', '.join(map(str, done.in_use))}")
