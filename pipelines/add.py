@@ -47,6 +47,7 @@ from retrodb.manifest import (
     taken_from,
     version_folder,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_shard, next_version, now, publish
 
@@ -85,7 +86,7 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
     """
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in inputs)])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "documents are added")
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
@@ -182,7 +183,9 @@ class _Addition:
         made = replace(builder.manifest.version, created=now())
         published = publish(self.out, replace(builder.manifest, version=made))
         documents, chunks = new.rows("documents"), new.rows("chunks")
-        self.progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {self.number} is published")
+        self.progress.note(
+            f"{count_of(documents, 'document')}, {count_of(chunks, 'chunk')} added: version {self.number} is published"
+        )
         return Added(published.version.id, documents, chunks, changed)
 
 

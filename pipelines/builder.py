@@ -40,6 +40,7 @@ from retrodb.manifest import (
     fingerprint,
     is_of_a_table,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 from retrodb.units import is_complete, tables_of
 
@@ -147,7 +148,7 @@ class Builder:
         book = self.book(work.stage, work.parts)
         tasks = list(work.tasks)
         if current:
-            self.progress.note(f"{work.stage}: repairing {_count(work.damaged, 'damaged shard')}")
+            self.progress.note(f"{work.stage}: repairing {count_of(len(work.damaged), 'damaged shard')}")
             damaged = any(self.damage.get(table) for table in stages.STAGE_TABLES[work.stage])
             # Where bytes were damaged, an unfinished stage after this one may have been made from them.
             forget_receipts(self.storage, stages.downstream(work.stage) if damaged else [work.stage])
@@ -169,7 +170,7 @@ class Builder:
             return receipts
         self.record_repair(work.stage, receipts, work.rewritten_later)
         self.storage.delete_folder(book.folder)
-        self.progress.end(f"{_count(receipts, 'shard')} repaired")
+        self.progress.end(f"{count_of(len(receipts), 'shard')} repaired")
         return None
 
     def prove_read(self, stage: str) -> None:
@@ -352,7 +353,3 @@ def add_counts(receipts: Mapping[int, Receipt]) -> dict[str, int]:
 def shards_by_table(receipts: Mapping[int, Receipt], *tables: str) -> dict[str, list[Shard]]:
     """The shards of all tasks, by table."""
     return {table: [r.shards[table] for r in receipts.values() if table in r.shards] for table in tables}
-
-
-def _count(things: Collection[Any], what: str) -> str:
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"

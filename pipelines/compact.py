@@ -7,10 +7,11 @@ leakage follow where neighbours changed. The old versions keep their files until
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import apache_beam as beam
 import numpy as np
 from retrodb.pipelines import compaction, stages
 from retrodb.pipelines import index as index_stage
@@ -49,14 +50,16 @@ from retrodb.manifest import (
     fingerprint,
     taken_from,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.units import stages_of
 from retrodb.versions import VersionStorage, next_version, now, publish
 
 MADE_BY: Final = "compact"
 DROPPED: Final = "dropped.deleted"
-"""What the corpus stage counts of documents that were deleted, and of which nothing is left."""
-_REWRITTEN: Final = ("documents", "chunks", "embeddings", "duplicates")
+"""What the corpus stage counts of documents that were deleted, and of which nothing is left; the spans stage likewise
+counts spans, and imported ones that could not be used."""
+_REWRITTEN: Final = ("documents", "chunks", "embeddings", "duplicates", *compaction.SPAN_TABLES)
 _SMALL_SHARDS: Final = 64
 
 
@@ -96,7 +99,7 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
     """
     runner = make_runner(run)
     runner.check([out.url])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "it is compacted")
         gone = Deletions.of(out, current)
         size = named_bytes(current)
@@ -117,6 +120,19 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
 def named_bytes(manifest: Manifest) -> int:
     """Bytes of all shards that a version names."""
     return sum(shard.bytes for shards in manifest.tables.values() for shard in shards)
+
+
+_PipelineOf = Callable[[beam.Pipeline, ReceiptBook, Sequence[Task], compaction.Deleted], beam.PCollection]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What workers made of shards: by number of the shards that held something deleted, of those that say which blocks
+    are equal, and of those with imported spans that could not be used."""
+
+    text: Mapping[int, Receipt]
+    equals: Mapping[int, Receipt]
+    refused: Mapping[int, Receipt]
 
 
 @dataclass
@@ -175,11 +191,10 @@ class _Compaction:
             named_bytes(published),
         )
         self.progress.note(
-            f"{done.documents:,} documents, {chunks:,} chunks left out, {searched:,} chunks searched anew, {written:,} "
-            f"shards written: version {done.version} is published"
+            f"{count_of(done.documents, 'document')}, {count_of(chunks, 'chunk')} left out, "
+            f"{count_of(searched, 'chunk')} searched anew, {count_of(written, 'shard')} written: version "
+            f"{done.version} is published"
         )
-        if SPANS_STAGE in self.current.stages:
-            self.progress.note("its spans are not in the new version: run `retrodb spans` again")
         return done
 
     # -- the text and its vectors ----------------------------------------------------------------------------------
@@ -187,34 +202,35 @@ class _Compaction:
     def _without_deleted(self, view: VersionStorage, version: Version) -> Manifest:
         """The manifest up to the encoder, once the shards that held something deleted are written without it."""
         current, deleted = self.current, self.current.shards("deleted")
-        files = shard_files(current)
+        files, numbers = shard_files(current), np.unique(self.gone.document_ids >> ID_SHIFT).tolist()
         executor = Executor(self.runner, self.progress)
-        made_from = {table: [[s.path, s.sha256] for s in current.shards(table)] for table in (*_REWRITTEN, "deleted")}
+        of_all = (*_REWRITTEN, "span_quarantine", "deleted")
+        made_from = {table: [[s.path, s.sha256] for s in current.shards(table)] for table in of_all}
         book = ReceiptBook(view, MADE_BY, fingerprint(made_from))
-        receipts = executor.complete(
-            book,
-            compaction.text_tasks(
-                files, current.shards("duplicates"), np.unique(self.gone.document_ids >> ID_SHIFT).tolist()
-            ),
-            lambda pipeline, tasks: compaction.text_pipeline(pipeline, book, tasks, deleted),
-            unit="shards",
-            small=_SMALL_SHARDS,
-        )
-        equals: dict[int, Receipt] = {}
-        if current.shards("block_duplicates"):
-            step = replace(book, step="equals")
-            equals = executor.complete(
-                step,
-                [Task(shard.number, shard) for shard in current.shards("block_duplicates")],
-                lambda pipeline, tasks: compaction.equals_pipeline(pipeline, step, tasks, deleted),
+
+        def left(step: str, tasks: Sequence[Task], pipeline_of: _PipelineOf) -> dict[int, Receipt]:
+            if not tasks:
+                return {}
+            own = replace(book, step=step)
+            return executor.complete(
+                own,
+                tasks,
+                lambda pipeline, some: pipeline_of(pipeline, own, some, deleted),
                 unit="shards",
                 small=_SMALL_SHARDS,
             )
-        self.progress.end(f"{len(receipts):,} shards hold something deleted")
-        return beginning(current, self._states(receipts, equals), _tables(current, receipts, equals), version)
 
-    def _states(self, receipts: Mapping[int, Receipt], equals: Mapping[int, Receipt]) -> dict[str, StageState]:
-        """What the stages up to the encoder count and are made from, without what is deleted."""
+        kept = _Kept(
+            left("", compaction.text_tasks(current, files, numbers), compaction.text_pipeline),
+            left("equals", compaction.equals_tasks(current), compaction.equals_pipeline),
+            left("refused", compaction.refused_tasks(current, files, numbers), compaction.refused_pipeline),
+        )
+        self.progress.end(f"{count_of(len(kept.text), 'shard holds', 'shards hold')} something deleted")
+        return beginning(current, self._states(kept), _tables(current, kept), version)
+
+    def _states(self, kept: "_Kept") -> dict[str, StageState]:
+        """What the stages up to the encoder, and the spans, count and are made from, without what is deleted."""
+        receipts = kept.text
         went = add_counts(receipts)
         counts = {stage: dict(self.current.stages[stage].counts) for stage in (*TEXT_STAGES, "embed")}
         corpus, documents = counts["corpus"], went[compaction.GONE_DOCUMENTS]
@@ -225,16 +241,30 @@ class _Compaction:
         counts["dedup"]["clustered"] -= went.get(compaction.GONE_DUPLICATES, 0)
         for name in counts["chunk"]:
             counts["chunk"][name] -= went.get(name, 0)
-        counts["chunk"] |= add_counts(equals)
+        counts["chunk"] |= add_counts(kept.equals)
         counts["embed"]["vectors"] -= went["chunks"]
         held_out = dict(self.current.stages["chunk"].details.get(VALIDATION_CHUNKS, {}))
         for number, receipt in receipts.items():
             held_out[str(number)] = receipt.details[VALIDATION_CHUNKS]
         before: Any = self.current.stages["corpus"].made_from.get("deleted", [])
         without = [*before, *(shard.sha256 for shard in self.current.shards("deleted"))]
-        return chained(
+        states = chained(
             self.current, {"deleted": without}, counts, {number: rows for number, rows in held_out.items() if rows}
         )
+        if SPANS_STAGE in self.current.stages:
+            states[SPANS_STAGE] = self._spans_state(kept, states["chunk"])
+        return states
+
+    def _spans_state(self, kept: "_Kept", chunk: StageState) -> StageState:
+        """The spans of what is left, as if they were found anew: what was read to find them stays as it was counted."""
+        state = self.current.stages[SPANS_STAGE]
+        counts, went = dict(state.counts), add_counts(kept.text) | add_counts(kept.refused)
+        for name in (*compaction.SPAN_TABLES, compaction.QUARANTINED):
+            counts[name] -= went.get(name, 0)
+        gone = went.get("spans", 0) + went.get(compaction.QUARANTINED, 0)
+        counts[DROPPED] = counts.get(DROPPED, 0) + gone
+        made_from = {**state.made_from, "chunks": chunk.fingerprint}
+        return StageState(fingerprint(made_from), made_from, counts, state.details)
 
     # -- index and neighbours --------------------------------------------------------------------------------------
 
@@ -272,7 +302,7 @@ class _Compaction:
         # The largest norm stays: it is a bound on what is left.
         details = {**state.details, "vectors": vectors}
         builder.record("index", parts, {"index": list(shards.values())}, {**state.counts, "indexed": vectors}, details)
-        builder.progress.end(f"{len(receipts):,} index shards made again")
+        builder.progress.end(f"{count_of(len(receipts), 'index shard')} made again")
 
     def _neighbours(self, builder: Builder) -> int:
         """Neighbours of what is left; how many chunks were searched anew.
@@ -302,20 +332,19 @@ class _Compaction:
         return sum(int(receipt.details[SEARCHED]) for receipt in receipts.values())
 
 
-def _tables(
-    current: Manifest, receipts: Mapping[int, Receipt], equals: Mapping[int, Receipt]
-) -> dict[str, tuple[Shard, ...]]:
-    """The tables up to the vectors. Nothing is deleted any more."""
-    tables: dict[str, tuple[Shard, ...]] = {
-        table: current.shards(table)
-        for table in (*_REWRITTEN, "quarantine", "block_duplicates", "null")
-        if table in current.tables
+def _tables(current: Manifest, kept: "_Kept") -> dict[str, tuple[Shard, ...]]:
+    """The tables up to the vectors, and the spans. Nothing is deleted any more."""
+    made_by = {
+        **dict.fromkeys(_REWRITTEN, kept.text),
+        "block_duplicates": kept.equals,
+        "span_quarantine": kept.refused,
+        "quarantine": {},
+        "null": {},
     }
-    for table in _REWRITTEN:
-        if table in tables:
-            shards = {shard.number: shard for shard in current.shards(table) if shard.number not in receipts}
-            shards |= {number: r.shards[table] for number, r in receipts.items() if table in r.shards}
-            tables[table] = tuple(sorted(shards.values()))
-    if equals:
-        tables["block_duplicates"] = tuple(sorted(r.shards["block_duplicates"] for r in equals.values()))
+    tables: dict[str, tuple[Shard, ...]] = {}
+    for table, receipts in made_by.items():
+        if table in current.tables:
+            shards = [shard for shard in current.shards(table) if shard.number not in receipts]
+            shards += [receipt.shards[table] for receipt in receipts.values() if table in receipt.shards]
+            tables[table] = tuple(sorted(shards))
     return tables

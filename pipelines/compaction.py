@@ -19,14 +19,16 @@ from retrodb.pipelines.dedup import DUPLICATE_ROW_GROUP
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
 from retrodb.pipelines.shards import ShardFiles, vectors_of
+from retrodb.pipelines.spans import SPAN_ROW_GROUP
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb.chunking.duplicates import repeated, uid_matrix
 from retrodb.corpus import VALIDATION
 from retrodb.deletions import Deletions
 from retrodb.formats import File
-from retrodb.manifest import Shard, shard_path
+from retrodb.manifest import Manifest, Shard, shard_path
 from retrodb.neighbours import from_table
+from retrodb.spans.imports import named_documents
 from retrodb.storage import Storage
 
 Deleted = tuple[Shard, ...]
@@ -35,6 +37,10 @@ Deleted = tuple[Shard, ...]
 GONE_DOCUMENTS: Final = "documents"
 GONE_VALIDATION: Final = "validation"
 GONE_DUPLICATES: Final = "clustered"
+SPAN_TABLES: Final = ("spans", "queries")
+"""Tables with rows of documents that only a database with spans has; also what is counted of their rows that go."""
+QUARANTINED: Final = "quarantined"
+_REFUSED: Final = "span_quarantine"
 
 
 # -- the text and its vectors ------------------------------------------------------------------------------------------
@@ -42,14 +48,18 @@ GONE_DUPLICATES: Final = "clustered"
 
 @dataclass(frozen=True)
 class Holder:
-    """The files of a shard that holds something deleted; ``duplicates`` is "" where it has none."""
+    """The files of a shard that holds something deleted; ``duplicates`` is "" where it has none.
+
+    ``spans`` are those of `SPAN_TABLES` that the database has.
+    """
 
     files: ShardFiles
     duplicates: File
+    spans: Mapping[str, Shard]
 
 
 def _without(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt]:
-    """Documents, chunks, vectors and near-duplicates of a shard, those that stay; what they counted that goes."""
+    """What stays of a shard: documents, chunks, vectors, near-duplicates, spans; what they counted that goes."""
     item: Holder = task.payload
     number, gone = task.number, Deletions.of_shards(storage, deleted)
     shards, counts = {}, {}
@@ -78,13 +88,27 @@ def _without(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt
         counts[GONE_DUPLICATES] = int(out.sum())
         if not out.all():
             write("duplicates", table.filter(~out), DUPLICATE_ROW_GROUP)
+    for name, before in item.spans.items():
+        table = storage.read_table(before)
+        out = gone.of_documents(table["document_id"].to_numpy())
+        counts[name] = int(out.sum())
+        if out.any():
+            write(name, table.filter(~out), SPAN_ROW_GROUP)
+        else:
+            shards[name] = before
     yield Receipt(number, shards, counts, {VALIDATION_CHUNKS: int(pc.sum(held_out["n_chunks"]).as_py() or 0)})
 
 
-def text_tasks(files: Mapping[int, ShardFiles], duplicates: Sequence[Shard], numbers: Sequence[int]) -> list[Task]:
+def text_tasks(current: Manifest, files: Mapping[int, ShardFiles], numbers: Sequence[int]) -> list[Task]:
     """One task a shard that holds something deleted."""
-    found = {shard.number: shard for shard in duplicates}
-    return [Task(number, Holder(files[number], found.get(number, ""))) for number in numbers]
+    found = {shard.number: shard for shard in current.shards("duplicates")}
+    spans = {table: {shard.number: shard for shard in current.shards(table)} for table in SPAN_TABLES}
+
+    def holder(number: int) -> Holder:
+        own = {table: shards[number] for table, shards in spans.items() if number in shards}
+        return Holder(files[number], found.get(number, ""), own)
+
+    return [Task(number, holder(number)) for number in numbers]
 
 
 def text_pipeline(
@@ -114,12 +138,69 @@ def _equals(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt]
     yield Receipt(task.number, {"block_duplicates": shard}, counts)
 
 
+def equals_tasks(current: Manifest) -> list[Task]:
+    """One task a shard of ``block_duplicates``."""
+    return [Task(shard.number, shard) for shard in current.shards("block_duplicates")]
+
+
 def equals_pipeline(
     pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], deleted: Deleted
 ) -> beam.PCollection:
     """Which of the blocks that are left are equal."""
     work = functools.partial(_equals, book.storage, deleted)
     return pipeline | DealOut(tasks) | "equal blocks" >> beam.ParDo(DoTasks(book, work))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All shards of ``span_quarantine``, and the document shards that hold something deleted."""
+
+    before: tuple[Shard, ...]
+    documents: tuple[File, ...]
+
+
+def _refused(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt]:
+    """Imported spans that could not be used, without those that say something of a deleted document.
+
+    A row may lie in the shard of another document than it names. What names none, or cannot be read, goes too: nobody
+    can tell whom it is about.
+    """
+    item: Judged = task.payload
+    gone = Deletions.of_shards(storage, deleted)
+    named: set[str] = set()
+    for shard in item.before:
+        named.update(*map(named_documents, storage.read_table(shard, ["record"])["record"].to_pylist()))
+    absent = named.intersection(map(str, gone.document_ids.tolist()))
+    for documents in item.documents:
+        table = storage.read_table(documents, ["document_id", "key"])
+        keys = table["key"].filter(pa.array(gone.of_documents(table["document_id"].to_numpy())))
+        absent |= named.intersection(keys.to_pylist())
+    for shard in item.before:
+        if shard.number in task.receipts:
+            table = storage.read_table(shard)
+            names = map(named_documents, table["record"].to_pylist())
+            stays = [bool(own) and absent.isdisjoint(own) for own in names]
+            left = shard
+            if not all(stays):
+                table = table.filter(pa.array(stays))
+                committed = storage.commit_table(shard_path(_REFUSED, shard.number), table, SPAN_ROW_GROUP)
+                left = Shard.of(committed, shard.number, table.num_rows)
+            yield Receipt(shard.number, {_REFUSED: left} if any(stays) else {}, {QUARANTINED: stays.count(False)})
+
+
+def refused_tasks(current: Manifest, files: Mapping[int, ShardFiles], numbers: Sequence[int]) -> list[Task]:
+    """One task for all shards of imported spans that could not be used: each may name any document."""
+    before = current.shards(_REFUSED)
+    of_all = tuple(shard.number for shard in before)
+    return [Task(of_all[0], Judged(before, tuple(files[n].documents for n in numbers)), of_all)] if before else []
+
+
+def refused_pipeline(
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], deleted: Deleted
+) -> beam.PCollection:
+    """What is left of the imported spans that could not be used."""
+    work = functools.partial(_refused, book.storage, deleted)
+    return pipeline | DealOut(tasks) | "imported spans" >> beam.ParDo(DoTasks(book, work))
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------

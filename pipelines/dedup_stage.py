@@ -36,6 +36,7 @@ from retrodb.manifest import (
     StageState,
     fingerprint,
 )
+from retrodb.sizes import count_of
 
 CUT: Final = "not_compared_with_all"
 """Key of the stage's details: documents that share most of their text with too many others."""
@@ -88,8 +89,8 @@ def build_dedup(builder: Builder) -> None:
     counts["clusters"] = 0 if found is None else len(np.unique(found.clusters))
     if cut:
         builder.progress.note(
-            f"dedup: {cut:,} documents share most of their text with so many others that they were not compared with "
-            "all of those: near-duplicates among them may be missed"
+            f"dedup: {count_of(cut, 'document shares', 'documents share')} most text with so many others that not all "
+            "pairs were compared: near-duplicates among them may be missed"
         )
     builder.record(
         "dedup",
@@ -219,10 +220,10 @@ def refuse_no_training(builder: Builder, removed: int) -> None:
     if training > removed:
         return
     why = (
-        f"all {training:,} training documents are near-duplicates of validation documents; look at the inputs, or "
+        f"every training document ({training:,}) is a near-duplicate of a validation document; look at the inputs, or "
         "give --no-decontaminate"
         if training
-        else f"all {read['kept']:,} documents are validation documents; give a smaller --validation-fraction"
+        else f"every document ({read['kept']:,}) is a validation document; give a smaller --validation-fraction"
     )
     builder.undo(stages.downstream("corpus"))
     builder.storage.delete_folder(WORK_FOLDER)
@@ -283,5 +284,5 @@ def _keys(builder: Builder, names: np.ndarray) -> dict[int, list[str]]:
 def describe(counts: Mapping[str, int]) -> str:
     """``589 documents in 278 near-duplicate clusters, 311 removed``."""
     removed = sum(counts[f"dropped.{rule}"] for rule in DEDUP_RULES)
-    text = f"{counts['clustered']:,} documents in {counts['clusters']:,} near-duplicate clusters"
+    text = f"{count_of(counts['clustered'], 'document')} in {count_of(counts['clusters'], 'near-duplicate cluster')}"
     return text + (f", {removed:,} removed" if removed else "")

@@ -78,7 +78,7 @@ def build(
     runner.check([out.url, *(file.url for file in inputs)])
     made = out.make_root()
     try:
-        with writer_lock(out):
+        with writer_lock(out, wait=run.wait, tell=progress.note):
             end_leftover_job(out, progress)
             new = not mend_manifest(out, progress)
             if new:
@@ -137,25 +137,34 @@ _STEPS: dict[str, Callable[[Builder], None]] = {
 }
 
 
-def run_mending(make_builder: Callable[[], Builder], first: str = STAGES[0]) -> BuildOutcome:
-    """Run the stages from ``first`` on; once more where a shard was damaged on the way, which a new builder repairs."""
+def run_mending(
+    make_builder: Callable[[], Builder],
+    first: str = STAGES[0],
+    besides: Callable[[Builder], None] | None = None,
+) -> BuildOutcome:
+    """Run the stages from ``first`` on; once more where a shard was damaged on the way, which a new builder repairs.
+
+    ``besides`` is done after them, before what is left over is cleared away.
+    """
     try:
-        return _run_all(make_builder(), first)
+        return _run_all(make_builder(), first, besides)
     except DamagedError as error:
         builder = make_builder()
         if not builder.damage:
             raise
         builder.progress.note(f"a shard was damaged while it was used ({error}) Repairing it, and going on.")
-        return _run_all(builder, first)
+        return _run_all(builder, first, besides)
 
 
-def _run_all(builder: Builder, first: str) -> BuildOutcome:
+def _run_all(builder: Builder, first: str, besides: Callable[[Builder], None] | None) -> BuildOutcome:
     builder.ingredients.prove(builder.manifest, builder.run)
     names = stages_of(builder.config.unit)
     for stage in names[names.index(first) :]:
         _STEPS[stage](builder)
         if stage == builder.run.until:
             break
+    if besides is not None:
+        besides(builder)
     if damaged := [table for table in stages.STAGE_TABLES[SPANS_STAGE] if builder.damage.get(table)]:
         builder.progress.note(
             f"{' and '.join(damaged)} have damaged shards: run retrodb spans again, which repairs them"

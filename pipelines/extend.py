@@ -38,6 +38,7 @@ from retrodb.neighbours import NO_CLUSTER, UidSource, from_table
 from retrodb.neighbours.select import distinct
 from retrodb.neighbours.table import Neighbours
 from retrodb.quality.leakage import histograms, worst_rows
+from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 from retrodb.training.shards import VALIDATION_ROWS
 
@@ -96,7 +97,7 @@ def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:
         norms = [receipt.details.get(LARGEST_NORM, 0.0) for receipt in receipts.values()]
         details[LARGEST_NORM] = max([state.details.get(LARGEST_NORM, 0.0), *norms])
     builder.record("index", parts, {"index": [*there, *added]}, counts, details)
-    builder.progress.end(f"{sum(rows.values()):,} vectors in {len(groups):,} more shards")
+    builder.progress.end(f"{count_of(sum(rows.values()), 'vector')} in {count_of(len(groups), 'more shard')}")
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------

@@ -6,28 +6,34 @@ from collections.abc import Callable, Collection, Iterator
 from retrodb.pipelines.integrity import damaged_shards, mend_manifest
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners.leftover import end_leftover_job
+from retrodb.pipelines.stages import STAGE_TABLES
 
 from retrodb.errors import DamagedError, InputError
 from retrodb.lock import writer_lock
-from retrodb.manifest import MANIFEST_NAME, Manifest, version_folder
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, Manifest, version_folder
 from retrodb.storage import Storage
 from retrodb.units import is_complete
 from retrodb.versions import VersionStorage
 
 
 @contextlib.contextmanager
-def held(out: Storage, progress: Progress) -> Iterator[Manifest]:
+def held(out: Storage, progress: Progress, wait: float | None = None) -> Iterator[Manifest]:
     """The current manifest of a database whose lock is held; a job that an earlier driver left is ended.
+
+    Args:
+        out: the database.
+        progress: is told what happens.
+        wait: seconds that another writer is waited for; None: not at all.
 
     Raises:
         InputError: there is no database.
         DamagedError: neither its manifest nor the copy is whole.
-        LockedError: another process changes it.
+        LockedError: another process changes it, still.
     """
     if Manifest.recover(out) is None:
         out.check_bucket()
         raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    with writer_lock(out):
+    with writer_lock(out, wait=wait, tell=progress.note):
         end_leftover_job(out, progress)
         mend_manifest(out, progress)
         current = Manifest.load_whole(out)
@@ -56,8 +62,11 @@ def refuse_damaged(out: Storage, current: Manifest, tables: Collection[str] | No
     paths = [s.path for table, numbers in damage.items() for s in current.shards(table) if s.number in numbers]
     if not paths:
         return
+    of_spans = {table for table, numbers in damage.items() if numbers} <= set(STAGE_TABLES[SPANS_STAGE])
     remedy = (
-        "Put them back from a copy of the database: a build repairs a first version alone."
+        "Run `retrodb spans` again: it repairs them."
+        if of_spans
+        else "Put them back from a copy of the database: a build repairs a first version alone."
         if current.versions
         else "Run the build again: it repairs them."
     )

@@ -13,14 +13,13 @@ import logging
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from retrodb.errors import LockedError, WorkerError
+from retrodb.errors import WorkerError
 
 _FORWARDED: Final = (
     "project",
@@ -47,8 +46,7 @@ _OF_THE_DRIVER: Final = (
     "--experiments=use_runner_v2",
     "--experiments=no_use_multiple_sdk_containers",
 )
-_LOCK_ATTEMPTS: Final = 5
-_LOCK_SECONDS: Final = 60.0
+_WAIT: Final = "5m"
 """A driver that was lost holds its lock for three minutes (docs/object-storage.md)."""
 
 
@@ -56,11 +54,7 @@ class RunDriver(beam.DoFn):
     """Runs ``retrodb`` as a process of its own, and passes on what it says."""
 
     def process(self, arguments: Sequence[str]) -> Iterator[int]:
-        for attempt in range(1, _LOCK_ATTEMPTS + 1):
-            code, last = _run(arguments)
-            if code != LockedError.exit_code or attempt == _LOCK_ATTEMPTS:
-                break
-            time.sleep(_LOCK_SECONDS)
+        code, last = _run(arguments)
         if code != 0:
             raise WorkerError(f"retrodb build ended with exit code {code}: {last}")
         yield code
@@ -89,7 +83,8 @@ def driver_arguments(inputs: str, out: str, flags: str, options: PipelineOptions
     if given.get("use_public_ips") is False:
         pairs.append("use_public_ips=false")
     named = [word for pair in pairs for word in ("--runner-option", pair)]
-    return ["build", *shlex.split(inputs), "--out", out, *shlex.split(flags), "--runner", "dataflow", *named]
+    given_flags = ["--wait", _WAIT, *shlex.split(flags)]  # of a flag that is given twice the latter holds
+    return ["build", *shlex.split(inputs), "--out", out, *given_flags, "--runner", "dataflow", *named]
 
 
 def main(words: Sequence[str] | None = None) -> None:

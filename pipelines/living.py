@@ -12,6 +12,7 @@ from retrodb.corpus.selection import Selection
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import Manifest, Shard, Version, shard_of, shard_path, version_folder
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, next_version, now, publish
 
@@ -27,7 +28,7 @@ class Deleted:
     chunks: int
 
 
-def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
+def delete(out: Storage, selection: Selection, progress: Progress, wait: float | None = None) -> Deleted:
     """Delete documents for every reader at once: one small shard, and a new version that names it.
 
     Nothing else is written, so the cost is that of finding the documents; their rows stay in the tables. What was
@@ -37,6 +38,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
         out: the database.
         selection: which documents.
         progress: is told what happens.
+        wait: seconds that another writer is waited for; None: not at all.
 
     Raises:
         UsageError: nothing was asked for.
@@ -45,7 +47,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
     """
     if selection.is_empty:
         raise UsageError("say which documents: --ids, --keys, --source or --where.")
-    with held(out, progress) as current:
+    with held(out, progress, wait) as current:
         if "index" not in current.stages:
             raise InputError(f"{out.url} has no index yet: run its build to the end before documents are deleted.")
         rows = _rows_of(out, current, selection)
@@ -66,7 +68,10 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
             versions=(),
         )
         published = publish(out, made)
-        progress.note(f"{rows.num_rows:,} documents, {chunks:,} chunks deleted: version {published.version.id}")
+        progress.note(
+            f"{count_of(rows.num_rows, 'document')}, {count_of(chunks, 'chunk')} deleted: version "
+            f"{published.version.id}"
+        )
         return Deleted(published.version.id, rows.num_rows, chunks)
 
 

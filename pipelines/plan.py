@@ -19,6 +19,7 @@ from retrodb.index import KeyChoice, choose_key
 from retrodb.manifest import STAGE_REPORTS, Manifest, fingerprint
 from retrodb.planning import Assumed, Effort, encoder_size, plan_build
 from retrodb.planning.figures import BERT_LARGE_CHUNKS_PER_GPU_HOUR, BERT_LARGE_PARAMETERS, MINILM_PARAMETERS
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.units import Unit, stages_of
 
@@ -165,7 +166,7 @@ def _actions(
         state = manifest.stages.get(stage)
         damaged = sum(len(damage.get(table, ())) for table in stages.STAGE_TABLES[stage])
         if state is not None and state.fingerprint == fingerprint(parts[stage]):
-            action, why = ("repair", f"{damaged} damaged shards") if damaged else ("up to date", "")
+            action, why = ("repair", count_of(damaged, "damaged shard")) if damaged else ("up to date", "")
             if stage == "corpus" and _is_read_again(manifest, parts):
                 action, why = "make again", "other near-duplicates are found in the documents as they were read"
             if stage in reports and not damaged:
@@ -175,7 +176,7 @@ def _actions(
         elif state is not None:
             action, why = "make again", "; ".join(stages.why_rebuilt(manifest, stage, parts[stage]))
         else:
-            action, why = "make", f"{layout.shards} shards"
+            action, why = "make", count_of(layout.shards, "shard")
         actions.append({"stage": stage, "action": action, "why": why})
         if stage == until:
             break
@@ -208,7 +209,7 @@ def _estimates(
 ) -> dict[str, str]:
     size = n_chunks * (_BYTES_PER_STORED_CHUNK + config.chunk_tokens)
     estimates = {
-        "splits_and_shards": f"{len(layout.splits):,} splits, {layout.shards:,} shards"
+        "splits_and_shards": f"{count_of(len(layout.splits), 'split')}, {count_of(layout.shards, 'shard')}"
         + ("" if exact else " (from sizes on disk; the inputs were not read)"),
         f"{config.unit}s": f"about {n_chunks:,}",
     }

@@ -68,7 +68,7 @@ def refresh(
     """
     runner = make_runner(run)
     runner.check([out.url])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "it is refreshed")
         with taken_from(out.describe(MANIFEST_NAME)):
             recorded = BuildConfig.model_validate(current.config)

@@ -37,6 +37,7 @@ from retrodb.manifest import LARGEST_NORM, RECALL_REPORT, TEMPLATE_NUMBER, Stage
 from retrodb.neighbours import Reranking, from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
 from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
+from retrodb.sizes import count_of
 from retrodb.training.shards import VALIDATION_ROWS
 
 RECALL_QUERIES: Final = 512
@@ -216,7 +217,9 @@ def build_neighbours(builder: Builder) -> None:
     recall = details["recall_at_10"]
     found = "no chunk may have a neighbour" if recall is None else f"recall@10 {recall:.4f}"
     short = add_counts(receipts)["short"]
-    builder.progress.end(found + (f", {short:,} chunks have fewer than {settings.kept}" if short else ""))
+    builder.progress.end(
+        found + (f", {count_of(short, 'chunk has', 'chunks have')} fewer than {settings.kept}" if short else "")
+    )
 
 
 def write_recall_report(builder: Builder, state: StageState) -> str:
@@ -372,4 +375,6 @@ def build_training(builder: Builder) -> None:
     counts = add_counts(receipts)
     validation = {str(number): receipt.details[VALIDATION_ROWS] for number, receipt in sorted(receipts.items())}
     builder.record("training", parts, shards_by_table(receipts, "training"), counts, {VALIDATION_ROWS: validation})
-    builder.progress.end(f"{builder.manifest.rows('training'):,} sequences, {counts['joined']:,} neighbours joined")
+    builder.progress.end(
+        f"{count_of(builder.manifest.rows('training'), 'sequence')}, {count_of(counts['joined'], 'neighbour')} joined"
+    )

@@ -9,6 +9,7 @@ from retrodb.errors import DamagedError
 from retrodb.formats import File
 from retrodb.manifest import WORK_FOLDER, Manifest, Shard
 from retrodb.neighbours import clusters_of
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 
@@ -77,7 +78,7 @@ def vectors_of(storage: Storage, files: ShardFiles, n_chunks: int) -> np.ndarray
     vectors = storage.read_array(files.embeddings)
     if vectors.ndim != 2 or len(vectors) != n_chunks:
         raise DamagedError(
-            f"{storage.describe(files.embeddings)} has shape {vectors.shape} for {n_chunks} chunks. "
+            f"{storage.describe(files.embeddings)} has shape {vectors.shape} for {count_of(n_chunks, 'chunk')}. "
             "Run the build again to repair it."
         )
     return vectors

@@ -25,6 +25,7 @@ from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError, InputError
 from retrodb.manifest import (
     DAMAGE_REPORT,
+    FIRST_VERSION,
     MANIFEST_NAME,
     SPANS_STAGE,
     WORK_FOLDER,
@@ -33,6 +34,7 @@ from retrodb.manifest import (
     taken_from,
     version_folder,
 )
+from retrodb.sizes import count_of
 from retrodb.spans import SpanSettings
 from retrodb.spans.imports import assigned_rows, import_identity, scan_imports
 from retrodb.spans.taggers import DATES, IMPORT, NER, resolve_taggers
@@ -67,7 +69,7 @@ def build_spans(
     files = scan_imports(imports)
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in files)])
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         place = _place(out, current, progress)
         builder = _builder(place, run, progress, runner)
         _refuse_unfit(builder)
@@ -92,11 +94,15 @@ def build_spans(
 
 @dataclass(frozen=True)
 class QueriesOfNew:
-    """The queries of documents that join a database, drawn as those that are there were."""
+    """The queries of documents that are new to a database, drawn as those that are there were.
+
+    Spans that were imported are of the documents that they were imported for: in new ones none are looked for.
+    """
 
     current: Manifest
     settings: SpanSettings
-    identities: tuple[str, ...]
+    taggers: tuple[Mapping[str, Any], ...]
+    """Their identities, in order; imports are none of them."""
 
     @staticmethod
     def of(current: Manifest, url: str) -> "QueriesOfNew | None":
@@ -119,7 +125,24 @@ class QueriesOfNew:
                 f"{_named(found)}, {splitter_identity()}. Install what drew them, or draw all anew with retrodb spans."
             )
         settings = SpanSettings(specs, parts["mask"], parts["seed"], parts["max_tokens"], parts["max_masked"])
-        return QueriesOfNew(current, settings, tuple(map(repr, found)))
+        return QueriesOfNew(current, settings, tuple(found))
+
+    def _work(self, builder: Builder, wordpieces: str) -> SpanWork:
+        return SpanWork(self.settings, _encoder(builder), wordpieces, tuple(map(repr, self.taggers)))
+
+    def draw_all(self, builder: Builder) -> None:
+        """Record queries of all documents, none of which was there: those of another corpus."""
+        imported = len(self.taggers) < len(self.current.stages[SPANS_STAGE].made_from["taggers"])
+        if imported:
+            builder.progress.note(
+                "spans: those that were imported are of the corpus before; import those of this one by `retrodb spans`"
+            )
+        if imported and not self.taggers:
+            return
+        wordpieces = load_wordpieces(_encoder(builder)).fingerprint
+        chunk = builder.manifest.stages["chunk"].fingerprint
+        parts = stages.spans_parts(chunk, self.settings, self.taggers, wordpieces)
+        _run(builder, parts, self._work(builder, wordpieces), ())
 
     def draw(self, builder: Builder) -> None:
         """Record the queries that were there and those of the further shards of documents."""
@@ -129,7 +152,7 @@ class QueriesOfNew:
             return
         book = builder.book(SPANS_STAGE, parts)
         builder.begin(SPANS_STAGE, parts)
-        work = SpanWork(self.settings, _encoder(builder), parts["wordpieces"], self.identities)
+        work = self._work(builder, parts["wordpieces"])
         there = {shard.number for shard in self.current.shards("documents")}
         receipts = builder.executor.complete(
             book,
@@ -205,6 +228,9 @@ def _run(builder: Builder, parts: dict[str, Any], work: SpanWork, files: Sequenc
     damaged = set().union(*(builder.damage.get(table, set()) for table in tables))
     if builder.is_current(SPANS_STAGE, parts) and not damaged:
         return
+    if damaged and files and builder.manifest.version.id != FIRST_VERSION:
+        builder.progress.note("spans: made again, for documents may have joined or left since spans were imported")
+        builder.undo([SPANS_STAGE])  # an imported row may belong to another shard by now, and is counted there
     builder.begin(SPANS_STAGE, parts)
     imported = _assign(builder, book, files) if files else {}
     receipts = builder.run_stage(
@@ -268,5 +294,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     """``5,210 spans in 3,400 sentences, 2,900 queries; 12 too_late``."""
     left_out = [f"{number:,} {name.partition('.')[2]}" for name, number in counts.items() if "." in name and number]
     left_out += [f"{counts['quarantined']:,} quarantined"] if counts.get("quarantined") else []
-    text = f"{counts['spans']:,} spans in {counts['sentences']:,} sentences, {counts['queries']:,} queries"
+    found = f"{count_of(counts['spans'], 'span')} in {count_of(counts['sentences'], 'sentence')}"
+    text = f"{found}, {count_of(counts['queries'], 'query', 'queries')}"
     return text + (f"; {', '.join(left_out)}" if left_out else "")

@@ -18,12 +18,14 @@ from retrodb.pipelines.ingredients import same_ingredients
 from retrodb.pipelines.lineage import is_beginning
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import make_runner
+from retrodb.pipelines.spans_stage import QueriesOfNew
 from retrodb.pipelines.text_stages import scan_inputs
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import Listing, ScannedFile, with_validation
 from retrodb.errors import InputError
-from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, TABLES, Manifest, Version, taken_from, version_folder
+from retrodb.manifest import MANIFEST_NAME, TABLES, Manifest, Version, taken_from, version_folder
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import VersionStorage, load_version, next_shard, next_version, now, publish, switch
 
@@ -42,8 +44,8 @@ class Swapped:
 def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -> Swapped:
     """Build another corpus as a database is built, and publish that as its next version.
 
-    Validation files that the database was built with are its validation files still. Killed anywhere, the same command
-    goes on.
+    Validation files that the database was built with are its validation files still. Where it has masked queries, those
+    of the new corpus are drawn by the same taggers. Killed anywhere, the same command goes on.
 
     Args:
         out: the database.
@@ -52,14 +54,16 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         progress: is told what happens.
 
     Raises:
-        InputError: there is no finished database, no document to build from, or a version has just this corpus.
+        InputError: there is no finished database, no document to build from, a version has just this corpus, or what
+            drew the masked queries is not here.
         LockedError: another process changes the database.
         RecallError: the new index is below the recall gate; the current version stays.
         WorkerError: a worker failed; what was finished is kept.
     """
     runner = make_runner(run)
-    with contextlib.closing(runner), held(out, progress) as current:
+    with contextlib.closing(runner), held(out, progress, run.wait) as current:
         refuse_unfinished(out, current, "its corpus is swapped")
+        queries = QueriesOfNew.of(current, out.url)
         with taken_from(out.describe(MANIFEST_NAME)):
             recorded = BuildConfig.model_validate(current.config)
         inputs = with_validation(listing, recorded.validation).files
@@ -75,7 +79,7 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
 
         try:
             _refuse_known(out, current, scan_inputs(builder()))
-            made = run_mending(builder).manifest
+            made = run_mending(builder, besides=queries.draw_all if queries is not None else None).manifest
         except InputError:
             view.delete_folder(version_folder(view.version))
             raise
@@ -84,21 +88,24 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         made = replace(made, config=current.config, fingerprints=fingerprints)
         published = publish(out, replace(made, version=replace(version, created=now())))
         done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
-        progress.note(f"{done.documents:,} documents, {done.chunks:,} chunks: version {done.version} is published")
-        if SPANS_STAGE in current.stages:
-            progress.note("it has no spans yet: run `retrodb spans` for them")
+        progress.note(
+            f"{count_of(done.documents, 'document')}, {count_of(done.chunks, 'chunk')}: version {done.version} is "
+            "published"
+        )
         return done
 
 
-def swap_back(out: Storage, version: int, progress: Progress) -> Swapped:
+def swap_back(out: Storage, version: int, progress: Progress, wait: float | None = None) -> Swapped:
     """Make a version that is kept the current one again: one pointer, and nothing of it is written.
+
+    ``wait`` is how many seconds another writer is waited for.
 
     Raises:
         InputError: there is no database, or no such version.
         DamagedError: its manifest is lost, or not what was published.
         LockedError: another process changes the database.
     """
-    with held(out, progress) as current:
+    with held(out, progress, wait) as current:
         found = switch(out, version)
         progress.note(f"version {version} is current{' already' if current.version.id == version else ' again'}")
         return Swapped(version, found.rows("documents"), found.rows("chunks"))

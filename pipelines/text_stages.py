@@ -37,6 +37,7 @@ from retrodb.corpus import (
 from retrodb.encoding import choose_device, count_cards
 from retrodb.errors import InputError
 from retrodb.manifest import TRAINED_TOKENIZER, WORK_FOLDER, Shard, documents_fingerprint, fingerprint
+from retrodb.sizes import count_of
 
 _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20
@@ -87,7 +88,9 @@ def build_corpus(builder: Builder) -> None:
     builder.progress.end(describe_counts(counts))
     if config.validation_fraction and not counts["validation"]:
         fraction = config.validation_fraction
-        builder.progress.note(f"corpus: none of {counts['kept']:,} documents fell to --validation-fraction {fraction}")
+        builder.progress.note(
+            f"corpus: none of {count_of(counts['kept'], 'document')} fell to --validation-fraction {fraction}"
+        )
 
 
 def is_read_again(builder: Builder, parts: Mapping[str, Any]) -> bool:
@@ -140,8 +143,8 @@ def _hashes(splits: list[Split], fields: FieldNames, split_of: SplitOf, wanted: 
             yield from hashes
     if not found and others:
         raise InputError(
-            f"no training document: all {others:,} documents fell to --validation-fraction. The database was left as "
-            "it was. Give a smaller fraction."
+            f"no training document: every one of {count_of(others, 'document')} fell to --validation-fraction. The "
+            "database was left as it was. Give a smaller fraction."
         )
     if not found:
         raise InputError(f"no {what} can be kept. The database was left as it was." + "".join(reasons[:3]))
@@ -154,7 +157,7 @@ def _reasons(quarantine: pa.Table) -> list[str]:
 
 def describe_counts(counts: Mapping[str, int]) -> str:
     """``2,657 documents of 2,846, 187 empty, 2 quarantined``."""
-    text = f"{counts['kept']:,} documents of {counts['in']:,}"
+    text = f"{count_of(counts['kept'], 'document')} of {counts['in']:,}"
     if counts.get("validation"):
         text += f", {counts['validation']:,} of them for validation"
     for name, number in counts.items():
@@ -223,7 +226,7 @@ def refuse_empty(builder: Builder, receipts: Mapping[int, Receipt], counts: Mapp
         f"{number:,} {name}" for name, number in counts.items() if number and name not in ("in", "kept")
     )
     raise InputError(
-        f"no document to build from: of {counts.get('in', 0):,} records none was kept "
+        f"no document to build from: of {count_of(counts.get('in', 0), 'record')} none was kept "
         f"({dropped or 'the files are empty'})."
         + "".join(reasons[:3])
         + ("\n  Is --text-field right?" if reasons else "")
@@ -295,7 +298,7 @@ def build_chunks(builder: Builder) -> None:
         counts |= of_duplicates
     builder.record("chunk", parts, tables, counts, details, fingerprints=fingerprints)
     builder.storage.delete_folder(builder.read_folder)
-    builder.progress.end(f"{counts['chunks']:,} {builder.config.unit}s, {counts['tokens']:,} tokens")
+    builder.progress.end(f"{count_of(counts['chunks'], builder.config.unit)}, {count_of(counts['tokens'], 'token')}")
 
 
 def build_embeddings(builder: Builder) -> None:
@@ -332,4 +335,6 @@ def build_embeddings(builder: Builder) -> None:
     counts = add_counts(receipts)
     tables = shards_by_table(receipts, "embeddings", *(["null"] if null else []))
     builder.record("embed", parts, tables, counts, {}, fingerprints=fingerprints)
-    builder.progress.end(f"{counts['vectors']:,} vectors of {encoder.dimension}, {encoder.name}, {encoder.precision}")
+    builder.progress.end(
+        f"{count_of(counts['vectors'], 'vector')} of {encoder.dimension}, {encoder.name}, {encoder.precision}"
+    )

@@ -15,6 +15,7 @@ from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import KEPT_VERSIONS, collect
 
@@ -35,7 +36,11 @@ class WatchSettings:
 
 @dataclass
 class Watch:
-    """One refresher: what it publishes, until the trainer is done."""
+    """One refresher: what it publishes, until the trainer is done.
+
+    While another writer holds the database it tries again every ``poll`` seconds, for ever, or for the ``wait`` of the
+    run settings, and goes on saying how stale the published version is.
+    """
 
     out: Storage
     settings: WatchSettings
@@ -49,6 +54,7 @@ class Watch:
         self._refused: dict[int, str] = {}
         self._same: int | None = None
         self._warned = False
+        self._locked_out: float | None = None  # since when
 
     def run(self) -> None:
         """Publish what is due, newest first, until the trainer is done and its last export is published.
@@ -57,6 +63,7 @@ class Watch:
 
         Raises:
             InputError: the last export of a trainer that is done cannot be used.
+            LockedError: another writer held the database for longer than is waited.
             RetrodbError: as `refresh` does, of anything but an export.
         """
         while True:
@@ -89,23 +96,37 @@ class Watch:
         return next((e for e in reversed(newer) if self.settings.schedule.is_due(e.step, published)), None)
 
     def _publish(self, export: Export) -> None:
-        self.progress.note(f"step {export.step}: {export.path}")
+        if self._locked_out is None:
+            self.progress.note(f"step {export.step}: {export.path}")
+        at_once = self.run_settings.model_copy(update={"wait": None})
         try:
-            outcome = refresh(self.out, export.path, self.run_settings, self.progress, step=export.step)
+            outcome = refresh(self.out, export.path, at_once, self.progress, step=export.step)
         except LockedError as error:
-            self.progress.note(f"{error} Trying again.")
-            self.sleep(self.settings.poll)
+            self._wait_for(error)
             return
         except InputError as error:
+            self._locked_out = None
             self._refused[export.step] = str(error)
             self.progress.note(f"step {export.step} is left out: {error}")
             return
+        self._locked_out = None
         if not outcome.done:
             self._same = export.step
             return
         self.published.append(outcome.version)
         with contextlib.suppress(LockedError), writer_lock(self.out):  # another writer's turn: the next time, then
             collect(self.out, self.settings.keep)
+
+    def _wait_for(self, error: LockedError) -> None:
+        """Another writer's turn: said once, and waited for, but no longer than ``wait``."""
+        if self._locked_out is None:
+            self._locked_out = time.monotonic()
+            self.progress.note(f"{error} Trying again.")
+        wait = self.run_settings.wait
+        left = self.settings.poll if wait is None else self._locked_out + wait - time.monotonic()
+        if left <= 0:
+            raise error
+        self.sleep(min(self.settings.poll, left))
 
     def _tell(self, exports: list[Export]) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
@@ -119,8 +140,8 @@ class Watch:
         passed = self.settings.limit.is_passed(staleness)
         if passed and not self._warned:
             self.progress.note(
-                f"the published version (step {published}) is {staleness.steps} steps and {staleness.seconds:.0f} s "
-                "behind the newest export: more than --max-staleness"
+                f"the published version (step {published}) is {count_of(staleness.steps, 'step')} and "
+                f"{staleness.seconds:.0f} s behind the newest export: more than --max-staleness"
             )
         self._warned = passed
         hold(self.settings.folder, passed and self.settings.on_stale == "block")

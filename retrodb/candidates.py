@@ -26,6 +26,7 @@ from retrodb.neighbours.searcher import Searcher
 from retrodb.neighbours.sources import by_shard
 from retrodb.recent import Recent
 from retrodb.schemas import NULL_ID
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.units import unit_of
@@ -152,7 +153,10 @@ class Candidates:
         if keys is None:
             return np.zeros((0, 2), dtype=np.int64)
         if len(keys) != queries:
-            raise InputError(f"own_keys has {len(keys)} keys for {queries} queries: give one each, None for none.")
+            raise InputError(
+                f"own_keys has {count_of(len(keys), 'key')} for {count_of(queries, 'query', 'queries')}: give one "
+                "each, None for none."
+            )
         rows = np.array([row for row, key in enumerate(keys) if key is not None], dtype=np.int64)
         hashes = np.array([_key_hash(key) for key in keys if key is not None], dtype=np.int64)
         known, document_ids = self._documents_by_key

@@ -16,7 +16,7 @@ from retrodb.chunking import DEFAULT_TOKENIZER, OWN_TOKENIZER
 from retrodb.encoding import DEFAULT_ENCODER
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import STAGES
-from retrodb.sizes import parse_size
+from retrodb.sizes import parse_duration, parse_size
 from retrodb.units import BLOCK_TOKENS, Unit, stages_of
 
 _OPTION: Final = re.compile(r"(?:([a-z]+)\.)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
@@ -161,7 +161,10 @@ class BuildConfig(BaseModel):
 
 
 class RunSettings(BaseModel):
-    """How a build is carried out; no table depends on it."""
+    """How a build is carried out; no table depends on it.
+
+    ``wait`` is how many seconds another writer is waited for; None: it is refused at once.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -170,6 +173,12 @@ class RunSettings(BaseModel):
     runner_option: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     until: Literal[STAGES] | None = None  # type: ignore[valid-type]
+    wait: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+    @field_validator("wait", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        return parse_duration(value) if isinstance(value, str) else value
 
     @field_validator("runner_option", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrodb.errors import DamagedError
+from retrodb.sizes import count_of
 
 _GROUP_ROWS: Final = 1 << 17
 _GROUP_BYTES: Final = 1 << 30
@@ -135,6 +136,6 @@ def refuse_swelling(found: pq.FileMetaData, size: int, where: str) -> None:
         held = max(group.total_byte_size, referred)
         if held > most or not 0 <= group.num_rows <= _GROUP_ROWS:
             raise DamagedError(
-                f"{where} was not written by retrodb: its row group {number} may hold "
-                f"{held:,} bytes in {group.num_rows:,} rows. Run the build again to repair it."
+                f"{where} was not written by retrodb: its row group {number} may hold {held:,} bytes in "
+                f"{count_of(group.num_rows, 'row')}. Run the build again to repair it."
             )

@@ -15,6 +15,7 @@ from retrodb.learning.device import Device
 from retrodb.model.batch import Batch
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
+from retrodb.sizes import count_of
 
 _COLDEST: Final = 1e-6
 """Below, float32 logits that differ at all are as far apart as can be, and divided by it overflow."""
@@ -196,8 +197,8 @@ def generate(
     room = data.sequence_tokens - len(start)
     if tokens > room:
         raise UsageError(
-            f"the prompt has {len(start)} tokens; with {tokens} more it is longer than the {data.sequence_tokens} of a"
-            " sequence, all that the model was trained to see. "
+            f"the prompt has {count_of(len(start), 'token')}; with {tokens} more it is longer than the "
+            f"{data.sequence_tokens} of a sequence, all that the model was trained to see. "
             + (f"Ask for at most {room}." if room > 0 else "Shorten the prompt.")
         )
     chosen = device or Device("cpu", "fp32")

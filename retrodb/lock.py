@@ -8,6 +8,9 @@ moment later who has it. The holder renews it every `BEAT_SECONDS`. A killed hol
 the same system and process namespace is known to be dead, and its lock is taken over at once; one elsewhere is dead if
 its last beat is older than `STALE_SECONDS`, and does not change while two more beats would, by our own clock, so that
 clocks that differ take nobody's lock. A holder that finds another's lock in place of its own stops.
+
+A writer that finds the lock held is refused, or waits for as long as it was told to: it looks again, every second on a
+local disk, every ten seconds on an object store, where each look is a request.
 """
 
 import _thread
@@ -19,15 +22,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
 import psutil
 
 from retrodb.errors import InputError, LockedError, UnreachableError
 from retrodb.formats import json_bytes
+from retrodb.sizes import duration_text
 from retrodb.storage import Storage
 
 LOCK_NAME: Final = ".lock"
@@ -35,49 +39,97 @@ STALE_SECONDS: Final = 120.0
 BEAT_SECONDS: Final = 30.0
 WATCH_SECONDS: Final = 2 * BEAT_SECONDS + 5
 _SETTLE_SECONDS: Final = 0.2
+_LOOK_SECONDS: Final = 1.0
+_REMOTE_LOOK_SECONDS: Final = 10.0
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a writer does to a folder, in the words of a refusal."""
+    """What a writer does to a folder, and what another one can do meanwhile, in the words of a refusal."""
 
     doing: str
-    instead: str
+    remedy: str
 
 
-BUILD: Final = Work("being built", "build into another folder")
-TRAIN: Final = Work("being trained", "name another --out")
+BUILD: Final = Work("being built", "Wait for it, as --wait 10m does, or build into another folder.")
+TRAIN: Final = Work("being trained", "Wait for it, or name another --out.")
+
+
+class _HeldError(Exception):
+    """Another writer holds the lock; the text says who."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            holder = json.loads(text)
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        super().__init__(who)
 
 
 @contextlib.contextmanager
-def writer_lock(storage: Storage, work: Work = BUILD) -> Iterator[None]:
+def writer_lock(
+    storage: Storage, work: Work = BUILD, *, wait: float | None = None, tell: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Hold the lock of a folder; the file is gone afterwards.
 
+    Args:
+        storage: the folder.
+        work: what is done to it, for a refusal.
+        wait: seconds to wait at most for another writer; None or 0: not at all.
+        tell: is told once for whom is waited.
+
     Raises:
-        LockedError: another writer holds it; says who.
+        LockedError: another writer holds it, still; says who.
         InputError: the folder cannot be written.
     """
-    with _local_lock(storage, work) if storage.is_local else _remote_lock(storage, work):
+    turn = _Turn(storage, work, wait or 0.0, tell)
+    with _local_lock(turn) if storage.is_local else _remote_lock(turn):
         yield
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A writer that is to hold a folder, and how long it waits for its turn."""
+
+    storage: Storage
+    work: Work
+    wait: float
+    tell: Callable[[str], None] | None
+
+    def take(self, attempt: Callable[[], Taken], every: float) -> Taken:
+        """What ``attempt`` returns, tried again ``every`` so many seconds while another writer holds the lock.
+
+        Raises:
+            LockedError: it does still when the time is over.
+        """
+        end, told = time.monotonic() + self.wait, self.tell is None
+        while True:
+            try:
+                return attempt()
+            except _HeldError as held:
+                left = end - time.monotonic()
+                found = f"{self.storage.url} is {self.work.doing} by {held}"
+            if left <= 0:
+                waited = f" It was waited for, {duration_text(self.wait)}." if self.wait else ""
+                raise LockedError(f"{found}.{waited} {self.work.remedy}")
+            if not told:
+                assert self.tell is not None
+                self.tell(f"{found}: waiting for it, {duration_text(self.wait)} at most")
+                told = True
+            time.sleep(min(every, left))
 
 
 def _holder() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 
 
-def _refusal(storage: Storage, work: Work, text: str) -> LockedError:
-    try:
-        holder = json.loads(text)
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        who = "another process"
-    return LockedError(f"{storage.url} is {work.doing} by {who}. Wait for it, or {work.instead}.")
-
-
 @contextlib.contextmanager
-def _local_lock(storage: Storage, work: Work) -> Iterator[None]:
-    path = Path(storage.path(LOCK_NAME))
-    file = _acquire(storage, path, work)
+def _local_lock(turn: _Turn) -> Iterator[None]:
+    path = Path(turn.storage.path(LOCK_NAME))
+    file = turn.take(lambda: _acquire(turn.storage, path), _LOOK_SECONDS)
     try:
         yield
     finally:
@@ -86,7 +138,7 @@ def _local_lock(storage: Storage, work: Work) -> Iterator[None]:
         file.close()
 
 
-def _acquire(storage: Storage, path: Path, work: Work) -> IO[str]:
+def _acquire(storage: Storage, path: Path) -> IO[str]:
     while True:
         try:
             # No link is followed: what it led to would be overwritten.
@@ -101,7 +153,7 @@ def _acquire(storage: Storage, path: Path, work: Work) -> IO[str]:
             file.seek(0)
             text = file.read()
             file.close()
-            raise _refusal(storage, work, text) from None
+            raise _HeldError(text) from None
         # The holder before us may have unlinked the file between our open and our flock.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -116,10 +168,10 @@ def _acquire(storage: Storage, path: Path, work: Work) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _remote_lock(storage: Storage, work: Work) -> Iterator[None]:
+def _remote_lock(turn: _Turn) -> Iterator[None]:
     token = uuid.uuid4().hex
-    _acquire_object(storage, token, work)
-    heart = _Heart(storage, token)
+    turn.take(lambda: _acquire_object(turn.storage, token), _REMOTE_LOOK_SECONDS)
+    heart = _Heart(turn.storage, token)
     heart.start()
     try:
         yield
@@ -133,26 +185,26 @@ def _remote_lock(storage: Storage, work: Work) -> Iterator[None]:
         raise heart.refusal()
 
 
-def _acquire_object(storage: Storage, token: str, work: Work) -> None:
+def _acquire_object(storage: Storage, token: str) -> None:
     """Make the lock's object, or take over one whose holder is dead.
 
     Raises:
-        LockedError: someone holds it, or was quicker.
+        _HeldError: someone holds it, or was quicker.
     """
     held = storage.read_if_there(LOCK_NAME)  # first: a store that knows no conditions would write over it
     if held is not None:
         if not _is_dead(storage, held):
-            raise _refusal(storage, work, held.decode(errors="replace"))
+            raise _HeldError(held.decode(errors="replace"))
         # Of several that see it dead, one alone makes the new one: it is deleted, and then made by the same condition.
         # Who deletes late may delete the lock that another has just made; that one sees it when it looks again.
         if storage.read_if_there(LOCK_NAME) == held:
             storage.delete(LOCK_NAME)
     if not storage.create(LOCK_NAME, _beat(token)):
-        raise _refusal(storage, work, (storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
+        raise _HeldError((storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
     time.sleep(_SETTLE_SECONDS)  # a store that knows no conditions has let everybody write: the last one has it
     held = storage.read_if_there(LOCK_NAME)
     if held is None or _parsed(held).get("token") != token:
-        raise _refusal(storage, work, (held or b"").decode(errors="replace"))
+        raise _HeldError((held or b"").decode(errors="replace"))
 
 
 def _is_dead(storage: Storage, held: bytes) -> bool:

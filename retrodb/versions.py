@@ -32,6 +32,7 @@ from retrodb.manifest import (
     version_folder,
     version_path,
 )
+from retrodb.sizes import count_of
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 
 KEPT_VERSIONS: Final = 3
@@ -213,7 +214,9 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
     """
     rows, chunks = manifest.rows("embeddings"), manifest.rows("chunks")
     if rows != chunks:
-        raise DamagedError(f"there are {rows:,} vectors for {chunks:,} chunks: this version is not published.")
+        raise DamagedError(
+            f"there are {count_of(rows, 'vector')} for {count_of(chunks, 'chunk')}: this version is not published."
+        )
     encoder = manifest.fingerprints["encoder"]
     return {
         "corpus": corpus_fingerprint(manifest),

@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused(db, built):
     query = np.ones((2, 32), dtype=np.float32)
     for options, message in [
         ({"own_chunks": [0]}, "own_chunks has shape"),
-        ({"own_keys": ["a"]}, "1 keys for 2 queries"),
+        ({"own_keys": ["a"]}, "1 key for 2 queries"),
         ({"exclude": "cluster"}, "give one of self, document, neardup"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -4,6 +4,7 @@ The labels C1 and C2 are those of the requirements of REALM mode.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,21 @@ from support import (
     retrodb,
     rows_of,
     save_manifest,
+    shards_of,
     stamps,
     table_of,
     vectors_of,
+    write_jsonl,
 )
 
 import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.corpus.selection import Selection
-from retrodb.errors import InputError, LockedError
+from retrodb.errors import DamagedError, InputError, LockedError
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
+from retrodb.spans import SpanSettings
 from retrodb.storage import Storage
 from retrodb.training.table import TrainingTable
 
@@ -363,6 +367,100 @@ def test_refresh_C2_leaves_deleted_chunks_out_of_what_it_writes(database: Path, 
     expected = brute_force(database, vectors_of(database), chunks["document_id"].to_numpy(), 4)
     assert [row["neighbour_ids"] for row in rows_of(database, "neighbours")] == expected
     assert problems(database) == []
+
+
+@pytest.fixture(scope="module")
+def spanned(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of `first` with spans by pattern and imported ones, and the ``--tagger`` of the latter.
+
+    Of those that could not be used one is of a document that stays, the others are, or may be, of the second victim.
+    """
+    folder = tmp_path_factory.mktemp("spanned")
+    database, rows = shutil.copytree(first, folder / "db"), []
+    documents = rows_of(first, "documents")
+    victim, other = documents[VICTIMS[1]], documents[VICTIMS[1] + 1]
+    assert victim["document_id"] >> 32, "rows that name nobody lie in another shard"
+    for document in documents:
+        words = [match.span() for match in re.finditer(rb"\b[a-z]{7,}\b", document["text"].encode())][::9]
+        rows += [{"key": document["key"], "start": start, "end": end, "source": "words"} for start, end in words]
+    bad = [
+        {"key": other["key"], "start": 0, "end": 10**6},
+        {"key": victim["key"], "start": 0, "end": 10**6},
+        {"document_id": victim["document_id"], "start": 5, "end": 5},
+        {"start": 0, "end": 9, "text": victim["text"][:200]},
+    ]
+    path = write_jsonl(folder / "spans.jsonl", [*rows, *bad, json.dumps({"text": victim["text"][:200]})[:-5]])
+    draw_spans(database, f"import:{path}")
+    return database, f"import:{path}"
+
+
+def draw_spans(database: Path, imported: str) -> Any:
+    from retrodb.pipelines.spans_stage import build_spans
+
+    settings = SpanSettings(("dates", imported))
+    return build_spans(Storage(str(database)), settings, RunSettings(workers=1), Progress())
+
+
+def test_compact_carries_spans_and_queries_over_without_the_deleted_documents(
+    spanned: tuple[Path, str], tmp_path: Path
+) -> None:
+    database, imported = shutil.copytree(spanned[0], tmp_path / "db"), spanned[1]
+    before = {table: table_of(database, table) for table in ("spans", "queries")}
+    entries, counted = manifest_of(database)["tables"], manifest_of(database)["stages"]["spans"]["counts"]
+    victim = rows_of(database, "documents")[VICTIMS[1]]
+    assert traces(named_files(database), victim["text"], np.empty((0, 64)), np.empty((0, 32)))
+    gone = deleted(database, *VICTIMS)
+    compacted(database)
+    now = manifest_of(database)
+    for table, rows in before.items():
+        kept = ~np.isin(rows["document_id"].to_numpy(), gone)
+        assert 0 < kept.sum() < len(kept)
+        assert table_of(database, table).equals(rows.filter(kept)), f"{table}: ids stay"
+        changed = {
+            old["number"]
+            for old, new in zip(entries[table]["shards"], now["tables"][table]["shards"], strict=True)
+            if old != new
+        }
+        assert changed == {document_id >> 32 for document_id in gone}, table
+    assert [json.loads(row["record"])["end"] for row in rows_of(database, "span_quarantine")] == [10**6]
+    for path in named_files(database):
+        if path.suffix == ".parquet" and path.parent.name != "quarantine":
+            found = b"".join(b"".join(values(column)) for column in pq.read_table(path).columns)
+            assert victim["key"].encode() not in found, path
+            assert victim["text"][:100].encode() not in found, path
+    counts = now["stages"]["spans"]["counts"]
+    left_out = len(before["spans"]) - len(rows_of(database, "spans")) + 4
+    assert counts == counted | {
+        "spans": len(rows_of(database, "spans")),
+        "queries": len(rows_of(database, "queries")),
+        "quarantined": 1,
+        "dropped.deleted": left_out,
+    }
+    queries = [int(one) for batch in package.open(str(database)).queries(split=None) for one in batch.query_ids]
+    assert queries == [row["query_id"] for row in rows_of(database, "queries")]
+    assert problems(database) == problems(database, version=1) == []
+    files = stamps(database)
+    assert draw_spans(database, imported).done == ()
+    assert stamps(database) == files
+    assert deleted(database, 0)
+    compacted(database)
+    assert manifest_of(database)["stages"]["spans"]["counts"]["dropped.deleted"] > left_out
+    assert problems(database) == []
+
+
+def test_spans_of_a_compacted_database_are_repaired_and_counted_anew(spanned: tuple[Path, str], tmp_path: Path) -> None:
+    database, imported = shutil.copytree(spanned[0], tmp_path / "db"), spanned[1]
+    deleted(database, *VICTIMS)
+    compacted(database)
+    shard = shards_of(database, "queries")[0]
+    shard.write_bytes(b"")
+    damage = problems(database)
+    assert len(damage) == 1
+    deleted(database, 0)
+    with pytest.raises(DamagedError, match="Run `retrodb spans` again"):
+        compacted(database)
+    assert draw_spans(database, imported).done == ("spans",)
+    assert problems(database) == damage, "of the version before alone"
 
 
 def test_compact_C2_of_blocks_with_equals(lines: list[str], tiny_encoder: Path, tmp_path: Path) -> None:

@@ -235,6 +235,8 @@ def test_the_submit_script_launches_the_flex_template_with_parameters_that_it_ha
         "gs://b/a b.txt",
         "--out",
         "gs://b/db",
+        "--wait",
+        "5m",
         "--neighbours",
         "10",
         "--runner-option",

@@ -275,6 +275,24 @@ def test_of_two_builders_that_see_no_lock_one_alone_gets_it(store: ObjectStore) 
     assert storage.size(LOCK_NAME) is None
 
 
+def test_a_writer_that_waits_has_the_lock_once_its_holder_is_done(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrodb.lock._REMOTE_LOOK_SECONDS", 0.1)
+    storage, said = Storage(store.url("waited-for")), []
+    storage.commit_bytes(LOCK_NAME, lock_of())
+    with pytest.raises(LockedError, match="It was waited for"), writer_lock(storage, wait=0.3):
+        pass
+    done = threading.Timer(1.0, lambda: storage.delete(LOCK_NAME))
+    done.start()
+    with writer_lock(storage, wait=60.0, tell=said.append):
+        assert json.loads(storage.read_bytes(LOCK_NAME))["token"] != "t"
+    done.join()
+    assert len(said) == 1
+    assert "process 7 on elsewhere, since now: waiting for it, 1m at most" in said[0]
+    assert storage.size(LOCK_NAME) is None
+
+
 def test_a_silent_holder_elsewhere_is_watched_before_its_lock_is_taken(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

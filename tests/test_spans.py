@@ -510,6 +510,16 @@ def test_spans_S3_imported_spans_are_judged_row_by_row(database, tmp_path, kind)
     before = stamps(database)
     assert make(database, f"import:{path}").done == ()
     assert stamps(database) == before
+    whole = manifest_of(database)
+    for name, said in (
+        ("spans", "rows of spans, and spans counted, differ"),
+        ("quarantined", "rows of span_quarantine, and quarantined counted, differ"),
+        ("imported", "are not those imported"),
+    ):
+        wrong = json.loads(json.dumps(whole))
+        wrong["stages"]["spans"]["counts"][name] += 1
+        save_manifest(database, wrong)
+        assert any(said in problem.what for problem in verified(database).problems), name
 
 
 @pytest.mark.slow

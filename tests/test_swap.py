@@ -9,7 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Progress, Running, build_here, manifest_of, retrodb, rows_of, sha256, stamps, table_of, vectors_of
+from retrodb.pipelines.spans_stage import build_spans
+from retrodb.pipelines.swap import swap
+from support import (
+    Progress,
+    Running,
+    build_here,
+    manifest_of,
+    retrodb,
+    rows_of,
+    sha256,
+    stamps,
+    table_of,
+    vectors_of,
+    write_jsonl,
+)
 
 import retrodb as package
 from retrodb.config import RunSettings
@@ -19,6 +33,7 @@ from retrodb.errors import InputError, LockedError, RetrodbError
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower
+from retrodb.spans import SpanSettings
 from retrodb.storage import Storage
 from retrodb.versions import collect
 
@@ -60,8 +75,6 @@ def database(swapped_once: Path, tmp_path: Path) -> Path:
 
 def swapped(database: Path, *inputs: Path) -> Any:
     """Swap in this process."""
-    from retrodb.pipelines.swap import swap
-
     listing = expand_inputs([str(path) for path in inputs])
     return swap(Storage(str(database)), listing, RunSettings(workers=1), Progress())
 
@@ -159,6 +172,46 @@ def test_swap_C1_a_follower_takes_it_as_it_takes_a_refresh(
     assert [document.source for document in follow.database.documents()] == [str(corpora[2])]
     back(database, 1)
     assert follow.at(step=2).version == 1
+
+
+def test_swap_C1_draws_the_queries_of_the_new_corpus_by_the_same_taggers(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, progress = shutil.copytree(first, tmp_path / "db"), Progress()
+    storage, run = Storage(str(database)), RunSettings(workers=1)
+    texts = [f"In {1800 + n} a bridge was built. It fell on {n + 1} May {1850 + n}." for n in range(3)]
+    dated = write_jsonl(tmp_path / "dated.jsonl", [{"id": f"dated-{n}", "text": text} for n, text in enumerate(texts)])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"id": "other", "text": texts[0] + " It stands."}])
+    owner = rows_of(database, "documents")[0]["key"]
+    spans = write_jsonl(tmp_path / "spans.jsonl", [{"key": owner, "start": 0, "end": 3}])
+
+    def drawn(*taggers: str) -> Any:
+        return build_spans(storage, SpanSettings(taggers, seed=5), run, Progress()).done
+
+    drawn("dates", f"import:{spans}")
+    before, files = rows_of(database, "queries"), stamps(database)
+    with monkeypatch.context() as patched:
+        patched.setattr("retrodb.spans.dates.VERSION", "9")
+        with pytest.raises(InputError, match="drawn by dates 1.*here are dates 9"):
+            swapped(database, dated)
+    assert stamps(database) == files
+    swap(storage, expand_inputs([str(dated)]), run, progress)
+    rows = rows_of(database, "queries")
+    assert {row["document_id"] for row in rows} == {row["document_id"] for row in rows_of(database, "documents")}
+    assert {row["tagger"] for row in rows} == {"dates@1"}
+    assert any("those that were imported are of the corpus before" in line for line in progress.lines)
+    follow = Follower(str(database))
+    assert sum(len(batch) for batch in follow.database.queries(split=None)) == len(rows) == 6
+    files = stamps(database)
+    assert drawn("dates") == (), "they are those that `retrodb spans` draws"
+    assert stamps(database) == files
+    assert problems(database) == []
+    back(database, 1)
+    assert rows_of(database, "queries") == before
+    drawn(f"import:{spans}")
+    assert swapped(database, other).version == 4
+    assert "spans" not in manifest_of(database)["stages"], "all were imported"
+    assert problems(database) == []
 
 
 def test_swap_C1_killed_leaves_one_version_and_goes_on(

@@ -177,7 +177,7 @@ def test_a_neighbour_that_does_not_exist_is_an_error_that_names_it(gone):
 
 
 def test_no_chunk_is_found_in_an_empty_shard():
-    with pytest.raises(DamagedError, match="do not exist"):
+    with pytest.raises(DamagedError, match="not exist"):
         locate(np.zeros(0, dtype=np.int64), np.array([3]))
 
 
@@ -262,9 +262,9 @@ def test_chunks_are_read_from_sliced_and_from_chunked_tables():
 
 def test_a_null_list_or_ids_out_of_order_are_damage():
     kind = pa.list_(pa.int64(), 2)
-    with pytest.raises(DamagedError, match="1 null lists"):
+    with pytest.raises(DamagedError, match="1 null list;"):
         lists(pa.table({"x": pa.array([[1, 2], None], kind)}), "x", missing=-1)
-    with pytest.raises(DamagedError, match="1 nulls"):
+    with pytest.raises(DamagedError, match="1 null where"):
         lists(pa.table({"x": pa.array([[1, None]], kind)}), "x")
     table = chunk_table(make_shard(0, [3], "uint16", set()))
     with pytest.raises(DamagedError, match="out of order"):

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from retrodb.cli.echo import echo_json
+from retrodb.cli.running import Wait
+from retrodb.sizes import count_of
 
 Text = Optional[str]
 Number = Optional[str]
@@ -89,6 +91,7 @@ def build(
         Text, typer.Option(help="Last stage: corpus, dedup, chunk, embed, index, neighbours, training, report.")
     ] = None,
     shard_bytes: Annotated[Text, typer.Option(help="Text per shard, as 64MB. [from the corpus' size]")] = None,
+    wait: Wait = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")] = False,
 ) -> None:
@@ -127,6 +130,7 @@ def build(
         "seed": seed,
         "until": until,
         "shard_bytes": shard_bytes,
+        "wait": wait,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings, run = make_config(read_config_file(config) if config else {}, given)
@@ -172,7 +176,7 @@ def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -
 
     progress = make_progress()
     if listing.skipped:
-        progress.note(f"{listing.skipped:,} files of other kinds were skipped")
+        progress.note(f"{count_of(listing.skipped, 'file of another kind was', 'files of other kinds were')} skipped")
     try:
         outcome = run_build(listing.files, storage, settings, run, progress)
     finally:

@@ -7,6 +7,7 @@ import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json, OfVersion
+from retrodb.sizes import count_of
 
 if TYPE_CHECKING:
     from retrodb.evaluation.intervals import Estimate
@@ -62,9 +63,9 @@ def _print(result: "RetrievalResult") -> None:
     about = result.about
     asked = about["questions"]
     without = f", {asked['without_gold']:,} without a gold answer" if asked["without_gold"] else ""
-    echo(f"{asked['file']}: {asked['asked']:,} of {asked['read']:,} questions asked{without}")
+    echo(f"{asked['file']}: {asked['asked']:,} of {count_of(asked['read'], 'question')} asked{without}")
     echo(
-        f"{about['database']}: {about['chunks']:,} chunks, {about['encoder']['name']}, {about['metric']}, "
+        f"{about['database']}: {count_of(about['chunks'], 'chunk')}, {about['encoder']['name']}, {about['metric']}, "
         f"index {about['index']['key']}"
     )
     for criterion in result.criteria:

@@ -7,6 +7,7 @@ import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json, OfVersion
+from retrodb.sizes import count_of
 
 index_commands = typer.Typer(help="The index in other forms.", no_args_is_help=True)
 
@@ -47,5 +48,5 @@ def merge(
     if as_json:
         echo_json({"path": str(merged.path), "vectors": merged.vectors, "bytes": merged.bytes})
         return
-    echo(f"{merged.path}: {merged.vectors:,} vectors, {merged.bytes:,} bytes with its lists")
+    echo(f"{merged.path}: {count_of(merged.vectors, 'vector')}, {merged.bytes:,} bytes with its lists")
     echo("open it with faiss.read_index(path, faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)")

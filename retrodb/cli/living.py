@@ -9,7 +9,7 @@ import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
-from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
+from retrodb.cli.running import Device, Runner, RunnerOption, Wait, Workers, run_settings
 
 
 def add(
@@ -19,6 +19,7 @@ def add(
     device: Device = None,
     runner: Runner = None,
     runner_option: RunnerOption = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Add documents as the next version, at a cost that follows what is new: readers keep theirs meanwhile."""
@@ -27,7 +28,7 @@ def add(
     from retrodb.pipelines.add import add as run_add  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
-    run = run_settings(workers, runner, runner_option, device)
+    run = run_settings(workers, runner, runner_option, device, wait)
     listing = expand_inputs(inputs)
     with contextlib.closing(make_progress()) as progress:
         done = run_add(Storage(database), listing.files, run, progress)
@@ -48,6 +49,7 @@ def delete(
         Optional[list[str]],
         typer.Option(metavar="CONDITION", help="As lang=de, year>=2020, 'title ~ ^List'; several must all hold."),
     ] = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Delete documents, at once for every reader: search, neighbours, training. `compact` returns their space."""
@@ -62,8 +64,9 @@ def delete(
         sources=tuple(source or ()),
         where=tuple(Condition.parse(text) for text in where or ()),
     )
+    run = run_settings(wait=wait)
     with contextlib.closing(make_progress()) as progress:
-        done = run_delete(Storage(database), selection, progress)
+        done = run_delete(Storage(database), selection, progress, run.wait)
     if as_json:
         echo_json(dataclasses.asdict(done))
 
@@ -80,6 +83,7 @@ def swap(
     device: Device = None,
     runner: Runner = None,
     runner_option: RunnerOption = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Put another corpus in place of the current one, as the next version, under the same settings and encoder."""
@@ -92,11 +96,13 @@ def swap(
 
     if bool(inputs) == (to is not None):
         raise UsageError("give the new corpus, or --to VERSION, and not both.")
-    run = run_settings(workers, runner, runner_option, device)
+    run = run_settings(workers, runner, runner_option, device, wait)
     storage = Storage(database)
     with contextlib.closing(make_progress()) as progress:
         done = (
-            run_swap(storage, expand_inputs(inputs), run, progress) if inputs else swap_back(storage, to or 0, progress)
+            run_swap(storage, expand_inputs(inputs), run, progress)
+            if inputs
+            else swap_back(storage, to or 0, progress, run.wait)
         )
     if as_json:
         echo_json(dataclasses.asdict(done))
@@ -108,6 +114,7 @@ def compact(
     device: Device = None,
     runner: Runner = None,
     runner_option: RunnerOption = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Return the space of deleted documents, as the next version: what held something deleted is written without it."""
@@ -116,7 +123,7 @@ def compact(
     from retrodb.pipelines.compact import compact as run_compact  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
-    run = run_settings(workers, runner, runner_option, device)
+    run = run_settings(workers, runner, runner_option, device, wait)
     with contextlib.closing(make_progress()) as progress:
         done = run_compact(Storage(database), run, progress)
     if as_json:

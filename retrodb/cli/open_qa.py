@@ -8,6 +8,7 @@ import typer
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.cli.train import Out, use_threads
+from retrodb.sizes import count_of
 
 Questions = Annotated[
     str, typer.Argument(metavar="QUESTIONS", help="JSONL (.gz, .zst), any fsspec URL; fields are found by name.")
@@ -107,4 +108,6 @@ def answer(
         for title, one in (("exact match", exact), ("answer in the blocks", there)):
             low, high = one.interval or (one.value, one.value)
             echo(f"{name + f' ({count:,})':<24}{title:<22}{one.value:.4f}  [{low:.4f}, {high:.4f}]")
-    echo(f"{result.about['blocks']} blocks a question, version {result.about['version']}; intervals are 95%")
+    echo(
+        f"{count_of(result.about['blocks'], 'block')} a question, version {result.about['version']}; intervals are 95%"
+    )

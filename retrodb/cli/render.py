@@ -13,6 +13,7 @@ from retrodb.cli.echo import echo
 from retrodb.database import Database
 from retrodb.quality.leakage import in_words
 from retrodb.quality.summary import summarise
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 _INDENT = "    "
@@ -118,15 +119,18 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
             + (f"; {documents['validation']:,} for validation" if documents["validation"] else "")
         )
         if documents["deleted"]:
-            lines.append(f"deleted     {documents['deleted']:,} documents, which every reader passes over")
+            lines.append(f"deleted     {count_of(documents['deleted'], 'document')}, which every reader passes over")
         near = documents["near_duplicates"]
         if near and near["clusters"]:
-            lines.append(f"duplicates  {near['in']:,} documents in {near['clusters']:,} near-duplicate clusters")
+            lines.append(
+                f"duplicates  {count_of(near['in'], 'document')} in "
+                f"{count_of(near['clusters'], 'near-duplicate cluster')}"
+            )
     if facts["chunks"] is not None:
         config = facts["config"]
         lines.append(
             f"{facts['unit'] + 's':<12}{facts['chunks']:,} of {config['chunk_tokens']} tokens "
-            f"({facts['tokens']:,} tokens, {config['tokenizer']})"
+            f"({count_of(facts['tokens'], 'token')}, {config['tokenizer']})"
         )
     if facts["blocks"]:
         blocks = facts["blocks"]
@@ -146,7 +150,11 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
     if facts["neighbours"]:
         neighbours = facts["neighbours"]
         recall = neighbours["recall_at_10"]
-        measured = "not measurable" if recall is None else f"{recall:.4f} on {neighbours['recall_queries']:,} queries"
+        measured = (
+            "not measurable"
+            if recall is None
+            else f"{recall:.4f} on {count_of(neighbours['recall_queries'], 'query', 'queries')}"
+        )
         of = f", by {neighbours['rerank']} of {neighbours['rerank_candidates']}" if "rerank" in neighbours else ""
         lines.append(f"neighbours  {neighbours['k']} a {facts['unit']}{of}, recall@10 {measured}")
     if facts["unit"] == "block" and facts["complete"]:
@@ -154,8 +162,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
     if facts["training"]:
         training = facts["training"]
         lines.append(
-            f"training    {training['sequences']:,} sequences of {training['sequence_tokens']:,} tokens "
-            f"with {training['neighbours']} neighbours a chunk"
+            f"training    {count_of(training['sequences'], 'sequence')} of {training['sequence_tokens']:,} tokens "
+            f"with {count_of(training['neighbours'], 'neighbour')} a chunk"
         )
     if facts["leakage"]:
         lines.append(f"leakage     {in_words(facts['leakage']['splits'])}")
@@ -163,7 +171,8 @@ def _count_lines(facts: Mapping[str, Any]) -> list[str]:
         spans = facts["spans"]
         names = ", ".join(f"{tagger['name']} {tagger['version']}" for tagger in spans["taggers"])
         lines.append(
-            f"spans       {spans['spans']:,} in {spans['sentences']:,} sentences, {spans['queries']:,} masked queries "
+            f"spans       {spans['spans']:,} in {count_of(spans['sentences'], 'sentence')}, "
+            f"{count_of(spans['queries'], 'masked query', 'masked queries')} "
             f"({spans['mask']}{f'; {names}' if names else ''})"
         )
     return lines
@@ -213,6 +222,13 @@ def _titled(db: Database, chunk: Any, distance: float) -> dict[str, Any]:
     }
 
 
+def _aligned(counted: str, width: int) -> str:
+    """A number and what it counts, so that numbers and words stand below each other."""
+    number, _, what = counted.partition(" ")
+    plural = what if what.endswith("s") else f"{what} "
+    return f"{number:>{width}} {plural}"
+
+
 def print_info(facts: Mapping[str, Any]) -> None:
     """``retrodb info``."""
     echo(facts["database"])
@@ -227,7 +243,8 @@ def print_info(facts: Mapping[str, Any]) -> None:
             echo(f"  {version['id']:<6}{version['made_by']:<10}{version['created'] or ''}{step}")
     echo("tables")
     for name, table in facts["tables"].items():
-        echo(f"  {name:<12}{table['rows']:>12,} rows  {table['shards']:>6,} shards  {size_text(table['bytes']):>10}")
+        rows, shards = count_of(table["rows"], "row"), count_of(table["shards"], "shard")
+        echo(f"  {name:<12}{_aligned(rows, 12)}  {_aligned(shards, 6)}  {size_text(table['bytes']):>10}")
     echo("fingerprints")
     for kind in ("encoder", "tokenizer"):
         recorded = facts["fingerprints"].get(kind)
@@ -278,7 +295,7 @@ def print_verdict(report: Any) -> None:
     for problem in report.problems:
         echo(f"damaged: {problem.path}: {problem.what}", err=True)
     if report.problems:
-        found = f"problems found: {len(report.problems):,}, in {len(report.paths):,} files."
+        found = f"{count_of(len(report.problems), 'problem')} found, in {count_of(len(report.paths), 'file')}."
         echo(f"{found} Run the build again: it makes exactly the damaged shards anew.", err=True)
     else:
         echo("all of it is as the manifest says.")
@@ -286,7 +303,10 @@ def print_verdict(report: Any) -> None:
 
 def print_plan(plan: Mapping[str, Any]) -> None:
     """``retrodb build --dry-run``."""
-    echo(f"{plan['database']}: {plan['inputs']['files']:,} files, {size_text(plan['inputs']['bytes'])} of input")
+    echo(
+        f"{plan['database']}: {count_of(plan['inputs']['files'], 'file')}, {size_text(plan['inputs']['bytes'])} of "
+        "input"
+    )
     for stage in plan["stages"]:
         echo(f"  {stage['stage']:<11} {stage['action']}" + (f": {stage['why']}" if stage["why"] else ""))
         if plan["runner"] != "local":

@@ -10,9 +10,19 @@ Runner = Annotated[Optional[str], typer.Option(help="local, flink, dataflow, por
 RunnerOption = Annotated[
     Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="What the runner takes besides. [none]")
 ]
+Wait = Annotated[
+    Optional[str],
+    typer.Option(metavar="DURATION", help="While another process writes it: wait so long, as 30s or 10m. [exit 6]"),
+]
 
 
-def run_settings(workers: Workers, runner: Runner, runner_option: RunnerOption, device: Device = None) -> Any:
+def run_settings(
+    workers: Workers = None,
+    runner: Runner = None,
+    runner_option: RunnerOption = None,
+    device: Device = None,
+    wait: Wait = None,
+) -> Any:
     """`retrodb.config.RunSettings` of these flags.
 
     Raises:
@@ -20,5 +30,11 @@ def run_settings(workers: Workers, runner: Runner, runner_option: RunnerOption, 
     """
     from retrodb.config import make_config  # noqa: PLC0415 - only a real run pays for imports
 
-    flags = {"workers": workers, "device": device, "runner": runner, "runner_option": runner_option or None}
+    flags = {
+        "workers": workers,
+        "runner": runner,
+        "runner_option": runner_option or None,
+        "device": device,
+        "wait": wait,
+    }
     return make_config({}, {name: value for name, value in flags.items() if value is not None})[1]

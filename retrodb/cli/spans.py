@@ -7,7 +7,7 @@ import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
-from retrodb.cli.running import Runner, RunnerOption, Workers, run_settings
+from retrodb.cli.running import Runner, RunnerOption, Wait, Workers, run_settings
 
 
 def spans(
@@ -26,6 +26,7 @@ def spans(
     workers: Workers = None,
     runner: Runner = None,
     runner_option: RunnerOption = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Find named entities and dates, and draw one masked query from each sentence that has one (REALM)."""
@@ -44,7 +45,7 @@ def spans(
         raise UsageError(f"--mask {mask} draws what it masks at random: --tagger has no part in it.")
     specs = tuple(spec.strip() for given in tagger or () for spec in given.split(",")) or DEFAULT_TAGGERS
     settings = SpanSettings(specs if found == "salient" else (), found, seed)
-    run = run_settings(workers, runner, runner_option)
+    run = run_settings(workers, runner, runner_option, wait=wait)
     storage = Storage(database)
     with contextlib.closing(make_progress()) as progress:
         outcome = build_spans(storage, settings, run, progress, encoder)

@@ -1,13 +1,15 @@
 """``retrodb refresh`` and ``gc``: versions of a database, made and retired."""
 
 import contextlib
+import functools
 from typing import Annotated, Any, Literal, Optional
 
 import typer
 
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json
-from retrodb.cli.running import Device, Runner, RunnerOption, Workers, run_settings
+from retrodb.cli.running import Device, Runner, RunnerOption, Wait, Workers, run_settings
+from retrodb.sizes import count_of
 
 
 def refresh(
@@ -32,6 +34,7 @@ def refresh(
     device: Device = None,
     runner: Runner = None,
     runner_option: RunnerOption = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Embed the text with another encoder, and publish that as the next version: readers keep theirs meanwhile."""
@@ -42,7 +45,7 @@ def refresh(
 
     if (encoder is None) == (watch is None):
         raise UsageError("give --encoder CKPT, or --watch DIR, and not both.")
-    run = run_settings(workers, runner, runner_option, device)
+    run = run_settings(workers, runner, runner_option, device, wait)
     storage = Storage(database)
     with contextlib.closing(make_progress()) as progress:
         if encoder is not None:
@@ -85,6 +88,7 @@ def gc(
         float, typer.Option(min=0.0, help="Hours that a version stays on an object store, where readers are unseen.")
     ] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and do nothing.")] = False,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Retire old versions, never one in use, and remove files that no version names."""
@@ -94,7 +98,8 @@ def gc(
     from retrodb.versions import collect  # noqa: PLC0415
 
     storage = Storage(database)
-    with writer_lock(storage):
+    run = run_settings(wait=wait)
+    with writer_lock(storage, wait=run.wait, tell=functools.partial(echo, err=True)):
         done = collect(storage, keep, grace * 3600, dry_run=dry_run)
     if as_json:
         echo_json(
@@ -103,6 +108,6 @@ def gc(
         return
     what = ", ".join(map(str, done.retired)) or "none"
     verb = "would be removed" if dry_run else "removed"
-    echo(f"versions retired: {what}; {done.files:,} files, {size_text(done.bytes)} {verb}")
+    echo(f"versions retired: {what}; {count_of(done.files, 'file')}, {size_text(done.bytes)} {verb}")
     if done.in_use:
         echo(f"kept, since they are in use: {', '.join(map(str, done.in_use))}")

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import Manifest, shard_of
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 _CONDITION: Final = re.compile(r"\s*([\w.-]+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
@@ -115,7 +116,7 @@ class Selection:
                 yield table.filter(own).select(["document_id", "n_chunks"])
         missing: Sequence[object] = sorted(set(self.ids) - found_ids) or sorted(set(self.keys) - found_keys)
         if missing:
-            more = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+            more = f" and {count_of(len(missing) - 3, 'other')}" if len(missing) > 3 else ""
             raise InputError(
                 f"{storage.url} has no document {', '.join(map(repr, missing[:3]))}{more}: nothing was changed."
             )

@@ -19,6 +19,7 @@ from retrodb.evaluation.bodies import Bodies, read_bodies
 from retrodb.evaluation.intervals import Estimate, wilson
 from retrodb.evaluation.questions import Question, QuestionSet
 from retrodb.learning.open_qa_batches import Asked, retrieve
+from retrodb.sizes import count_of
 
 if TYPE_CHECKING:
     from retrodb.learning.open_qa import FineTuned
@@ -118,7 +119,7 @@ class Answering:
                 yield prediction
             done += len(batch)
             self.progress.advance(done)
-        self.progress.end(f"{done:,} questions")
+        self.progress.end(count_of(done, "question"))
 
     @property
     def result(self) -> AnswerResult:

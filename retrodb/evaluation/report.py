@@ -5,6 +5,7 @@ from typing import Final
 
 from retrodb.evaluation.intervals import Estimate, Estimates
 from retrodb.evaluation.run import Evaluated
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 JSON_NAME: Final = "evaluation.json"
@@ -27,9 +28,10 @@ def markdown(evaluated: Evaluated) -> str:
     lines = [
         "# Bits per byte",
         "",
-        f"{about['documents']:,} {about['split']} documents, {about['chunks']:,} chunks, {about['bytes_predicted']:,}"
-        f" bytes predicted ({about['share_of_bytes']:.1%} of all); {len(about['checkpoints'])} checkpoint(s). Intervals"
-        " are 95%, over documents and checkpoints. Gain: fewer bits than without retrieval.",
+        f"{count_of(about['documents'], about['split'] + ' document')}, {count_of(about['chunks'], 'chunk')}, "
+        f"{about['bytes_predicted']:,} bytes predicted ({about['share_of_bytes']:.1%} of all); "
+        f"{count_of(len(about['checkpoints']), 'checkpoint')}. Intervals are 95%, over documents and checkpoints. "
+        "Gain: fewer bits than without retrieval.",
         "",
         "| neighbours | bits per byte | gain |",
         "|---|---|---|",

@@ -22,6 +22,7 @@ from retrodb.evaluation.intervals import Estimate, mean, wilson
 from retrodb.evaluation.questions import DOCUMENTS, Question, QuestionSet
 from retrodb.manifest import REPORTS_FOLDER
 from retrodb.neighbours.searcher import Searcher
+from retrodb.sizes import count_of
 
 if TYPE_CHECKING:
     from retrodb.learning.run import Progress
@@ -131,9 +132,12 @@ def evaluate_retrieval(
         run.ask(batch)
         progress.advance(run.done)
     results = run.results()
-    progress.end(f"{run.done:,} questions")
+    progress.end(count_of(run.done, "question"))
     if run.blank:
-        notes.append(f"{run.blank:,} questions have answers of nothing but articles and punctuation: not counted")
+        notes.append(
+            f"{count_of(run.blank, 'question has', 'questions have')} answers of nothing but articles and "
+            "punctuation: not counted"
+        )
     state = database.manifest.stages["index"]
     about = {
         "database": database.storage.url,
@@ -180,7 +184,9 @@ def _survey(database: Database, questions: QuestionSet) -> tuple[_Asked, list[st
         if question.documents:
             named.append(question.documents)
     if not with_gold:
-        raise InputError(f"{questions.url} has {read:,} questions, none with a gold answer or a relevant document.")
+        raise InputError(
+            f"{questions.url} has {count_of(read, 'question')}, none with a gold answer or a relevant document."
+        )
     here = _retrievable_keys(database, {key for keys in named for key in keys})
     there = sum(any(key in here for key in keys) for keys in named)
     notes = []
@@ -192,7 +198,10 @@ def _survey(database: Database, questions: QuestionSet) -> tuple[_Asked, list[st
             )
         notes.append("the relevant documents that the questions name are not in this database: answers alone count")
     elif there < len(named):
-        notes.append(f"{len(named) - there:,} questions name no document that is in this database: misses by documents")
+        notes.append(
+            f"{count_of(len(named) - there, 'question names', 'questions name')} no document that is in this "
+            "database: misses by documents"
+        )
     return _Asked(read, with_gold, len(named), there), notes
 
 

@@ -20,6 +20,7 @@ from retrodb.model.checkpoint import Checkpoint, load_model
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
 from retrodb.quality.leakage import THRESHOLDS
+from retrodb.sizes import count_of
 from retrodb.training.table import TrainingTable
 
 
@@ -157,7 +158,9 @@ def measure_database(
     notes = []
     if any(one.data.training_fingerprint != data.training_fingerprint for one in found):
         notes.append("the model was trained on another database than it is evaluated with.")
-    progress.end(f"{len(rows):,} sequences, {len(wanted)} conditions, {len(models)} models")
+    progress.end(
+        f"{count_of(len(rows), 'sequence')}, {count_of(len(wanted), 'condition')}, {count_of(len(models), 'model')}"
+    )
     return Measured(wanted, chunks, lengths, _leakage(database, chunks), about, notes)
 
 
@@ -179,8 +182,8 @@ def _conditions(model: Retro, settings: EvaluationSettings, data: DataSettings, 
     asked = settings.neighbours
     if asked is not None and max(asked, default=0) > kept:
         raise InputError(
-            f"-k {max(asked)}: the database keeps {kept} neighbours a chunk. Ask for at most {kept}, or build it with"
-            f" --neighbours {max(asked)}."
+            f"-k {max(asked)}: the database keeps {count_of(kept, 'neighbour')} a chunk. Ask for at most {kept}, or "
+            f"build it with --neighbours {max(asked)}."
         )
     if model.retrieval is None:
         if any(asked or ()):

@@ -15,6 +15,7 @@ from retrodb.database import Database
 from retrodb.errors import DamagedError, InputError
 from retrodb.manifest import Shard
 from retrodb.schemas import ID_SHIFT
+from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 from retrodb.training.join import in_order
 from retrodb.units import refuse_table
@@ -78,8 +79,8 @@ def check_built(database: Database, *tables: str) -> None:
     """
     if len(database.deletions):
         raise InputError(
-            f"{database.storage.url} holds {len(database.deletions):,} deleted documents, which other formats cannot "
-            "mask: run `retrodb compact` first, which leaves them out."
+            f"{database.storage.url} holds {count_of(len(database.deletions), 'deleted document')}, which other "
+            "formats cannot mask: run `retrodb compact` first, which leaves them out."
         )
     for table in tables:
         if table not in database.manifest.tables:
@@ -99,7 +100,9 @@ def chosen_neighbours(database: Database, wanted: int | None, default: int) -> i
     kept = int(database.manifest.config["neighbours"])
     k = default if wanted is None else wanted
     if not 1 <= k <= kept:
-        raise InputError(f"--neighbours {k}: the database keeps {kept} neighbours a chunk; ask for 1 to {kept}.")
+        raise InputError(
+            f"--neighbours {k}: the database keeps {count_of(kept, 'neighbour')} a chunk; ask for 1 to {kept}."
+        )
     return k
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from retrodb.errors import InputError
 from retrodb.index.engine import EXACT_KEY, Metric, empty_index, faiss_metric, ivf_of
+from retrodb.sizes import count_of
 
 EXACT_BELOW: Final = 65_536
 """At or below this many vectors the index is exact: a search reads them all in a fraction of a millisecond."""
@@ -130,7 +131,7 @@ class _Plan:
         if self.lists > _MAXIMUM_LISTS or self.lists < 1:
             return f"{self.lists} lists; from 1 to {_MAXIMUM_LISTS} are possible"
         if self.minimum_points > self.vectors:
-            return f"training needs {self.minimum_points:,} vectors, there are {self.vectors:,}"
+            return f"training needs {count_of(self.minimum_points, 'vector')} and has {self.vectors:,}"
         try:
             _ = self._code_bytes
         except InputError as error:
@@ -177,12 +178,15 @@ def choose_key(
     faiss_metric(metric)
     if dimension < 1 or memory_bytes < 1 or n_vectors < 0:
         raise InputError(
-            f"no index is possible for {n_vectors} vectors of {dimension} dimensions in {memory_bytes} bytes of memory."
+            f"no index is possible for {count_of(n_vectors, 'vector')} of {dimension} dimensions in {memory_bytes} "
+            "bytes of memory."
         )
     if requested is not None:
         return _requested(requested, n_vectors, dimension, memory_bytes, metric)
     if n_vectors <= EXACT_BELOW:
-        return _exact(f"{n_vectors:,} vectors: at or below {EXACT_BELOW:,} search is exact.", n_vectors, dimension)
+        return _exact(
+            f"{count_of(n_vectors, 'vector')}: at or below {EXACT_BELOW:,} search is exact.", n_vectors, dimension
+        )
     return _automatic(n_vectors, dimension, memory_bytes, metric)
 
 
@@ -203,14 +207,16 @@ def _automatic(n_vectors: int, dimension: int, memory: int, metric: Metric) -> K
             continue
         if costly and (smaller := _fallback("SQ8", n_vectors, dimension, memory, metric)).index_bytes <= memory:
             return smaller.choice("8 bits a dimension fit the memory, and better codes would train too long.", refused)
-        return plan.choice(f"autofaiss' choice for {n_vectors:,} vectors in {memory:,} bytes of memory.", refused)
+        return plan.choice(
+            f"autofaiss' choice for {count_of(n_vectors, 'vector')} in {memory:,} bytes of memory.", refused
+        )
     for code in ("SQ8", "RaBitQ"):
         plan = _fallback(code, n_vectors, dimension, memory, metric)
         if plan.index_bytes <= memory:
             return plan.choice(f"none of autofaiss' choices will do; {code} codes fit {memory:,} bytes.", refused)
         refused.append(f"{plan.key}: {plan.index_bytes:,} bytes, more than the memory")
     return plan.choice(
-        f"no index of {n_vectors:,} vectors fits {memory:,} bytes of memory; these are the smallest codes, "
+        f"no index of {count_of(n_vectors, 'vector')} fits {memory:,} bytes of memory; these are the smallest codes, "
         "and index shards are searched one group at a time.",
         refused[:-1],
     )
@@ -245,16 +251,23 @@ def _requested(key: str, n_vectors: int, dimension: int, memory: int, metric: Me
         return _exact("asked for with --index-key.", n_vectors, dimension)
     plan = _Plan(key, n_vectors, dimension, memory, metric)
     if not 1 <= plan.lists <= _MAXIMUM_LISTS:
-        raise InputError(f"the index key {key!r} has {plan.lists} lists; from 1 to {_MAXIMUM_LISTS:,} are possible.")
+        raise InputError(
+            f"the index key {key!r} has {count_of(plan.lists, 'list')}; from 1 to {_MAXIMUM_LISTS:,} are possible."
+        )
     size = plan.index_bytes  # also proves that faiss can make it
     if plan.minimum_points <= n_vectors:
         beyond = f", though {size:,} bytes exceed the memory of {memory:,}" if size > memory else ""
         return plan.choice(f"asked for with --index-key{beyond}.", [])
-    refused = f"{key}: training needs {plan.minimum_points:,} vectors, there are {n_vectors:,}"
+    refused = f"{key}: training needs {count_of(plan.minimum_points, 'vector')} and has {n_vectors:,}"
     lists = n_vectors // POINTS_PER_LIST
     if lists >= 1:
         smaller = _Plan(key.replace(f"IVF{plan.lists}", f"IVF{lists}", 1), n_vectors, dimension, memory, metric)
         if smaller.minimum_points <= n_vectors:
-            return smaller.choice(f"{key} was asked for, but {n_vectors:,} vectors train {lists} lists.", [refused])
-    reason = f"{key} was asked for, but {n_vectors:,} vectors are too few to train it; search is exact instead."
+            return smaller.choice(
+                f"{key} was asked for, but {count_of(n_vectors, 'vector trains', 'vectors train')} "
+                f"{count_of(lists, 'list')}.",
+                [refused],
+            )
+    few = count_of(n_vectors, "vector is", "vectors are")
+    reason = f"{key} was asked for, but {few} too few to train it; search is exact instead."
     return _exact(reason, n_vectors, dimension, (refused,))

@@ -18,6 +18,7 @@ from retrodb.errors import DamagedError, InputError
 from retrodb.index.engine import Metric, check_index, faiss_threads, first_line, ivf_of
 from retrodb.index.search import IndexFile
 from retrodb.index.template import load_template
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 MERGED_INDEX: Final = "merged.faiss"
@@ -71,7 +72,7 @@ def merge_index(
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename} is missing. Run the build again to repair it.") from error
     except RuntimeError as error:
-        raise DamagedError(f"cannot merge {len(files)} index shards: {first_line(error)}.") from error
+        raise DamagedError(f"cannot merge {count_of(len(files), 'index shard')}: {first_line(error)}.") from error
     del index  # closes the lists, so that all of them are in the file
     open_merged(folder / MERGED_INDEX, dimension, metric, vectors)
     return MergedIndex(

@@ -13,6 +13,7 @@ from retrodb.formats import Committed, HashingWriter
 from retrodb.index.engine import Metric, check_index, faiss_threads, first_line, ivf_of, untyped
 from retrodb.index.guard import refuse_foreign, vectors_within
 from retrodb.index.template import load_template
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 GROUP_VECTORS: Final = 262_144
@@ -105,8 +106,8 @@ def largest_norm(vectors: np.ndarray) -> float:
 def _check_part(chunk_ids: np.ndarray, vectors: np.ndarray, dimension: int) -> None:
     if vectors.ndim != 2 or vectors.shape != (len(chunk_ids), dimension):
         raise DamagedError(
-            f"an embedding shard has shape {vectors.shape} for {len(chunk_ids)} chunks of {dimension} dimensions. "
-            "Run the build again to repair it."
+            f"an embedding shard has shape {vectors.shape} for {count_of(len(chunk_ids), 'chunk')} of {dimension} "
+            "dimensions. Run the build again to repair it."
         )
     if len(chunk_ids) and int(np.min(chunk_ids)) < 0:
         raise DamagedError(f"a chunk shard holds the negative chunk id {int(np.min(chunk_ids))}.")

@@ -24,6 +24,7 @@ from retrodb.index.engine import (
 )
 from retrodb.index.guard import refuse_foreign, vectors_within
 from retrodb.index.keys import BEST_POINTS_PER_LIST
+from retrodb.sizes import count_of
 
 _AMPLE_MEMORY: Final = "1000000G"
 """autofaiss cuts its training set to the memory it is told of; ours has been cut by `choose_key` already."""
@@ -118,7 +119,10 @@ def train_template(sample: np.ndarray, key: str, metric: Metric, seed: int, thre
     shuffled = np.ascontiguousarray(sample[np.random.default_rng(seed).permutation(len(sample))], dtype=np.float32)
     lists = n_lists(empty_index(key, sample.shape[1], metric))
     if len(sample) < lists:
-        raise InputError(f"{len(sample)} training vectors are too few for {lists} lists ({key}); use choose_key.")
+        raise InputError(
+            f"{count_of(len(sample), 'training vector is', 'training vectors are')} too few for "
+            f"{count_of(lists, 'list')} ({key}); use choose_key."
+        )
     with faiss_threads(threads):
         whole = len(sample) <= BEST_POINTS_PER_LIST * lists
         index = _train_l2(shuffled, key) if metric == "l2" and whole else _train_directly(shuffled, key, metric)

@@ -45,6 +45,7 @@ from retrodb.model.realm.bert import bert_card, load_bert, special_tokens
 from retrodb.model.realm.open_qa import OpenQa, OpenQaConfig
 from retrodb.model.realm.query import QueryEncoder
 from retrodb.model.realm.span_reader import matches
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.versions import facts_of
 
@@ -171,7 +172,10 @@ class OpenQaTrainer:
         """
         self.storage.make_root()
         if self.training.left_out:
-            self.progress.note(f"{self.training.left_out:,} questions have no answer of 1 to 10 wordpieces: left out")
+            self.progress.note(
+                f"{count_of(self.training.left_out, 'question has', 'questions have')} no answer of 1 to 10 "
+                "wordpieces: left out"
+            )
         with writer_lock(self.storage, TRAIN), Interruptions() as interruptions:
             self.progress.begin("finetune", self.settings.steps, self.step, "steps")
             while self.step < self.settings.steps:
@@ -183,7 +187,7 @@ class OpenQaTrainer:
                 if interruptions.asked and not finished:
                     raise KeyboardInterrupt
             last = self.log[-1] if self.log else {"loss": math.nan}
-            self.progress.end(f"{self.step:,} steps, loss {last['loss']:.3f}")
+            self.progress.end(f"{count_of(self.step, 'step')}, loss {last['loss']:.3f}")
         return self.step
 
     def _next(self) -> list[int]:

@@ -16,6 +16,7 @@ from retrodb.model.realm.open_qa import OpenQa, Retrieved
 from retrodb.model.realm.packing import Texts
 from retrodb.model.realm.span_reader import LONGEST_ANSWER
 from retrodb.neighbours.candidates import CandidateBatch
+from retrodb.sizes import count_of
 from retrodb.units import unit_of
 
 
@@ -148,7 +149,9 @@ class TrainingQuestions:
                 kept.append(question)
                 answers.append(short)
         if not kept:
-            raise InputError(f"{questions.url} has {len(read):,} questions, none with an answer of 1 to 10 wordpieces.")
+            raise InputError(
+                f"{questions.url} has {count_of(len(read), 'question')}, none with an answer of 1 to 10 wordpieces."
+            )
         return TrainingQuestions(kept, answers, questions.sha256, len(read) - len(kept))
 
 

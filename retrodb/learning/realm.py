@@ -50,6 +50,7 @@ from retrodb.model.checkpoint import (
 from retrodb.model.realm import Realm, RealmConfig
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
 from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
+from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
 
@@ -173,7 +174,7 @@ class RealmTrainer:
                 if interruptions.asked and not finished:
                     raise KeyboardInterrupt
             (self.exports / DONE_MARKER).touch()
-            self.progress.end(f"{self.run.step:,} steps")
+            self.progress.end(count_of(self.run.step, "step"))
         return self.run
 
     def _warm_up(self, interruptions: Interruptions) -> None:
@@ -196,7 +197,9 @@ class RealmTrainer:
             self.progress.advance(step + 1)
             if interruptions.asked:
                 raise KeyboardInterrupt  # a warm start of minutes is begun anew
-        self.progress.end(f"{settings.cloze_steps:,} steps, the own block first in {accuracy:.0%} of the last")
+        self.progress.end(
+            f"{count_of(settings.cloze_steps, 'step')}, the own block first in {accuracy:.0%} of the last"
+        )
         self._optimiser.state.clear()
 
     def _await_first_version(self, interruptions: Interruptions) -> None:

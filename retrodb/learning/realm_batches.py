@@ -13,6 +13,7 @@ from retrodb.model.realm.config import QUERY_TOKENS
 from retrodb.model.realm.packing import Texts
 from retrodb.model.realm.realm import MaskedQueries
 from retrodb.neighbours.candidates import CandidateBatch
+from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.training.columns import lists, scalars
 
@@ -103,7 +104,7 @@ def cloze_batches(db: Database, batch: int, seed: int, ends: tuple[int, ...]) ->
                     yield sides[0], sides[1], sides[2]
         if not made:
             raise InputError(
-                f"{db.storage.url} has fewer than {batch} blocks of two sentences: give a smaller --batch."
+                f"{db.storage.url} has fewer than {count_of(batch, 'block')} of two sentences: give a smaller --batch."
             )
 
 

@@ -32,6 +32,7 @@ from retrodb.model.checkpoint import (
 from retrodb.model.config import ModelConfig, default_retrieval
 from retrodb.model.data import DataSettings
 from retrodb.model.retro import Retro
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 LOG: Final = "log.jsonl"
@@ -117,7 +118,7 @@ def _run(
         if kept.step < settings.steps:
             return kept, False
         read_file(storage, kept.files, WEIGHTS)  # who says that nothing is to be done has to have it
-        progress.note(f"{storage.url} is trained already: {kept.step:,} steps. Nothing to do.")
+        progress.note(f"{storage.url} is trained already: {count_of(kept.step, 'step')}. Nothing to do.")
         return kept, True
 
     kept, finished = begun()
@@ -169,7 +170,8 @@ def _introduce(trainer: Trainer, device: Device, progress: Progress) -> None:
     counts = trainer.model.parameter_counts()
     progress.note(
         f"{counts['decoder']:,} parameters in the decoder, {counts['retrieval']:,} in the retrieval;"
-        f" {counts['training']:,} train. {len(trainer.stream):,} rows an epoch. {device.name}, {device.precision}"
+        f" {counts['training']:,} train. {count_of(len(trainer.stream), 'row')} an epoch. {device.name}, "
+        f"{device.precision}"
     )
 
 
@@ -191,7 +193,7 @@ def _steps(trainer: Trainer, storage: Storage, start: Checkpoint, progress: Prog
             if interruptions.asked and not trainer.finished:
                 raise KeyboardInterrupt
     loss = counts.log[-1]["loss"] if counts.log else float("nan")
-    progress.end(f"{counts.step:,} steps, {counts.tokens:,} tokens, loss {loss:.3f}")
+    progress.end(f"{count_of(counts.step, 'step')}, {count_of(counts.tokens, 'token')}, loss {loss:.3f}")
     return saved
 
 
@@ -242,7 +244,8 @@ def _check_same_run(
         raise MismatchError(
             f"{storage.url} holds another run (fingerprint {fingerprint(kept.settings)[:16]}, this one"
             f" {fingerprint(run)[:16]}): its {name.replace('_', '-')} is {kept.settings.get(name)!r}, now it is"
-            f" {run.get(name)!r} ({len(differs)} settings differ). Give it the same, or name another --out."
+            f" {run.get(name)!r} ({count_of(len(differs), 'setting differs', 'settings differ')}). Give it the same, "
+            "or name another --out."
         )
     if config != kept.model:
         raise MismatchError(f"{storage.url} holds a model of other sizes: {kept.model!r}. Name another --out.")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from retrodb.errors import InputError
+from retrodb.sizes import count_of
 from retrodb.training.dataset import Sample, neighbour_mask
 
 EMPTY = -1
@@ -51,8 +52,8 @@ class Batch:
         held = columns["neighbour_ids"].shape[-1]
         if not 0 <= neighbours <= held:
             raise InputError(
-                f"{neighbours} neighbours a chunk are asked for; the rows hold {held}. Ask for at most {held}, or build"
-                " with more --training-neighbours."
+                f"{count_of(neighbours, 'neighbour a chunk is', 'neighbours a chunk are')} asked for; the rows hold "
+                f"{held}. Ask for at most {held}, or build with more --training-neighbours."
             )
         rows, slots = columns["chunk_lengths"].shape
         found = neighbour_mask(dict(columns))[..., :neighbours]

@@ -16,6 +16,7 @@ from retrodb.errors import InputError
 from retrodb.index import MISSING
 from retrodb.neighbours.exclusion import NO_CLUSTER, Exclusion, SameBlock, UidSource
 from retrodb.neighbours.sources import DocumentSource, StoredClusters
+from retrodb.sizes import count_of
 
 Exclude = Literal["self", "document", "neardup"]
 EXCLUDES: Final[tuple[Exclude, ...]] = ("self", "document", "neardup")
@@ -153,5 +154,7 @@ def _ids(name: str, queries: int, given: np.ndarray | Sequence[int] | None) -> n
         return np.full(queries, NOT_FROM_HERE, dtype=np.int64)
     ids = np.asarray(given, dtype=np.int64)
     if ids.shape != (queries,):
-        raise InputError(f"{name} has shape {ids.shape} for {queries} queries: give one each, -1 for none.")
+        raise InputError(
+            f"{name} has shape {ids.shape} for {count_of(queries, 'query', 'queries')}: give one each, -1 for none."
+        )
     return ids

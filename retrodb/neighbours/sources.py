@@ -17,6 +17,7 @@ from retrodb.neighbours.exclusion import NO_CLUSTER
 from retrodb.neighbours.rerank import Tokens
 from retrodb.recent import Recent
 from retrodb.schemas import ID_SHIFT
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 VECTOR_CACHE_BYTES: Final = 64 << 20
@@ -314,7 +315,7 @@ class StoredVectors:
         rows = ids & _ROW_MASK if self.locate is None else self.locate(shard, ids)
         if int(rows.max()) >= len(array):
             raise DamagedError(
-                f"{self.storage.describe(self.paths[shard])} has {len(array)} vectors, "
+                f"{self.storage.describe(self.paths[shard])} has {count_of(len(array), 'vector')}, "
                 f"but chunk {int(ids[rows.argmax()])} was named. Verify the database."
             )
         return np.asarray(array[rows])

@@ -8,6 +8,7 @@ from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Shard
 from retrodb.quality.content import nulls
 from retrodb.quality.scene import Scene
+from retrodb.sizes import count_of
 from retrodb.training.columns import scalars
 
 
@@ -57,7 +58,9 @@ def _check_duplicates(scene: Scene) -> None:
     if scene.done("chunk") and len(scene.shards("block_duplicates")) == len(parts):
         counted = scene.manifest.stages["chunk"].counts.get("duplicate_blocks")
         if counted != blocks:
-            scene.findings.add(MANIFEST_NAME, f"{blocks:,} blocks repeat another, counted were {counted}")
+            scene.findings.add(
+                MANIFEST_NAME, f"{count_of(blocks, 'block repeats', 'blocks repeat')} another, counted were {counted}"
+            )
 
 
 def _check_null(scene: Scene) -> None:

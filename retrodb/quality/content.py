@@ -11,9 +11,10 @@ from retrodb import schemas
 from retrodb.corpus.near_duplicates import DEDUP_RULES
 from retrodb.errors import DamagedError
 from retrodb.manifest import MANIFEST_NAME, Manifest, Shard
-from retrodb.quality.scene import Scene
+from retrodb.quality.scene import Scene, check_ids
 from retrodb.quality.span_content import span_schemas
-from retrodb.schemas import ID_SHIFT, SPLITS
+from retrodb.schemas import SPLITS
+from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 
 _VECTOR_ROWS: Final = 1 << 14
@@ -30,7 +31,9 @@ def check_schemas(scene: Scene) -> None:
                 for fault in _schema_faults(file.schema_arrow, expected):
                     scene.findings.add(shard.path, fault)
                 if file.metadata.num_rows != shard.rows:
-                    scene.findings.add(shard.path, f"has {file.metadata.num_rows:,} rows, recorded are {shard.rows:,}")
+                    scene.findings.add(
+                        shard.path, f"has {count_of(file.metadata.num_rows, 'row')}, recorded are {shard.rows:,}"
+                    )
 
 
 def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
@@ -102,7 +105,9 @@ def check_counts(scene: Scene) -> None:
     for table in ("embeddings", "neighbours", "leakage"):
         for shard in scene.shards(table):
             if shard.rows != rows.get(shard.number, shard.rows):
-                findings.add(shard.path, f"has {shard.rows:,} rows for {rows[shard.number]:,} chunks")
+                findings.add(
+                    shard.path, f"has {count_of(shard.rows, 'row')} for {count_of(rows[shard.number], 'chunk')}"
+                )
 
 
 def removed_documents(manifest: Manifest) -> int:
@@ -166,13 +171,6 @@ def nulls(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table[name].is_null().to_numpy())
 
 
-def check_ids(scene: Scene, shard: Shard, ids: np.ndarray, name: str) -> None:
-    """Ids strictly ascend and are ``shard << 32 | row``, where a compaction may have left rows out."""
-    refuse = scene.findings.refuse
-    refuse(shard.path, ids >> ID_SHIFT != shard.number, f"{name} of another shard", lambda row: str(ids[row]))
-    refuse(shard.path, np.diff(ids) <= 0, f"{name} does not ascend from one row to the next", lambda row: str(ids[row]))
-
-
 # -- chunks ------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +183,7 @@ def check_chunks(scene: Scene) -> None:
     if scene.done("chunk") and len(scene.shards("chunks")) == len(scene.manifest.shards("chunks")):
         counted = scene.manifest.stages["chunk"].counts.get("tokens")
         if tokens != counted:
-            scene.findings.add(MANIFEST_NAME, f"the chunks hold {tokens:,} tokens, counted were {counted}")
+            scene.findings.add(MANIFEST_NAME, f"the chunks hold {count_of(tokens, 'token')}, counted were {counted}")
 
 
 def _check_chunks(scene: Scene, shard: Shard) -> int:

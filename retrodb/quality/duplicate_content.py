@@ -10,6 +10,7 @@ from retrodb.neighbours import NO_CLUSTER, clusters_of
 from retrodb.quality.content import nulls
 from retrodb.quality.scene import Scene
 from retrodb.schemas import ID_SHIFT
+from retrodb.sizes import count_of
 from retrodb.training.columns import scalars
 
 
@@ -82,14 +83,19 @@ def _check_counts(scene: Scene) -> None:
     counts = scene.manifest.stages["dedup"].counts
     rows = scene.manifest.rows("duplicates")
     if rows != counts.get("clustered"):
-        scene.findings.add(MANIFEST_NAME, f"duplicates has {rows:,} rows, counted were {counts.get('clustered')}")
+        scene.findings.add(
+            MANIFEST_NAME, f"duplicates has {count_of(rows, 'row')}, counted were {counts.get('clustered')}"
+        )
     for rule in DEDUP_RULES:
         found = 0
         for shard in scene.shards("duplicates"):
             found += pc.sum(pc.equal(scene.table(shard, "removed")["removed"], rule)).as_py() or 0
         if found != counts.get(f"dropped.{rule}"):
             counted = counts.get(f"dropped.{rule}")
-            scene.findings.add(MANIFEST_NAME, f"{found:,} documents were removed as {rule}, counted were {counted}")
+            scene.findings.add(
+                MANIFEST_NAME,
+                f"{count_of(found, 'document was', 'documents were')} removed as {rule}, counted were {counted}",
+            )
 
 
 def _check_clusters(scene: Scene, clusters: np.ndarray, validation: np.ndarray) -> None:

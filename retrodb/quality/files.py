@@ -31,6 +31,7 @@ from retrodb.manifest import (
 )
 from retrodb.quality.findings import Findings
 from retrodb.quality.scene import STAGE_OF, Scene
+from retrodb.sizes import count_of
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 from retrodb.units import stages_of, tables_of, unit_of
 
@@ -162,7 +163,7 @@ def _check_entries(table: str, shards: Iterable[Shard], version: int, findings: 
         if not template and not 0 <= shard.number < 1 << 31:
             findings.add(MANIFEST_NAME, f"records a shard {shard.number} of {table}")
         if not 0 <= shard.rows < _MOST_ROWS or shard.bytes < 0 or not _SHA256.fullmatch(shard.sha256):
-            findings.add(MANIFEST_NAME, f"records {shard.path} with {shard.rows} rows, {shard.bytes} bytes")
+            findings.add(MANIFEST_NAME, f"records {shard.path} with {count_of(shard.rows, 'row')}, {shard.bytes} bytes")
 
 
 def _maker(path: str) -> tuple[int, str]:
@@ -191,12 +192,13 @@ def _check_numbers(manifest: Manifest, findings: Findings) -> None:
     if "index" in manifest.tables:
         numbers = {shard.number for shard in manifest.shards("index")}
         groups = manifest.stages["index"].details.get("shards") if "index" in manifest.stages else None
-        expected = {TEMPLATE_NUMBER, *range(groups if isinstance(groups, int) else len(numbers) - 1)}
+        held = groups if isinstance(groups, int) else len(numbers) - 1
+        expected = {TEMPLATE_NUMBER, *range(held)}
         for number in sorted(expected - numbers):
             path = TEMPLATE_PATH if number == TEMPLATE_NUMBER else shard_path("index", number)
             findings.add(path, "is not recorded, though the index needs it")
         for number in sorted(numbers - expected):
-            findings.add(shard_path("index", number), f"is recorded, though the index has {groups} shards")
+            findings.add(shard_path("index", number), f"is recorded, though the index has {count_of(held, 'shard')}")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from retrodb.index import load_index_shard, load_template
 from retrodb.index.engine import ivf_of
 from retrodb.manifest import TEMPLATE_NUMBER, Shard, shard_path
 from retrodb.quality.scene import Scene, grouped
+from retrodb.sizes import count_of
 
 
 def check_index(scene: Scene) -> None:
@@ -62,7 +63,7 @@ def _check_shard(scene: Scene, shard: Shard, home: dict[int, str]) -> None:
         return
     for number, part in grouped(ids):
         if not scene.recorded("chunks", number):
-            findings.add(shard.path, f"indexes {len(part):,} chunks of shard {number}, which does not exist")
+            findings.add(shard.path, f"indexes {count_of(len(part), 'chunk')} of shard {number}, which does not exist")
         elif number in home:
             findings.add(shard.path, f"indexes chunks of shard {number}, as {home[number]} does")
         else:

@@ -13,6 +13,7 @@ from retrodb.index.engine import ascending
 from retrodb.manifest import TEMPLATE_NUMBER, Shard
 from retrodb.neighbours import NO_CLUSTER
 from retrodb.quality.scene import ChunkIds, Scene, grouped
+from retrodb.sizes import count_of
 from retrodb.training.columns import scalars
 
 Members = Mapping[int, int]
@@ -42,7 +43,9 @@ def present_lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     column = table.column(name).combine_chunks()
     array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
     if array.null_count:
-        raise DamagedError(f"column {name!r} holds {array.null_count} null lists; missing values are null elements.")
+        raise DamagedError(
+            f"column {name!r} holds {count_of(array.null_count, 'null list')}; missing values are null elements."
+        )
     flat, shape = array.flatten(), (len(array), array.type.list_size)
     values = pc.fill_null(flat, pa.scalar(0, flat.type)) if flat.null_count else flat
     present = flat.is_valid().to_numpy(zero_copy_only=False)

@@ -24,6 +24,7 @@ from retrodb.manifest import Shard
 from retrodb.quality.leakage_content import compare_leakage
 from retrodb.quality.recompute_neighbours import compare_neighbours
 from retrodb.quality.scene import Scene
+from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _compare_tokens(scene: Scene, chunks: Shard, documents: Shard, tokenizer: Ch
     stored = scene.storage.read_table(chunks)
     made = _made_again(scene, documents, tokenizer, chunks.number)
     if made.num_rows != stored.num_rows:
-        raise DamagedError(f"has {stored.num_rows:,} chunks, the documents' text gives {made.num_rows:,}")
+        raise DamagedError(f"has {count_of(stored.num_rows, 'chunk')}, the documents' text gives {made.num_rows:,}")
     for name in ("document_id", "position", "n_tokens", "start", "end"):
         wrong = scalars(stored, name) != scalars(made, name)
         scene.findings.refuse(chunks.path, wrong, f"{name} is not what the documents' text gives")
@@ -200,8 +201,9 @@ def _compare_with(scene: Scene, embeddings: Shard, made: np.ndarray, encoder: "E
     if differing:
         worst = float(np.abs(a - b).max())
         scene.findings.note(
-            f"{embeddings.path}: {differing:,} vectors are not bit-identical here (largest difference {worst:.1e}, "
-            f"least cosine {cosines.min():.6f}): another processor or library rounds differently"
+            f"{embeddings.path}: {count_of(differing, 'vector is', 'vectors are')} not bit-identical here (largest "
+            f"difference {worst:.1e}, least cosine {cosines.min():.6f}): another processor or library rounds "
+            "differently"
         )
 
 

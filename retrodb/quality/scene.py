@@ -280,3 +280,10 @@ def grouped(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     if len(order):
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             yield int(shards[part[0]]), part
+
+
+def check_ids(scene: Scene, shard: Shard, ids: np.ndarray, name: str) -> None:
+    """Ids strictly ascend and are ``shard << 32 | row``, where a compaction may have left rows out."""
+    refuse = scene.findings.refuse
+    refuse(shard.path, ids >> ID_SHIFT != shard.number, f"{name} of another shard", lambda row: str(ids[row]))
+    refuse(shard.path, np.diff(ids) <= 0, f"{name} does not ascend from one row to the next", lambda row: str(ids[row]))

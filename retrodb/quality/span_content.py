@@ -18,10 +18,11 @@ import pyarrow as pa
 from retrodb import schemas
 from retrodb.encoding import DEFAULT_ENCODER
 from retrodb.errors import RetrodbError
-from retrodb.manifest import SPANS_STAGE, Manifest, Shard
-from retrodb.quality.scene import Scene
+from retrodb.manifest import MANIFEST_NAME, SPANS_STAGE, Manifest, Shard
+from retrodb.quality.scene import Scene, check_ids
 from retrodb.spans.imports import is_boundary
 from retrodb.spans.queries import inside
+from retrodb.spans.taggers import IMPORT
 from retrodb.spans.wordpieces import Wordpieces, load_wordpieces
 from retrodb.training.columns import lists, scalars
 
@@ -69,6 +70,7 @@ def check_spans(scene: Scene) -> None:
     """Every shard of spans, and of the queries that were drawn from them."""
     if not scene.done(SPANS_STAGE):
         return
+    _check_counts(scene)
     wordpieces = _wordpieces(scene)
     for shard in scene.shards("spans"):
         with scene.examining(shard):
@@ -83,6 +85,25 @@ def check_spans(scene: Scene) -> None:
             if queries is not None and not scene.findings.has(shard.path):
                 with scene.examining(queries):
                     _check_queries(scene, queries, spans, texts, wordpieces)
+
+
+def _check_counts(scene: Scene) -> None:
+    """As many rows as counted; of imported spans, where nothing else is tagged, each is one, dropped or quarantined."""
+    manifest = scene.manifest
+    state = manifest.stages[SPANS_STAGE]
+    counted = {name: state.counts.get(name, 0) for name in ("spans", "queries", "quarantined")}
+    for (name, number), table in zip(counted.items(), ("spans", "queries", "span_quarantine"), strict=True):
+        rows = manifest.rows(table)
+        if rows != number:
+            scene.findings.add(MANIFEST_NAME, f"rows of {table}, and {name} counted, differ: {rows:,} and {number:,}")
+    if [tagger["name"] for tagger in state.made_from["taggers"]] == [IMPORT]:
+        dropped = sum(number for name, number in state.counts.items() if name.startswith("dropped."))
+        found, imported = counted["spans"] + dropped + counted["quarantined"], state.counts.get("imported", 0)
+        if found != imported:
+            scene.findings.add(
+                MANIFEST_NAME,
+                f"spans kept, dropped and quarantined are not those imported: {found:,} and {imported:,}",
+            )
 
 
 def _wordpieces(scene: Scene) -> Wordpieces | None:
@@ -115,8 +136,7 @@ def _read(scene: Scene, number: int) -> _Texts | None:
 def _check_place(scene: Scene, shard: Shard, table: pa.Table, name: str, texts: _Texts) -> None:
     """Ids, documents, chunks and offsets of spans or queries."""
     refuse, ids = scene.findings.refuse, scalars(table, name)
-    expected = (shard.number << schemas.ID_SHIFT) + np.arange(len(ids))
-    refuse(shard.path, ids != expected, f"a {name} that is not shard << 32 | row")
+    check_ids(scene, shard, ids, name)
     document_ids = scalars(table, "document_id")
     rows = texts.rows(document_ids)
     if refuse(shard.path, rows < 0, "a document that does not exist"):

@@ -16,6 +16,7 @@ from retrodb.manifest import Shard
 from retrodb.quality.neighbour_content import present_lists
 from retrodb.quality.scene import ChunkIds, ChunkTokens, Scene, grouped
 from retrodb.schemas import ID_SHIFT, SPLITS
+from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 from retrodb.training.join import NEIGHBOUR_COLUMNS, in_order
 
@@ -143,7 +144,9 @@ def _check_block(scene: Scene, shard: Shard, own: OwnShard, table: pa.Table, sta
         bad = wrong.reshape(len(layout), -1).any(axis=1)
         if bad.any():
             row = start + int(np.argmax(bad))
-            scene.findings.add(shard.path, f"{what}: in {np.count_nonzero(bad):,} sequences, the first in row {row}")
+            scene.findings.add(
+                shard.path, f"{what}: in {count_of(np.count_nonzero(bad), 'sequence')}, the first in row {row}"
+            )
 
     documents, present = present_lists(table, "document_ids")
     refuse(present != used, "document_ids that are null where chunk_ids are not")

@@ -8,6 +8,7 @@ from typing import Final, Literal
 from retrodb.database import Database
 from retrodb.manifest import Manifest
 from retrodb.refreshing.schedule import Staleness, StalenessLimit
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 _POLL_SECONDS: Final = 0.5
@@ -65,14 +66,14 @@ class Follower:
                 if self._warned != version:
                     self._warned = version
                     warnings.warn(
-                        f"version {version} of {self._storage.url} is {staleness.steps} steps and "
+                        f"version {version} of {self._storage.url} is {count_of(staleness.steps, 'step')} and "
                         f"{staleness.seconds:.0f} s behind: is the refresher running?",
                         stacklevel=2,
                     )
                 break
             if self._timeout is not None and time.monotonic() - started > self._timeout:
                 raise TimeoutError(
-                    f"version {version} of {self._storage.url} is still {staleness.steps} steps and "
+                    f"version {version} of {self._storage.url} is still {count_of(staleness.steps, 'step')} and "
                     f"{staleness.seconds:.0f} s behind after {self._timeout:.0f} s: is the refresher running?"
                 )
             self._sleep(_POLL_SECONDS)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from retrodb.errors import UsageError
+from retrodb.sizes import parse_duration
 
 _PART: Final = re.compile(r"(\d+)-(\d*):(\d+)")
-_LIMIT: Final = re.compile(r"(\d+(?:\.\d+)?)(steps?|s|m|min|h|d)?")
-_SECONDS: Final = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_STEPS: Final = re.compile(r"(\d+)(?:steps?)?")
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ class StalenessLimit:
         steps: int | None = None
         seconds: float | None = None
         for part in text.split(","):
-            match = _LIMIT.fullmatch(part.strip())
-            unit = (match[2] or "steps") if match else ""
-            if match is None or (unit.startswith("step") and "." in match[1]):
-                raise UsageError(f"--max-staleness {text!r}: write steps, as 1500, or a time, as 90s, 10m, 2h.")
-            if unit.startswith("step"):
-                steps = int(match[1])
-            else:
-                seconds = float(match[1]) * _SECONDS[unit]
+            match = _STEPS.fullmatch(part.strip())
+            try:
+                if match is not None:
+                    steps = int(match[1])
+                else:
+                    seconds = parse_duration(part)
+            except ValueError as error:
+                raise UsageError(
+                    f"--max-staleness {text!r}: write steps, as 1500, or a time, as 90s, 10m, 2h."
+                ) from error
         return cls(steps, seconds)
 
     def is_passed(self, staleness: Staleness) -> bool:

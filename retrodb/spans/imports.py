@@ -177,6 +177,18 @@ def _cells(row: Row, document_id: int, reason: str | None) -> dict[str, Any]:
     }
 
 
+def named_documents(record: bytes) -> frozenset[str]:
+    """The documents that a row of a file names, by key or by id, as texts; empty where it does not say, or cannot be
+    read."""
+    try:
+        row = json.loads(record)
+    except (ValueError, RecursionError):
+        return frozenset()
+    names = [row.get(name) for name in ("key", "document_id")] if isinstance(row, dict) else []
+    names = [name for name in names if name is not None]
+    return frozenset(map(str, names)) if all(isinstance(name, str) or _whole(name) for name in names) else frozenset()
+
+
 def usable(rows: Sequence[Mapping[str, Any]], text: bytes) -> tuple[list[Imported], list[tuple[int, str]]]:
     """Of a document's rows (`PIECE`) the spans whose offsets decode, and the numbers of the others with the reason."""
     spans, bad = [], []

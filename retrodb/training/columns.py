@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrodb.errors import DamagedError
+from retrodb.sizes import count_of
 
 
 def _one_array(table: pa.Table, name: str) -> pa.Array:
@@ -18,7 +19,7 @@ def _one_array(table: pa.Table, name: str) -> pa.Array:
 def _values(array: pa.Array, name: str, missing: int | None) -> npt.NDArray:
     if array.null_count:
         if missing is None:
-            raise DamagedError(f"column {name!r} holds {array.null_count} nulls where none may be.")
+            raise DamagedError(f"column {name!r} holds {count_of(array.null_count, 'null')} where none may be.")
         array = pc.fill_null(array, missing)
     return array.to_numpy(zero_copy_only=True)
 
@@ -43,7 +44,9 @@ def lists(table: pa.Table, name: str, missing: int | None = None) -> npt.NDArray
     """
     array = _one_array(table, name)
     if array.null_count:
-        raise DamagedError(f"column {name!r} holds {array.null_count} null lists; missing values are null elements.")
+        raise DamagedError(
+            f"column {name!r} holds {count_of(array.null_count, 'null list')}; missing values are null elements."
+        )
     return _values(array.flatten(), name, missing).reshape(len(array), array.type.list_size)
 
 

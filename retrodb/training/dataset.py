@@ -15,6 +15,7 @@ from retrodb.deletions import Deletions, mask_training
 from retrodb.errors import DamagedError, InputError, MismatchError
 from retrodb.manifest import Manifest, Shard, fingerprint
 from retrodb.schemas import SPLITS
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.training import order
 from retrodb.training.shards import (
@@ -200,7 +201,10 @@ class TrainingDataset(IterableDataset[Sample]):
             InputError: an epoch of this rank has fewer batches, or a number is out of range.
         """
         if batches < 0 or batch_size < 1 or num_workers < 0:
-            raise InputError(f"there is no position after {batches} batches of {batch_size} by {num_workers} workers.")
+            raise InputError(
+                f"there is no position after {count_of(batches, 'batch', 'batches')} of {batch_size} by "
+                f"{count_of(num_workers, 'worker')}."
+            )
         workers = max(1, num_workers)
         consumed, available = [], 0
         for consumer in range(workers):
@@ -212,7 +216,10 @@ class TrainingDataset(IterableDataset[Sample]):
             taken = min(has, batches // workers + (consumer < batches % workers))
             consumed.append(min(taken * batch_size, stop - start))
         if batches > available:
-            raise InputError(f"rank {self._rank} has {available} batches of {batch_size} an epoch, not {batches}.")
+            raise InputError(
+                f"rank {self._rank} has {count_of(available, 'batch', 'batches')} of {batch_size} an epoch, not "
+                f"{batches}."
+            )
         return self._state(workers, None, batches % workers, consumed)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -305,7 +312,9 @@ def _split_ranges(storage: Storage, manifest: Manifest, split: str | None) -> li
     for shard in manifest.shards("training"):
         rows = known.get(str(shard.number), 0) if isinstance(known, dict) else None
         if rows is not None and not (isinstance(rows, int) and 0 <= rows <= shard.rows):
-            raise DamagedError(f"manifest.json says {rows!r} of the {shard.rows} rows of {shard.path} are validation.")
+            raise DamagedError(
+                f"manifest.json says {rows!r} of the {count_of(shard.rows, 'row')} of {shard.path} are validation."
+            )
         ranges.append(split_range(storage, shard, split, rows))
     return ranges
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from retrodb import schemas
 from retrodb.errors import DamagedError, InputError
 from retrodb.schemas import ID_SHIFT
+from retrodb.sizes import count_of
 from retrodb.training.columns import as_lists, lists, scalars
 from retrodb.training.messages import Answer, Request
 from retrodb.training.sequences import Packed, check_ascending
@@ -121,8 +122,8 @@ def neighbour_ids(table: pa.Table, chunk_ids: npt.NDArray[np.int64], k: int) -> 
     check_neighbours(k, stored=ids.shape[1])
     if not np.array_equal(scalars(table, "chunk_id"), chunk_ids):
         raise DamagedError(
-            f"the neighbour shard ({table.num_rows} rows) is not of the chunk shard ({len(chunk_ids)} rows):"
-            f" their chunk ids differ. {_FORGET}"
+            f"the neighbour shard ({count_of(table.num_rows, 'row')}) is not of the chunk shard "
+            f"({count_of(len(chunk_ids), 'row')}): their chunk ids differ. {_FORGET}"
         )
     return np.ascontiguousarray(ids[:, :k])
 
@@ -131,8 +132,8 @@ def check_neighbours(k: int, stored: int) -> None:
     """Raise InputError unless ``k`` neighbours a chunk can be joined where ``stored`` are kept."""
     if not 1 <= k <= min(stored, _MAX_NEIGHBOURS):
         raise InputError(
-            f"cannot join {k} neighbours a chunk: the database keeps {stored} (and at most {_MAX_NEIGHBOURS} can be"
-            " joined). Ask for fewer, or build with more --neighbours."
+            f"cannot join {count_of(k, 'neighbour')} a chunk: the database keeps {stored} (and at most "
+            f"{_MAX_NEIGHBOURS} can be joined). Ask for fewer, or build with more --neighbours."
         )
 
 
@@ -184,8 +185,8 @@ def locate(chunk_ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> n
     if not found.all():
         lost = np.unique(wanted[~found])
         raise DamagedError(
-            f"{len(lost)} chunks that are wanted do not exist, such as chunk {lost[0]} (row {lost[0] & _ROW_MASK} of"
-            f" chunk shard {lost[0] >> ID_SHIFT}). {_FORGET}"
+            f"{count_of(len(lost), 'chunk that is wanted does', 'chunks that are wanted do')} not exist, such as "
+            f"chunk {lost[0]} (row {lost[0] & _ROW_MASK} of chunk shard {lost[0] >> ID_SHIFT}). {_FORGET}"
         )
     return positions
 

@@ -19,6 +19,7 @@ from retrodb.errors import DamagedError
 from retrodb.formats import Committed, HashingWriter
 from retrodb.manifest import Shard
 from retrodb.schemas import SPLITS
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.training.join import MISSING, check_neighbours
@@ -114,7 +115,9 @@ class TrainingShard:
             self._schema = self._parquet.schema_arrow
             self.shape = SequenceShape.of(self._schema)
         if metadata.num_rows != shard.rows:
-            raise DamagedError(f"{self._where} has {metadata.num_rows} rows where {shard.rows} are recorded.")
+            raise DamagedError(
+                f"{self._where} has {count_of(metadata.num_rows, 'row')} where {shard.rows} are recorded."
+            )
         if neighbours is not None:
             check_neighbours(neighbours, stored=self.shape.neighbours)
         self._neighbours = neighbours or self.shape.neighbours

@@ -19,6 +19,7 @@ from retrodb.errors import DamagedError, InputError
 from retrodb.formats import HashingWriter
 from retrodb.manifest import Manifest, fingerprint
 from retrodb.schemas import SPLITS
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 from retrodb.training.columns import lists, scalars
 from retrodb.training.dataset import Sample, as_samples
@@ -193,8 +194,8 @@ def _unpacker(storage: Storage, manifest: Manifest, column: _Column) -> Callable
             table = storage.read_table(shard, columns=[column.column, *more])
             if table.num_rows != shard.rows or column.column not in table.column_names:
                 raise DamagedError(
-                    f"{storage.describe(shard.path)} has {table.num_rows} rows of {table.column_names}; recorded are"
-                    f" {shard.rows} rows, with {column.column!r}."
+                    f"{storage.describe(shard.path)} has {count_of(table.num_rows, 'row')} of {table.column_names}; "
+                    f"recorded are {count_of(shard.rows, 'row')}, with {column.column!r}."
                 )
             if column.column == "split":
                 yield table["split"].to_numpy() == SPLITS[1]

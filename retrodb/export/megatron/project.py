@@ -16,6 +16,7 @@ from retrodb.export.megatron.sequences import SEQUENCES, SequenceWriter
 from retrodb.export.rows import GPT2_END, RowNumbers, check_built, chosen_neighbours, refuse_blocks
 from retrodb.export.target import Advance, Exported, check_local_target, folder_bytes, new_folder, no_progress
 from retrodb.formats import json_bytes
+from retrodb.sizes import count_of
 
 FORMAT: Final = "megatron"
 SEED: Final = 1234
@@ -105,7 +106,8 @@ def _write_text(
     for split, number in sequences.items():
         if number < batch_size and (number or split == "train"):
             raise InputError(
-                f"{number:,} {split} sequences are less than a batch of {batch_size:,}: name a smaller --batch-size."
+                f"{count_of(number, split + ' sequence')}, less than a batch of {batch_size:,}: name a smaller "
+                "--batch-size."
             )
     documents = {split: number + 1 if number else 0 for split, number in sequences.items()}
     total = sum(documents.values())
