@@ -166,7 +166,7 @@ class _Addition:
         merged = _merged(self.current, new, self.number)
         left = Manifest.load(view)
         if left is None or left.shards("chunks") != merged.shards("chunks"):
-            merged.save(view)
+            merged.save(view, left)
         nothing = Ingredients(None, "", None)
         tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])
         builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, tables)
@@ -181,7 +181,7 @@ class _Addition:
         builder.clean_up()
         view.delete_folder(f"{version_folder(self.number)}/{_NEW}")
         made = replace(builder.manifest.version, created=now())
-        published = publish(self.out, replace(builder.manifest, version=made))
+        published = publish(self.out, self.current, replace(builder.manifest, version=made), builder.manifest)
         documents, chunks = new.rows("documents"), new.rows("chunks")
         self.progress.note(f"{documents:,} documents, {chunks:,} chunks added: version {self.number} is published")
         return Added(published.version.id, documents, chunks, changed)

@@ -65,7 +65,7 @@ def delete(out: Storage, selection: Selection, progress: Progress) -> Deleted:
             version=Version(view.version, current.version.id, "delete", current.version.step, now()),
             versions=(),
         )
-        published = publish(out, made)
+        published = publish(out, current, made, None)
         progress.note(f"{rows.num_rows:,} documents, {chunks:,} chunks deleted: version {published.version.id}")
         return Deleted(published.version.id, rows.num_rows, chunks)
 

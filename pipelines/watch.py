@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from retrodb.pipelines.holding import held
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.refresh import refresh
 
 from retrodb.config import RunSettings
 from retrodb.errors import InputError, LockedError
-from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
@@ -104,8 +104,9 @@ class Watch:
             self._same = export.step
             return
         self.published.append(outcome.version)
-        with contextlib.suppress(LockedError), writer_lock(self.out):  # another writer's turn: the next time, then
-            collect(self.out, self.settings.keep)
+        # Where it is another writer's turn: the next time.
+        with contextlib.suppress(LockedError), held(self.out, self.progress) as current:
+            collect(self.out, current, self.settings.keep)
 
     def _tell(self, exports: list[Export]) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""

@@ -163,6 +163,16 @@ def build_here(inputs: Iterable[object], out: Path, **settings: Any) -> Any:
         threading.excepthook = hook
 
 
+def collected(storage: Any, **settings: Any) -> Any:
+    """`retrodb.versions.collect` by a writer of this process."""
+    from retrodb.pipelines.holding import held
+
+    from retrodb.versions import collect
+
+    with held(storage, Progress()) as current:
+        return collect(storage, current, **settings)
+
+
 def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send even the smallest stage through worker processes."""
     from retrodb.pipelines import report_stage, retrieval_stages, text_stages
@@ -226,6 +236,31 @@ def rows_of(database: Path, table: str) -> list[dict[str, Any]]:
 def vectors_of(database: Path) -> np.ndarray:
     """float16 [chunks, d]: all stored vectors, in the order of the chunks table."""
     return np.concatenate([np.load(path, allow_pickle=False) for path in shards_of(database, "embeddings")])
+
+
+def traces(files: list[Path], text: str, tokens: np.ndarray, vectors: np.ndarray) -> list[str]:
+    """Where something of a document is: in a column's values, or as bytes."""
+    whole = [text[at : at + 60] for at in range(0, len(text) - 60, 60)]
+    raw = [row.tobytes() for row in vectors] + [piece.encode() for piece in whole]
+    found = []
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            for column in pq.read_table(path).columns:
+                data += b"".join(_values(column))
+        escaped = [json.dumps(piece)[1:-1].encode() for piece in whole]
+        if any(piece in data for piece in [*raw, *escaped, *(row[:40].tobytes() for row in tokens)]):
+            found.append(path.name)
+    return found
+
+
+def _values(column: pa.ChunkedArray) -> list[bytes]:
+    """The bytes of the values of a column, of lists those of their elements."""
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = pa.chunked_array([pa.compute.list_flatten(chunk) for chunk in column.chunks], column.type.value_type)
+    if pa.types.is_primitive(column.type):
+        return [chunk.drop_null().to_numpy(zero_copy_only=False).tobytes() for chunk in column.chunks]
+    return [value if isinstance(value, bytes) else str(value).encode() for value in column.to_pylist() if value]
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Progress, Running, build_here, manifest_of, retrodb, rows_of, sha256, stamps, table_of, vectors_of
+from support import (
+    Progress,
+    Running,
+    build_here,
+    collected,
+    manifest_of,
+    retrodb,
+    rows_of,
+    sha256,
+    stamps,
+    table_of,
+    vectors_of,
+)
 
 import retrodb as package
 from retrodb.config import RunSettings
@@ -20,7 +32,6 @@ from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower
 from retrodb.storage import Storage
-from retrodb.versions import collect
 
 SETTINGS = {"shard_bytes": "16KiB", "sequence_tokens": 256, "neighbours": 4, "tokenizer": "train:600"}
 TABLES = ("documents", "chunks", "neighbours", "training", "leakage")
@@ -190,7 +201,7 @@ def test_swap_C1_ids_are_never_used_again_though_their_version_is_gone(
     for victim in rows_of(database, "documents")[:2]:
         delete(storage, Selection(ids=(victim["document_id"],)), Progress())
     assert compact(storage, RunSettings(workers=1), Progress()).version == 5
-    assert collect(storage).retired == (1, 2)
+    assert collected(storage).retired == (1, 2)
     assert problems(database) == []
     assert swapped(database, corpora[1]).version == 6
     assert not ids_of(database) & second
