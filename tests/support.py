@@ -175,12 +175,28 @@ def collected(storage: Any, **settings: Any) -> Any:
 
 def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send even the smallest stage through worker processes."""
-    from retrodb.pipelines import report_stage, retrieval_stages, text_stages
+    from retrodb.pipelines import compact, extend, report_stage, retrieval_stages, spans_stage, text_stages
 
-    for module in (text_stages, retrieval_stages, report_stage):
+    for module in (text_stages, retrieval_stages, report_stage, extend, compact, spans_stage):
         for name in vars(module):
             if name.lstrip("_").startswith("SMALL_"):
                 monkeypatch.setattr(module, name, 0)
+
+
+def live(database: Path, more: Path, other: Path, *flags: object) -> list[dict[str, Any]]:
+    """``add``, ``delete``, ``compact`` and ``swap`` by the command line with ``flags``: the tables after each."""
+    first, last = (table_of(database, "documents")["document_id"].to_pylist()[at] for at in (0, -1))
+    tables = []
+    for arguments in (
+        ("add", database, more, *flags),
+        ("delete", database, "--ids", f"{first},{last}"),
+        ("compact", database, *flags),
+        ("swap", database, other, *flags),
+    ):
+        ran = retrodb(*arguments)
+        assert ran.code == 0, ran.err
+        tables.append(manifest_of(database)["tables"])
+    return tables
 
 
 def make_tiny_encoder(folder: Path, seed: int = 11) -> Path:
