@@ -395,6 +395,8 @@ def collect(
             replace(current, versions=chosen.stay, used=_used(storage, current, chosen)).save(storage, current)
         storage.forget_copies(copies)
         storage.delete(*gone)
+        if forget:
+            storage.delete_folder(WORK_FOLDER)
         there = {current.version.id, *(entry.version.id for entry in chosen.stay)}
         for name in storage.list_folders(VERSIONS_FOLDER):
             if name.isdigit() and int(name) not in there and not storage.list_below(f"{VERSIONS_FOLDER}/{name}"):
@@ -437,24 +439,21 @@ def _files_to_go(storage: Storage, current: Manifest, chosen: _Choice, forget: b
 
 def _copies_to_go(storage: Storage, chosen: _Choice) -> list[Shard]:
     """Shards of retired versions that this machine may have fetched, and that no version names that stays."""
-    kept = {
-        s.sha256 for e in chosen.stay if (m := load_version(storage, e.version.id)) is not None for s in _shards_of(m)
-    }
-    gone = []
-    for entry in chosen.retired:
+
+    def named(entry: KeptVersion) -> list[Shard]:
         with contextlib.suppress(DamagedError):  # its manifest is lost
             manifest = load_version(storage, entry.version.id)
-            gone += (
-                [shard for shard in _shards_of(manifest) if shard.sha256 not in kept] if manifest is not None else []
-            )
-    return gone
+            return [] if manifest is None else list(_shards_of(manifest))
+        return []
+
+    kept = {shard.sha256 for entry in chosen.stay for shard in named(entry)}
+    return [shard for entry in chosen.retired for shard in named(entry) if shard.sha256 not in kept]
 
 
 def _used(storage: Storage, current: Manifest, chosen: _Choice) -> dict[str, int]:
-    """The numbers that no version may have again, once those are gone that say so."""
-    if max((entry.version.id for entry in chosen.retired), default=0) < max(
-        (e.version.id for e in chosen.stay), default=1
-    ):
+    """The numbers that no version may have again, once the one is gone that says so."""
+    newest = max((entry.version.id for entry in current.versions), default=current.version.id)
+    if newest not in {entry.version.id for entry in chosen.retired}:
         return current.used
     return {"version": next_version(current) - 1, "shard": next_shard(storage, current)}
 

@@ -208,6 +208,18 @@ def test_swap_C1_ids_are_never_used_again_though_their_version_is_gone(
     assert problems(database) == []
 
 
+def test_swap_C1_ids_are_never_used_again_though_the_newest_version_was_forgotten(
+    database: Path, corpora: tuple[Path, ...]
+) -> None:
+    second = ids_of(database)
+    back(database, 1)
+    assert collected(Storage(str(database)), forget=True).retired == (2,), "the current one has none of its documents"
+    assert problems(database) == []
+    assert swapped(database, corpora[1]).version == 3
+    assert not ids_of(database) & second
+    assert problems(database) == []
+
+
 def test_a_learnt_tokenizer_survives_an_addition(first: Path, corpora: tuple[Path, ...], tmp_path: Path) -> None:
     from retrodb.pipelines.add import add
 
