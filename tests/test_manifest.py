@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrodb.errors import DamagedError, InputError, MismatchError, RetrodbError
@@ -179,6 +179,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)  # files, on a machine that may be busy
 @given(st.dictionaries(st.text(), JSON))
 def test_whatever_is_saved_is_whole(config):
     storage = Storage("memory://whole")
