@@ -183,18 +183,28 @@ def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, 0)
 
 
-def live(database: Path, more: Path, other: Path, *flags: object) -> list[dict[str, Any]]:
-    """``add``, ``delete``, ``compact`` and ``swap`` by the command line with ``flags``: the tables after each."""
-    first, last = (table_of(database, "documents")["document_id"].to_pylist()[at] for at in (0, -1))
-    tables = []
-    for arguments in (
-        ("add", database, more, *flags),
-        ("delete", database, "--ids", f"{first},{last}"),
-        ("compact", database, *flags),
-        ("swap", database, other, *flags),
+def live(database: Path, more: Path, other: Path, **settings: Any) -> list[dict[str, Any]]:
+    """``add``, ``delete``, ``compact`` and ``swap`` in this process, carried out as ``settings`` say: the tables after
+    each."""
+    from retrodb.pipelines.add import add
+    from retrodb.pipelines.compact import compact
+    from retrodb.pipelines.living import delete
+    from retrodb.pipelines.swap import swap
+
+    from retrodb.config import RunSettings
+    from retrodb.corpus import expand_inputs
+    from retrodb.corpus.selection import Selection
+    from retrodb.storage import Storage
+
+    storage, run, tables = Storage(str(database)), RunSettings(**settings), []
+    ids = table_of(database, "documents")["document_id"].to_pylist()
+    for step in (
+        lambda: add(storage, expand_inputs([str(more)]).files, run, Progress()),
+        lambda: delete(storage, Selection(ids=(ids[0], ids[-1])), Progress()),
+        lambda: compact(storage, run, Progress()),
+        lambda: swap(storage, expand_inputs([str(other)]), run, Progress()),
     ):
-        ran = retrodb(*arguments)
-        assert ran.code == 0, ran.err
+        step()
         tables.append(manifest_of(database)["tables"])
     return tables
 

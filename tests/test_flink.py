@@ -181,7 +181,8 @@ def test_living_commands_on_flink_give_the_bytes_of_local_ones(
     corpora = [write_jsonl(tmp_path / "more.jsonl", topics[:2]), write_jsonl(tmp_path / "other.jsonl", topics[2:])]
     database = shutil.copytree(tmp_path / "local", tmp_path / "db")
     before = len(cluster.state_of("retrodb-"))
-    assert live(database, *corpora, *cluster.flags) == live(tmp_path / "local", *corpora, "--workers", 1)
+    on_flink = live(database, *corpora, runner="flink", runner_option=tuple(cluster.flags[3::2]))
+    assert on_flink == live(tmp_path / "local", *corpora, workers=1)
     assert len(cluster.state_of("retrodb-")) > before + 15
     assert set(cluster.state_of("retrodb-")) <= {"FINISHED", "CANCELED", "FAILED"}
 

@@ -20,22 +20,17 @@ from retrodb.pipelines.runners import Job, make_runner
 from retrodb.pipelines.runners.options import pipeline_options
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from support import (
-    Progress,
     Running,
     always_use_workers,
     build_here,
     digests,
     live,
-    manifest_of,
     retrodb,
     strays,
-    table_of,
     write_jsonl,
 )
 
 from retrodb.config import RunSettings, make_config, read_config_file
-from retrodb.corpus import expand_inputs
-from retrodb.corpus.selection import Selection
 from retrodb.errors import InputError, UsageError, WorkerError
 from retrodb.storage import Storage
 
@@ -143,7 +138,7 @@ def corpora(quickstart_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def lived(local: Path, corpora: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The tables after each living command, by one process."""
-    return live(shutil.copytree(local, tmp_path_factory.mktemp("lived") / "db"), *corpora, "--workers", 1)
+    return live(shutil.copytree(local, tmp_path_factory.mktemp("lived") / "db"), *corpora, workers=1)
 
 
 @pytest.mark.slow
@@ -151,30 +146,14 @@ def test_living_commands_on_a_portable_runner_give_the_bytes_of_a_local_one(
     job_server, local, corpora, lived, tmp_path
 ):
     database = shutil.copytree(local, tmp_path / "db")
-    assert live(database, *corpora, *job_server) == lived
+    assert live(database, *corpora, runner="portable", runner_option=tuple(job_server[3::2])) == lived
     assert not [path for path in database.rglob(".build") if path.is_dir()]
 
 
 @pytest.mark.slow
 def test_living_commands_by_two_workers_give_the_bytes_of_one(local, corpora, lived, tmp_path, monkeypatch):
-    from retrodb.pipelines.add import add
-    from retrodb.pipelines.compact import compact
-    from retrodb.pipelines.living import delete
-    from retrodb.pipelines.swap import swap
-
     always_use_workers(monkeypatch)
-    database, run = shutil.copytree(local, tmp_path / "db"), RunSettings(workers=2)
-    storage, tables = Storage(str(database)), []
-    ids = table_of(database, "documents")["document_id"].to_pylist()
-    for step in (
-        lambda: add(storage, expand_inputs([str(corpora[0])]).files, run, Progress()),
-        lambda: delete(storage, Selection(ids=(ids[0], ids[-1])), Progress()),
-        lambda: compact(storage, run, Progress()),
-        lambda: swap(storage, expand_inputs([str(corpora[1])]), run, Progress()),
-    ):
-        step()
-        tables.append(manifest_of(database)["tables"])
-    assert tables == lived
+    assert live(shutil.copytree(local, tmp_path / "db"), *corpora, workers=2) == lived
 
 
 @pytest.mark.slow
