@@ -165,7 +165,7 @@ class _Addition:
         merged = relabel(_merged(self.current, new, self.number), new, view, Executor(self.runner, self.progress))
         left = Manifest.load(view)
         if left is None or any(left.shards(table) != merged.shards(table) for table in ("documents", "chunks")):
-            merged.save(view)
+            merged.save(view, left)
         nothing = Ingredients(None, "", None)
         tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])
         builder = Builder([], view, self.config, self.run, self.progress, nothing, self.runner, tables)
@@ -181,7 +181,7 @@ class _Addition:
         builder.clean_up()
         view.delete_folder(f"{version_folder(self.number)}/{_NEW}")
         made = replace(builder.manifest.version, created=now())
-        published = publish(self.out, replace(builder.manifest, version=made))
+        published = publish(self.out, self.current, replace(builder.manifest, version=made), builder.manifest)
         documents, chunks = new.rows("documents"), new.rows("chunks")
         self.progress.note(
             f"{count_of(documents, 'document')}, {count_of(chunks, 'chunk')} added: version {self.number} is published"

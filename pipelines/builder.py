@@ -111,6 +111,15 @@ class Builder:
         self.executor = Executor(self.runner, self.progress)
         self.damage = damaged_shards(self.storage, self.manifest)
 
+    def save(self, manifest: Manifest) -> None:
+        """From now on this is what exists.
+
+        Raises:
+            LockedError: another writer has taken over, and changed what existed.
+        """
+        manifest.save(self.storage, self.manifest)
+        self.manifest = manifest
+
     # -- what every stage shares -----------------------------------------------------------------------------------
 
     def book(self, stage: str, parts: Mapping[str, Any]) -> ReceiptBook:
@@ -211,8 +220,7 @@ class Builder:
         gone_tables = [table for name in gone_stages for table in stages.STAGE_TABLES[name]]
         if any(name in self.manifest.stages for name in gone_stages):
             old = [shard for table in gone_tables for shard in self.manifest.shards(table)]
-            self.manifest = self.manifest.without(gone_stages, gone_tables)
-            self.manifest.save(self.storage)
+            self.save(self.manifest.without(gone_stages, gone_tables))
             self.storage.delete(*(shard.path for shard in old if self.storage.owns(shard.path)))
         for table in gone_tables:
             self.damage.pop(table, None)
@@ -225,8 +233,7 @@ class Builder:
             return
         gone = stages.downstream("index")
         tables = [table for name in gone for table in stages.STAGE_TABLES[name]]
-        self.manifest = self.manifest.without(gone, tables)
-        self.manifest.save(self.storage)
+        self.save(self.manifest.without(gone, tables))
 
     def record(
         self,
@@ -249,16 +256,15 @@ class Builder:
             state = replace(state, details={**details, **elsewhere, REPORT_SHA256: report(state)})
             self.manifest = before
         manifest = replace(self.manifest.with_stage(stage, state, tables), **changes)
-        self.manifest = replace(
-            manifest,
-            config=self.config.model_dump(mode="json"),
-            software=_software(),
-            fingerprints={
-                **manifest.fingerprints,
-                "stages": {name: state.fingerprint for name, state in manifest.stages.items()},
-            },
+        recorded = {name: state.fingerprint for name, state in manifest.stages.items()}
+        self.save(
+            replace(
+                manifest,
+                config=self.config.model_dump(mode="json"),
+                software=_software(),
+                fingerprints={**manifest.fingerprints, "stages": recorded},
+            )
         )
-        self.manifest.save(self.storage)
         self.storage.delete_folder(self.book(stage, parts).folder)
         self.done.append(stage)
 
@@ -271,8 +277,7 @@ class Builder:
         sha256 = write(state)
         if sha256 != state.details[REPORT_SHA256]:
             mended = replace(state, details={**state.details, REPORT_SHA256: sha256})
-            self.manifest = self.manifest.with_stage(stage, mended, {})
-            self.manifest.save(self.storage)
+            self.save(self.manifest.with_stage(stage, mended, {}))
         if stage not in self.done:
             self.done.append(stage)
 
@@ -293,8 +298,8 @@ class Builder:
             gone = [table for name in after for table in stages.STAGE_TABLES[name]]
             for table in gone:
                 self.damage.pop(table, None)
-            self.manifest = self.manifest.without(after, gone).with_stage(stage, self.manifest.stages[stage], tables)
-            self.manifest.save(self.storage)
+            left = self.manifest.without(after, gone)
+            self.save(left.with_stage(stage, self.manifest.stages[stage], tables))
         if stage not in self.done:
             self.done.append(stage)
 

@@ -155,7 +155,7 @@ class _Compaction:
         compacted = self._without_deleted(view, version)
         left = Manifest.load(view)
         if left is None or left.shards("chunks") != compacted.shards("chunks") or "embed" not in left.stages:
-            compacted.save(view)
+            compacted.save(view, left)
         builder = Builder(
             [], view, self.config, self.run, self.progress, Ingredients(None, "", None), self.runner, TABLES
         )
@@ -167,7 +167,7 @@ class _Compaction:
             extend_report(builder, current)
         builder.clean_up()
         made = replace(builder.manifest.version, created=now())
-        published = publish(self.out, replace(builder.manifest, version=made))
+        published = publish(self.out, current, replace(builder.manifest, version=made), builder.manifest)
         return self._told(published, searched)
 
     def _start(self, version: Version) -> Manifest:

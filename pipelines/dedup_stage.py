@@ -237,8 +237,7 @@ def report_anew(builder: Builder) -> None:
         return
     where = builder.storage.placed(STAGE_REPORTS["dedup"])
     details = {**state.details, REPORT_PATH: where, REPORT_SHA256: write_report(builder, state)}
-    builder.manifest = builder.manifest.with_stage("dedup", replace(state, details=details), {})
-    builder.manifest.save(builder.storage)
+    builder.save(builder.manifest.with_stage("dedup", replace(state, details=details), {}))
 
 
 def write_report(builder: Builder, state: StageState) -> str:

@@ -78,11 +78,11 @@ def build(
     runner.check([out.url, *(file.url for file in inputs)])
     made = out.make_root()
     try:
-        with writer_lock(out, wait=run.wait, tell=progress.note):
+        with writer_lock(out, wait=run.wait, tell=progress.note) as taken_over:
             end_leftover_job(out, progress)
-            new = not mend_manifest(out, progress)
+            new = not mend_manifest(out, progress, fence=taken_over)
             if new:
-                Manifest().save(out)  # from here on the folder is a database, whatever happens
+                Manifest().save(out, None)  # from here on the folder is a database, whatever happens
             else:
                 _refuse_later_version(out)
             if config.unit == "block" and config.chunk_tokens < given.chunk_tokens == BLOCK_TOKENS:

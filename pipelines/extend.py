@@ -50,8 +50,7 @@ def extend_block_duplicates(builder: Builder) -> None:
     shards, counts = find_block_duplicates(builder, builder.manifest.shards("chunks"))
     state = builder.manifest.stages["chunk"]
     counted = replace(state, counts={**state.counts, **counts})
-    builder.manifest = builder.manifest.with_stage("chunk", counted, {TABLE: shards})
-    builder.manifest.save(builder.storage)
+    builder.save(builder.manifest.with_stage("chunk", counted, {TABLE: shards}))
 
 
 def extend_index(builder: Builder, current: Manifest, new: Manifest) -> None:

@@ -43,6 +43,7 @@ from retrodb.errors import InputError
 from retrodb.formats import File
 from retrodb.manifest import Manifest, Shard, fingerprint, shard_path
 from retrodb.neighbours.sources import by_shard
+from retrodb.sizes import count_of
 from retrodb.storage import Storage
 
 _SMALL_SHARDS: Final = 64
@@ -82,8 +83,8 @@ def _refuse_nothing_new(builder: Builder, removed: int) -> None:
     read = builder.manifest.stages["corpus"].counts["kept"]
     if removed == read:
         raise InputError(
-            f"nothing is new: all {read:,} documents are near-duplicates of documents that are in the database. It was "
-            "left as it was."
+            f"nothing is new: of {count_of(read, 'document')} each is a near-duplicate of one that is in the database. It "
+            "was left as it was."
         )
 
 

@@ -33,9 +33,9 @@ def held(out: Storage, progress: Progress, wait: float | None = None) -> Iterato
     if Manifest.recover(out) is None:
         out.check_bucket()
         raise InputError(f"{out.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    with writer_lock(out, wait=wait, tell=progress.note):
+    with writer_lock(out, wait=wait, tell=progress.note) as taken_over:
         end_leftover_job(out, progress)
-        mend_manifest(out, progress)
+        mend_manifest(out, progress, fence=taken_over)
         current = Manifest.load_whole(out)
         assert current is not None, "it was there, and nobody else writes"
         yield current
@@ -92,4 +92,4 @@ def lay_out(view: VersionStorage, start: Manifest, goes_on: Callable[[Manifest],
         left = None
     if left is None or not goes_on(left):
         view.delete_folder(version_folder(view.version))
-        start.save(view)
+        start.save(view, None)

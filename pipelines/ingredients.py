@@ -11,6 +11,7 @@ from retrodb.pipelines.stages import TokenizerIdentity
 
 from retrodb.chunking import DEFAULT_TOKENIZER, OWN_TOKENIZER, ChunkTokenizer, load_tokenizer, token_type_for
 from retrodb.chunking.pairs import PairTemplate
+from retrodb.chunking.tokenizer import tokenizer_from_json
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.encoding import (
     DEFAULT_ENCODER,
@@ -24,7 +25,7 @@ from retrodb.encoding import (
     longest_input,
     resolve_encoder,
 )
-from retrodb.errors import InputError
+from retrodb.errors import DamagedError, InputError
 from retrodb.lock import LOCK_NAME
 from retrodb.manifest import WORK_FOLDER, Manifest
 from retrodb.storage import TEMPORARY_PREFIX, Storage
@@ -54,14 +55,19 @@ class Ingredients:
     """The resolved encoder and tokenizer of a build.
 
     ``encoder`` is None where the build stops before the embed stage. ``tokenizer`` is None for ``train:VOCAB``, which
-    the chunk stage learns; ``tokenizer_spec`` is what `load_tokenizer` takes. ``pairs`` is how the encoder reads a
-    title with a body, where the unit is the block.
+    the chunk stage learns; ``tokenizer_spec`` is what `load_tokenizer` takes, or where the database keeps a learnt one.
+    ``pairs`` is how the encoder reads a title with a body, where the unit is the block.
     """
 
     encoder: ChosenEncoder | None
     tokenizer_spec: str
     tokenizer: TokenizerIdentity | None
     pairs: PairTemplate | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the tokenizer is the database's own: learnt already, or still to be learnt."""
+        return self.tokenizer is None or self.tokenizer.stored is not None
 
     def settled_encoder(self, manifest: Manifest) -> EncoderIdentity:
         """The encoder of a build that embeds, with the precision it is to have; see `ChosenEncoder.settled`."""
@@ -111,8 +117,13 @@ def _fitted(config: BuildConfig) -> BuildConfig:
     return config.model_copy(update={"chunk_tokens": longest})
 
 
-def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
+def resolve(config: BuildConfig, run: RunSettings, learnt: TokenizerIdentity | None = None) -> Ingredients:
     """Find the encoder, the tokenizer and the device, as far as the stages up to ``run.until`` use them.
+
+    Args:
+        config: names them.
+        run: how the build is carried out.
+        learnt: the tokenizer that the database keeps, where it is to be used again.
 
     Raises:
         InputError: one of them does not exist, or they do not fit the other settings.
@@ -123,7 +134,11 @@ def resolve(config: BuildConfig, run: RunSettings) -> Ingredients:
         files = encoder.files if encoder else resolve_encoder(config.encoder)
         spec = _own_tokenizer(files)
         pairs = PairTemplate.load(files.transformer) if config.unit == "block" else None
-    tokenizer = None if spec.startswith("train:") else tokenizer_identity(load_tokenizer(spec), config.tokenizer)
+    tokenizer = learnt
+    if learnt is not None and learnt.stored is not None:
+        spec = learnt.stored
+    elif not spec.startswith("train:"):
+        tokenizer = tokenizer_identity(load_tokenizer(spec), config.tokenizer)
     lossless = tokenizer is None or tokenizer.lossless
     if not config.text and not lossless and config.tokenizer != OWN_TOKENIZER:
         raise InputError(
@@ -192,15 +207,16 @@ def same_ingredients(
 
     Raises:
         InputError: what is found under their names is another.
+        DamagedError: a tokenizer that was learnt is lost.
     """
     recorded = current.fingerprints["tokenizer"]
+    learnt = None
     if stored := recorded.get("stored"):
-        if not out.is_local:
-            raise InputError(
-                f"{out.url} keeps a tokenizer of its own: copy the database to a local disk to take documents in."
-            )
-        config = config.model_copy(update={"tokenizer": out.path(str(stored))})
-    found = resolve(config, run)
+        data = out.read_if_there(str(stored))
+        if data is None:
+            raise DamagedError(f"{out.describe(stored)} is missing. Put it back from a copy of the database.")
+        learnt = tokenizer_identity(tokenizer_from_json(data, config.tokenizer), config.tokenizer, str(stored))
+    found = resolve(config, run, learnt)
     if found.tokenizer is None or found.tokenizer.fingerprint != recorded["fingerprint"]:
         raise InputError(f"the tokenizer {config.tokenizer!r} is not the one that cut the database's chunks.")
     settled = found.settled_encoder(current)

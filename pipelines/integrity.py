@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final
 
 from retrodb.pipelines.progress import Progress
@@ -16,6 +17,7 @@ from retrodb.manifest import (
     STAGE_REPORTS,
     Manifest,
     Shard,
+    changed_meanwhile,
     taken_from,
 )
 from retrodb.storage import Storage
@@ -28,23 +30,33 @@ _REMOTE_THREADS: Final = 16
 """Object stores answer slowly, and many at a time."""
 
 
-def mend_manifest(storage: Storage, progress: Progress) -> bool:
+def mend_manifest(storage: Storage, progress: Progress, *, fence: bool = False) -> bool:
     """Write ``manifest.json`` or its copy anew, whichever is not whole, from the other; says so. Needs the build lock.
+
+    Args:
+        storage: the database.
+        progress: is told what is mended.
+        fence: the lock was taken over from a writer that may wake up: it shall write no manifest (`Manifest.fenced`).
 
     Returns:
         Whether there is a manifest: False in a folder that is no database yet.
 
     Raises:
         InputError, MismatchError, DamagedError: as `Manifest.recover` does.
+        LockedError: another process has written it meanwhile.
     """
     manifest = Manifest.recover(storage)
     if manifest is None:
         return False
     data = manifest.as_bytes()
     for name, other in ((MANIFEST_NAME, MANIFEST_COPY), (MANIFEST_COPY, MANIFEST_NAME)):
-        if storage.read_if_there(name) != data:
-            storage.commit_bytes(name, data)
+        if (there := storage.read_if_there(name)) != data:
+            if not storage.exchange(name, there, data):
+                raise changed_meanwhile(storage)
             progress.note(f"{name} was damaged, missing or out of date: written anew from {other}")
+    if fence:
+        replace(manifest, fenced=manifest.fenced + 1).save(storage, manifest)
+        progress.note("its writer gave no sign of life for long: this one takes over")
     return True
 
 

@@ -67,7 +67,7 @@ def delete(out: Storage, selection: Selection, progress: Progress, wait: float |
             version=Version(view.version, current.version.id, "delete", current.version.step, now()),
             versions=(),
         )
-        published = publish(out, made)
+        published = publish(out, current, made, None)
         progress.note(
             f"{count_of(rows.num_rows, 'document')}, {count_of(chunks, 'chunk')} deleted: version "
             f"{published.version.id}"

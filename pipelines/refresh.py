@@ -86,7 +86,7 @@ def refresh(
             lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
         )
         made = dataclasses.replace(outcome.manifest.version, step=step, created=now())
-        published = publish(out, dataclasses.replace(outcome.manifest, version=made))
+        published = publish(out, current, dataclasses.replace(outcome.manifest, version=made), outcome.manifest)
         progress.note(f"version {published.version.id} is published")
         return RefreshOutcome(published, outcome.done, outcome.seconds)
 

@@ -86,7 +86,7 @@ def build_spans(
         chunk = builder.manifest.stages["chunk"].fingerprint
         _run(builder, stages.spans_parts(chunk, settings, known, wordpieces.fingerprint), work, files)
         if isinstance(place, VersionStorage):
-            _publish(out, place, builder)
+            _publish(out, current, place, builder)
         return BuildOutcome(
             builder.manifest, tuple(builder.done), builder.executor.seconds, tuple(builder.executor.jobs)
         )
@@ -190,9 +190,10 @@ def _but_spans(manifest: Manifest) -> Manifest:
     return replace(manifest.without([SPANS_STAGE], _TABLES), fingerprints={})
 
 
-def _publish(out: Storage, view: VersionStorage, builder: Builder) -> None:
+def _publish(out: Storage, current: Manifest, view: VersionStorage, builder: Builder) -> None:
     if builder.done:
-        publish(out, replace(builder.manifest, version=replace(builder.manifest.version, created=now())))
+        version = replace(builder.manifest.version, created=now())
+        publish(out, current, replace(builder.manifest, version=version), builder.manifest)
     else:
         view.delete_folder(version_folder(view.version))
 

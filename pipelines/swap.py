@@ -79,14 +79,12 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
 
         try:
             _refuse_known(out, current, scan_inputs(builder()))
-            made = run_mending(builder, besides=queries.draw_all if queries is not None else None).manifest
+            left = run_mending(builder, besides=queries.draw_all if queries is not None else None).manifest
         except InputError:
             view.delete_folder(version_folder(view.version))
             raise
-        # A tokenizer that was learnt is the database's own still, by its name and place.
-        fingerprints = {**made.fingerprints, "tokenizer": current.fingerprints["tokenizer"]}
-        made = replace(made, config=current.config, fingerprints=fingerprints)
-        published = publish(out, replace(made, version=replace(version, created=now())))
+        made = replace(left, config=current.config, version=replace(version, created=now()))
+        published = publish(out, current, made, left)
         done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
         progress.note(
             f"{count_of(done.documents, 'document')}, {count_of(done.chunks, 'chunk')}: version {done.version} is "
@@ -106,7 +104,7 @@ def swap_back(out: Storage, version: int, progress: Progress, wait: float | None
         LockedError: another process changes the database.
     """
     with held(out, progress, wait) as current:
-        found = switch(out, version)
+        found = switch(out, current, version)
         progress.note(f"version {version} is current{' already' if current.version.id == version else ' again'}")
         return Swapped(version, found.rows("documents"), found.rows("chunks"))
 

@@ -251,10 +251,10 @@ def chunk_stage_parts(builder: Builder) -> dict[str, Any]:
 
 def chunk_settings(builder: Builder, fingerprint: str) -> ChunkSettings:
     """How workers cut documents; ``fingerprint`` is the tokenizer's."""
-    stored = builder.ingredients.tokenizer is None
+    ingredients = builder.ingredients
     return ChunkSettings(
-        tokenizer=TRAINED_TOKENIZER if stored else builder.ingredients.tokenizer_spec,
-        stored=fingerprint if stored else "",
+        tokenizer=ingredients.tokenizer_spec if ingredients.tokenizer is not None else TRAINED_TOKENIZER,
+        stored=fingerprint if ingredients.stored else "",
         chunk_tokens=builder.config.chunk_tokens,
         keep_text=builder.config.text,
         blocks=BlockSettings(Room(builder.config.chunk_tokens, pairs.special_tokens), splitter_identity())

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from retrodb.pipelines.holding import held
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.refresh import refresh
 
 from retrodb.config import RunSettings
 from retrodb.errors import InputError, LockedError
-from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
@@ -114,8 +114,9 @@ class Watch:
             self._same = export.step
             return
         self.published.append(outcome.version)
-        with contextlib.suppress(LockedError), writer_lock(self.out):  # another writer's turn: the next time, then
-            collect(self.out, self.settings.keep)
+        # Where it is another writer's turn: the next time.
+        with contextlib.suppress(LockedError), held(self.out, self.progress) as current:
+            collect(self.out, current, self.settings.keep)
 
     def _wait_for(self, error: LockedError) -> None:
         """Another writer's turn: said once, and waited for, but no longer than ``wait``."""

@@ -91,6 +91,11 @@ class ShardCache:
             os.close(held)
         return held is not None
 
+    def drop(self, sha256: str) -> None:
+        """Remove the file of these bytes, unless someone holds it."""
+        if _ENTRY.fullmatch(sha256):
+            _remove_unused(self._entry(sha256))
+
     def _entry(self, sha256: str) -> Path:
         return self.folder / sha256
 

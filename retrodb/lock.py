@@ -2,12 +2,16 @@
 
 On a local disk the lock is an ``flock`` on a file, which the kernel drops with the process, however it ends.
 
-On an object store it is a small object that is made on the condition that there is none (S3: ``If-None-Match: *``; GCS:
-``ifGenerationMatch=0``), so that of two writers one alone gets it; a store that ignores the condition is asked again a
-moment later who has it. The holder renews it every `BEAT_SECONDS`. A killed holder leaves it behind: one that ran in
-the same system and process namespace is known to be dead, and its lock is taken over at once; one elsewhere is dead if
-its last beat is older than `STALE_SECONDS`, and does not change while two more beats would, by our own clock, so that
-clocks that differ take nobody's lock. A holder that finds another's lock in place of its own stops.
+On an object store it is a small object. It is made on the condition that there is none, renewed every `BEAT_SECONDS`
+and taken over on the condition that it is still what was seen (`Storage.exchange`), so that of several writers one
+alone has it; a store that ignores conditions is asked again a moment later who has it. A killed holder leaves it
+behind: one that ran in the same system and process namespace is known to be dead, and its lock is taken over at once;
+one elsewhere is taken for dead if its last beat is older than `STALE_SECONDS`, and does not change while two more beats
+would, by our own clock, so that clocks that differ take nobody's lock. A holder that finds another's lock in place of
+its own stops.
+
+One that was suspended for so long may be about to write when it wakes up. So whoever took over from it says so in the
+manifest (`retrodb.manifest.Manifest.fenced`), which is written only in place of what its writer knew.
 
 A writer that finds the lock held is refused, or waits for as long as it was told to: it looks again, every second on a
 local disk, every ten seconds on an object store, where each look is a request.
@@ -39,6 +43,7 @@ STALE_SECONDS: Final = 120.0
 BEAT_SECONDS: Final = 30.0
 WATCH_SECONDS: Final = 2 * BEAT_SECONDS + 5
 _SETTLE_SECONDS: Final = 0.2
+_ATTEMPTS: Final = 3
 _LOOK_SECONDS: Final = 1.0
 _REMOTE_LOOK_SECONDS: Final = 10.0
 
@@ -72,7 +77,7 @@ class _HeldError(Exception):
 @contextlib.contextmanager
 def writer_lock(
     storage: Storage, work: Work = BUILD, *, wait: float | None = None, tell: Callable[[str], None] | None = None
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Hold the lock of a folder; the file is gone afterwards.
 
     Args:
@@ -81,13 +86,16 @@ def writer_lock(
         wait: seconds to wait at most for another writer; None or 0: not at all.
         tell: is told once for whom is waited.
 
+    Returns:
+        Whether it was taken over from a holder that may wake up again.
+
     Raises:
         LockedError: another writer holds it, still; says who.
         InputError: the folder cannot be written.
     """
     turn = _Turn(storage, work, wait or 0.0, tell)
-    with _local_lock(turn) if storage.is_local else _remote_lock(turn):
-        yield
+    with _local_lock(turn) if storage.is_local else _remote_lock(turn) as taken_over:
+        yield taken_over
 
 
 @dataclass(frozen=True)
@@ -127,11 +135,11 @@ def _holder() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _local_lock(turn: _Turn) -> Iterator[None]:
+def _local_lock(turn: _Turn) -> Iterator[bool]:
     path = Path(turn.storage.path(LOCK_NAME))
     file = turn.take(lambda: _acquire(turn.storage, path), _LOOK_SECONDS)
     try:
-        yield
+        yield False  # the kernel drops a lock with its process, and not before
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -168,13 +176,13 @@ def _acquire(storage: Storage, path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _remote_lock(turn: _Turn) -> Iterator[None]:
+def _remote_lock(turn: _Turn) -> Iterator[bool]:
     token = uuid.uuid4().hex
-    turn.take(lambda: _acquire_object(turn.storage, token), _REMOTE_LOOK_SECONDS)
+    taken_over = turn.take(lambda: _acquire_object(turn.storage, token), _REMOTE_LOOK_SECONDS)
     heart = _Heart(turn.storage, token)
     heart.start()
     try:
-        yield
+        yield taken_over
     except KeyboardInterrupt:
         if heart.lost_to is not None:
             raise heart.refusal() from None
@@ -185,36 +193,44 @@ def _remote_lock(turn: _Turn) -> Iterator[None]:
         raise heart.refusal()
 
 
-def _acquire_object(storage: Storage, token: str) -> None:
+def _acquire_object(storage: Storage, token: str) -> bool:
     """Make the lock's object, or take over one whose holder is dead.
+
+    Returns:
+        Whether it was taken over from a holder that was silent, and is not known to be gone.
 
     Raises:
         _HeldError: someone holds it, or was quicker.
     """
-    held = storage.read_if_there(LOCK_NAME)  # first: a store that knows no conditions would write over it
-    if held is not None:
-        if not _is_dead(storage, held):
-            raise _HeldError(held.decode(errors="replace"))
-        # Of several that see it dead, one alone makes the new one: it is deleted, and then made by the same condition.
-        # Who deletes late may delete the lock that another has just made; that one sees it when it looks again.
-        if storage.read_if_there(LOCK_NAME) == held:
-            storage.delete(LOCK_NAME)
-    if not storage.create(LOCK_NAME, _beat(token)):
-        raise _HeldError((storage.read_if_there(LOCK_NAME) or b"").decode(errors="replace"))
+    beat, silent = _beat(token), False
+    for _ in range(_ATTEMPTS):
+        held = storage.read_if_there(LOCK_NAME)  # first: a store that knows no conditions would write over it
+        if held is not None and not _is_gone(held):
+            if not _is_silent(storage, held):
+                raise _HeldError(held.decode(errors="replace"))
+            silent = True
+        if storage.exchange(LOCK_NAME, held, beat):
+            break
+        if (other := storage.read_if_there(LOCK_NAME)) is not None:  # else its holder has just ended
+            raise _HeldError(other.decode(errors="replace"))
     time.sleep(_SETTLE_SECONDS)  # a store that knows no conditions has let everybody write: the last one has it
-    held = storage.read_if_there(LOCK_NAME)
-    if held is None or _parsed(held).get("token") != token:
-        raise _HeldError((held or b"").decode(errors="replace"))
+    found = storage.read_if_there(LOCK_NAME) or b""
+    if _parsed(found).get("token") != token:
+        raise _HeldError(found.decode(errors="replace"))
+    return silent
 
 
-def _is_dead(storage: Storage, held: bytes) -> bool:
-    """Whether the holder of a lock is gone: certainly, if it was a process of this machine; else by its silence."""
+def _is_gone(held: bytes) -> bool:
+    """Whether what lies there holds nothing for certain: a process of this machine that has ended, or no lock."""
     holder = _parsed(held)
-    if holder.get("machine") == _machine():
-        return not _is_running(holder)
-    beat = holder.get("beat")
+    return not _is_running(holder) if holder.get("machine") == _machine() else not holder
+
+
+def _is_silent(storage: Storage, held: bytes) -> bool:
+    """Whether a holder elsewhere gives no sign of life."""
+    beat = _parsed(held).get("beat")
     if not isinstance(beat, int | float) or time.time() - beat < STALE_SECONDS:
-        return not holder  # nobody's: what lies there is no lock
+        return False
     # Clocks differ. By its own clock it has been silent for long; wait for two more beats by ours.
     time.sleep(WATCH_SECONDS)
     return storage.read_if_there(LOCK_NAME) == held
@@ -276,17 +292,19 @@ class _Heart(threading.Thread):
             # A store that does not answer now may do so at the next beat; the build meets it by itself.
             with contextlib.suppress(UnreachableError):
                 held = self._storage.read_if_there(LOCK_NAME)
-                if held is None or _parsed(held).get("token") != self._token:
-                    self.lost_to = held or b""
+                if not self._is_ours(held) or not self._storage.exchange(LOCK_NAME, held, _beat(self._token)):
+                    self.lost_to = self._storage.read_if_there(LOCK_NAME) or b""
                     _thread.interrupt_main()
                     return
-                self._storage.commit_bytes(LOCK_NAME, _beat(self._token))
+
+    def _is_ours(self, held: bytes | None) -> bool:
+        return held is not None and _parsed(held).get("token") == self._token
 
     def stop(self) -> None:
         """End, and remove the lock if it is still this one's."""
         self._done.set()
         self.join()
-        if self.lost_to is None:
+        if self.lost_to is None and self._is_ours(self._storage.read_if_there(LOCK_NAME)):
             self._storage.delete(LOCK_NAME)
 
     def refusal(self) -> LockedError:

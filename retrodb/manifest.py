@@ -7,13 +7,14 @@ Readers look at neither.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from retrodb.errors import DamagedError, InputError, MismatchError
+from retrodb.errors import DamagedError, InputError, LockedError, MismatchError
 from retrodb.formats import Committed, json_bytes
 from retrodb.schemas import ID_SHIFT, SCHEMA_VERSION
 from retrodb.storage import TEMPORARY_PREFIX, Storage, checked_relative
@@ -221,16 +222,33 @@ class KeptVersion:
     version: Version
     bytes: int
     sha256: str
+    replaced: str | None = None
+    """When another one took its place, UTC in ISO 8601; None for the current one, and where nobody told."""
 
     @property
     def path(self) -> str:
         """Of the version's manifest."""
         return version_path(self.version.id)
 
+    def as_json(self) -> dict[str, Any]:
+        entry = {"version": asdict(self.version), "bytes": self.bytes, "sha256": self.sha256}
+        return entry if self.replaced is None else {**entry, "replaced": self.replaced}
+
     @staticmethod
     def parse(entry: Mapping[str, Any]) -> "KeptVersion":
-        """Raises KeyError or TypeError for a malformed entry."""
-        return KeptVersion(Version.parse(entry["version"]), int(entry["bytes"]), str(entry["sha256"]))
+        """Raises KeyError, TypeError or ValueError for a malformed entry."""
+        replaced = entry.get("replaced")
+        if replaced is not None:
+            datetime.datetime.fromisoformat(replaced)
+        return KeptVersion(Version.parse(entry["version"]), int(entry["bytes"]), str(entry["sha256"]), replaced)
+
+
+def changed_meanwhile(storage: Storage) -> LockedError:
+    """What is raised where a writer finds that another one has taken over from it."""
+    return LockedError(
+        f"{storage.url} was changed by another process while this one was at work: it gave no sign of life for long, "
+        "and was taken for dead. Nothing of the other's is undone; run the same command again."
+    )
 
 
 @contextlib.contextmanager
@@ -259,6 +277,12 @@ class Manifest:
     version: Version = field(default_factory=Version)
     versions: tuple[KeptVersion, ...] = ()
     """Those that can be opened, this one among them once there are several; empty in a version's own manifest."""
+    fenced: int = 0
+    """How often a writer took over from one that may wake up again: what that one knew is not this manifest then, and
+    it can write none in its place. In ``manifest.json`` alone."""
+    used: dict[str, int] = field(default_factory=dict)
+    """The highest ``version`` and the first free document ``shard`` of versions that were retired though they were the
+    newest: ids are never used again. In ``manifest.json`` alone."""
 
     def shards(self, table: str) -> tuple[Shard, ...]:
         """Recorded shards of a table in order of number; empty where the table is not built."""
@@ -315,7 +339,9 @@ class Manifest:
             },
             "software": self.software,
             "version": asdict(self.version),
-            "versions": [asdict(kept) for kept in self.versions],
+            "versions": [kept.as_json() for kept in self.versions],
+            **({"fenced": self.fenced} if self.fenced else {}),
+            **({"used": self.used} if self.used else {}),
         }
         # Of the content as it is read back, where a number that was a key is text, and sorted as such.
         return {**content, "checksum": fingerprint(json.loads(json.dumps(content)))}
@@ -324,14 +350,32 @@ class Manifest:
         """The file ``manifest.json``. Raises ValueError for what JSON or UTF-8 lacks."""
         return json_bytes(self.as_json())
 
-    def save(self, storage: Storage) -> None:
-        """Replace ``manifest.json`` atomically, then its copy."""
+    @property
+    def own(self) -> "Manifest":
+        """What a version's own manifest says: nothing of other versions and writers."""
+        return replace(self, versions=(), fenced=0, used={})
+
+    def beside(self, pointer: "Manifest") -> "Manifest":
+        """This version as ``manifest.json`` says it, beside all else that ``pointer`` says."""
+        return replace(self, versions=pointer.versions, fenced=pointer.fenced, used=pointer.used)
+
+    def save(self, storage: Storage, before: "Manifest | None") -> None:
+        """Replace ``manifest.json`` atomically, then its copy. Needs the build lock.
+
+        Args:
+            storage: the database.
+            before: the manifest that is there; None where there is none.
+
+        Raises:
+            LockedError: another one is there by now: this writer was suspended, and another took over.
+        """
         data = self.as_bytes()
         # The one that counts comes first, so that a copy is never alone unless something was lost. A kill between the
         # two leaves a copy that is one save old: the next build writes it anew before it changes anything else. Were
         # the first lost before that, the copy would still do: what it names is deleted or overwritten only after both
         # were written, and what it does not name yet is made again.
-        storage.commit_bytes(MANIFEST_NAME, data)
+        if not storage.exchange(MANIFEST_NAME, None if before is None else before.as_bytes(), data):
+            raise changed_meanwhile(storage)
         storage.commit_bytes(MANIFEST_COPY, data)
 
     @staticmethod
@@ -367,6 +411,8 @@ class Manifest:
                 software=dict(data["software"]),
                 version=Version.parse(data["version"]),
                 versions=tuple(KeptVersion.parse(entry) for entry in data["versions"]),
+                fenced=int(data.get("fenced", 0)),
+                used={str(name): int(number) for name, number in data.get("used", {}).items()},
             )
         except DamagedError as error:
             raise DamagedError(f"{where}: {error}") from error

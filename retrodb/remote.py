@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -19,6 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 from retrodb.errors import InputError, RetrodbError, UnreachableError
 
 _S3_ATTEMPTS: Final = 8
+_IN_ONE_REQUEST: Final = 4 << 30
+"""Below so many bytes an S3 object that is written on a condition is one PUT: an upload in parts would lose it."""
+_CONDITION_FAILED: Final = ("PreconditionFailed", "ConditionalRequestConflict", "412")
 _ONE_STREAM: Final[dict[str, dict[str, int]]] = {"s3": {"max_concurrency": 1}, "gs": {"concurrency": 1}}
 """What makes ``get_file`` one GET: else s3fs and gcsfs ask for the size first and fetch ranges. Shards are fetched side
 by side, not their parts."""
@@ -126,7 +130,56 @@ class ObjectStore:
                 self._filesystem.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
+            except OSError as error:
+                if _is_refused(error):
+                    return False
+                raise
         return True
+
+    def stamp(self, path: str) -> str | None:
+        """What an object has that differs once it is written anew: S3's ETag, GCS' generation. None where there is no
+        object, "" where the store has no such thing."""
+        with self._naming("look for", path):
+            try:
+                found = self._filesystem.info(path)
+            except FileNotFoundError:
+                return None
+        return None if found["type"] == "directory" else str(found.get("generation") or found.get("ETag") or "")
+
+    def put_instead(self, path: str, data: bytes, stamp: str) -> bool:
+        """Write an object in place of the one that has this `stamp`, and say whether it was written.
+
+        By a condition that the store itself checks (S3: ``If-Match``; GCS: ``ifGenerationMatch``). A store that ignores
+        it, or has no stamps, overwrites.
+        """
+        with self._naming("write", path), self._bucket_needed():
+            try:
+                self._write_instead(path, data, stamp)
+            except (FileExistsError, FileNotFoundError):
+                return False
+            except OSError as error:
+                if _is_refused(error):
+                    return False
+                raise
+        return True
+
+    def _write_instead(self, path: str, data: bytes, stamp: str) -> None:
+        protocols = _protocols(self._filesystem)
+        if "s3" in protocols and stamp:
+            self._filesystem.pipe_file(path, data, chunksize=_IN_ONE_REQUEST, IfMatch=stamp)
+        elif "gs" in protocols and stamp:
+            bucket, key, _ = self._filesystem.split_path(path)
+            self._filesystem.call(  # its own upload knows the condition that there is no object, and no other
+                "POST",
+                f"{self._filesystem.base.replace('/storage/', '/upload/storage/', 1)}b/{quote(bucket)}/o",
+                uploadType="media",
+                name=key,
+                ifGenerationMatch=stamp,
+                headers={"Content-Type": "application/octet-stream"},
+                data=data,
+            )
+        else:
+            self._filesystem.pipe_file(path, data)
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside the store; the target appears whole. Raises FileNotFoundError."""
@@ -227,6 +280,13 @@ def _explained(error: BaseException, action: str, where: str, seconds: float) ->
         remedy = "What is finished is kept: run the same command again once it is mended."
     text = " ".join(str(error).split())[:300]
     return f"cannot {action} {where}: {why} ({type(error).__name__}: {text}). {remedy}"
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether a store says that the condition of a write does not hold, or that another write came between."""
+    responses = [getattr(one, "response", None) for one in _chain(error)]
+    codes = [found.get("Error", {}).get("Code") for found in responses if isinstance(found, dict)]
+    return any(code in _CONDITION_FAILED for code in codes)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -19,7 +19,7 @@ import posixpath
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -49,6 +49,8 @@ TEMPORARY_PREFIX: Final = ".tmp-"
 """Files of this prefix are leftovers of a killed writer; whoever holds the build lock may remove them."""
 
 _COPY_BYTES: Final = 1 << 20
+_EXCHANGES: Final = 3
+"""So often a conditional write is tried that the store refuses though nothing was written."""
 
 
 def checked_relative(path: str) -> str:
@@ -286,6 +288,12 @@ class Storage:
             with contextlib.suppress(Exception), self._cached(file):
                 pass
 
+    def forget_copies(self, files: Iterable[Recorded]) -> None:
+        """Remove files from this machine's cache, but those that someone is opening."""
+        if not self.is_local:
+            for file in files:
+                shard_cache().drop(file.sha256)
+
     def sha256(self, relative: str) -> str:
         """sha256 of a file's bytes in hex, streamed. Raises FileNotFoundError."""
         digest = hashlib.sha256()
@@ -411,9 +419,36 @@ class Storage:
         else:
             os.replace(made, final)
 
-    def create(self, relative: str, data: bytes) -> bool:
-        """Write an object only where there is none, as far as the store can tell; whether it was written."""
-        return self._objects.create(self.path(relative), data)
+    def exchange(self, relative: str, there: bytes | None, data: bytes) -> bool:
+        """Write ``data`` as one whole file only in place of a file of the bytes ``there``; None: where there is none.
+
+        On an object store the store itself checks that nobody has written it meanwhile (`retrodb.remote`), so that of
+        several who exchange the same file one alone does. On a local disk it is for the holder of the lock.
+
+        Returns:
+            Whether the file is ``data`` now.
+        """
+        if self.is_local:
+            if unchanged := self.read_if_there(relative) == there:
+                self.commit_bytes(relative, data)
+            return unchanged
+        for _ in range(_EXCHANGES):
+            if self._put_on_condition(relative, there, data):
+                return True
+            # Refused. By our own write, where the library sent it again since the answer was lost; by a write at the
+            # same moment, which may have failed as well; or by another's.
+            if (found := self.read_if_there(relative)) != there:
+                return found == data
+        return False
+
+    def _put_on_condition(self, relative: str, there: bytes | None, data: bytes) -> bool:
+        path = self.path(relative)
+        if there is None:
+            return self._objects.create(path, data)
+        stamp = self._objects.stamp(path)  # before the bytes: what is written in between fails the condition
+        if stamp is None or self.read_if_there(relative) != there:
+            return False
+        return self._objects.put_instead(path, data, stamp)
 
     def commit_bytes(self, relative: str, data: bytes) -> Committed:
         """Write ``data`` as one whole file."""

@@ -9,16 +9,20 @@ Realm's refresh (Guu et al. 2020, section 3.3) is one use of it; `docs/versions.
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Final
 
+import numpy as np
+
 from retrodb.errors import DamagedError, InputError
 from retrodb.formats import Committed, File, HashingWriter, path_of
 from retrodb.manifest import (
     FIRST_VERSION,
+    MANIFEST_COPY,
     MANIFEST_NAME,
     REPORTS_FOLDER,
     STAGE_REPORTS,
@@ -27,6 +31,8 @@ from retrodb.manifest import (
     WORK_FOLDER,
     KeptVersion,
     Manifest,
+    Shard,
+    changed_meanwhile,
     fingerprint,
     is_of_a_table,
     version_folder,
@@ -178,7 +184,8 @@ def now() -> str:
 
 def next_version(current: Manifest) -> int:
     """An id that no version of the database has had."""
-    return max([current.version.id, *(kept.version.id for kept in current.versions)]) + 1
+    known = [current.version.id, current.used.get("version", 0), *(kept.version.id for kept in current.versions)]
+    return max(known) + 1
 
 
 def next_shard(storage: Storage, current: Manifest) -> int:
@@ -193,7 +200,7 @@ def next_shard(storage: Storage, current: Manifest) -> int:
     if not known:
         manifests = (load_version(storage, kept.version.id) for kept in current.versions)
         known = [_first_free(manifest) for manifest in manifests if manifest is not None]
-    return max([_first_free(current), *known])
+    return max([_first_free(current), current.used.get("shard", 0), *known])
 
 
 def _first_free(manifest: Manifest) -> int:
@@ -228,53 +235,70 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def publish(storage: Storage, made: Manifest) -> Manifest:
+def publish(storage: Storage, current: Manifest, made: Manifest, left: Manifest | None) -> Manifest:
     """Make a finished version the current one. Needs the build lock.
+
+    On an object store every step is a conditional write, so that a writer from which another has taken over publishes
+    nothing, whenever it wakes up.
 
     Args:
         storage: the database.
-        made: its manifest, with its `Version`.
+        current: what ``manifest.json`` said when this writer got the lock: the version that this one follows.
+        made: the new version's manifest, with its `Version`.
+        left: the manifest that lies in the version's folder; None where there is none.
 
     Returns:
         What ``manifest.json`` says now.
 
     Raises:
-        DamagedError: it lacks vectors (`facts_of`), or there is no current version to follow.
+        DamagedError: it lacks vectors (`facts_of`).
+        LockedError: another writer has taken over meanwhile.
     """
-    current = Manifest.load_whole(storage)
-    if current is None:
-        raise DamagedError(f"{storage.url} has no {MANIFEST_NAME} to publish beside.")
-    own = replace(made, version=replace(made.version, facts=facts_of(made)), versions=())
+    own = replace(made, version=replace(made.version, facts=facts_of(made))).own
     facts = {**own.version.facts, NEXT_SHARD: max(next_shard(storage, current), _first_free(own))}
     own = replace(own, version=replace(own.version, facts=facts))
     _forget_killed(storage, own.version.id, current.version.id)
     kept = list(current.versions) or [_keep_first(storage, current)]
-    written = storage.commit_bytes(version_path(own.version.id), own.as_bytes())
-    kept.append(KeptVersion(own.version, written.bytes, written.sha256))
-    published = replace(own, versions=tuple(kept))
-    published.save(storage)
+    data, path = own.as_bytes(), version_path(own.version.id)
+    if not storage.exchange(path, None if left is None else left.as_bytes(), data):
+        raise changed_meanwhile(storage)
+    kept = _replaced(kept, current.version.id)
+    kept.append(KeptVersion(own.version, len(data), hashlib.sha256(data).hexdigest()))
+    published = replace(own.beside(current), versions=tuple(kept))
+    published.save(storage, current)
     return published
 
 
-def switch(storage: Storage, version: int) -> Manifest:
+def switch(storage: Storage, current: Manifest, version: int) -> Manifest:
     """Make a kept version the current one again: one pointer. Needs the build lock.
+
+    Args:
+        storage: the database.
+        current: what ``manifest.json`` said when this writer got the lock.
+        version: which.
 
     Raises:
         InputError: there is no such version.
         DamagedError: its manifest is lost, or not what was published.
+        LockedError: another writer has taken over meanwhile.
     """
-    current = Manifest.load_whole(storage)
     found = load_version(storage, version)
-    if current is None or found is None:
-        raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
+    if found is None:
+        raise DamagedError(f"{storage.url} has lost its {MANIFEST_NAME}: run the same command again.")
     if version == current.version.id:
         return current
-    switched = replace(found, versions=current.versions)
     kept = next(entry for entry in current.versions if entry.version.id == version)
     if storage.sha256(kept.path) != kept.sha256:
         raise DamagedError(f"{storage.describe(kept.path)} is not what was published: version {version} is refused.")
-    switched.save(storage)
+    versions = _replaced([replace(k, replaced=None) if k == kept else k for k in current.versions], current.version.id)
+    switched = replace(found.beside(current), versions=tuple(versions))
+    switched.save(storage, current)
     return switched
+
+
+def _replaced(kept: Sequence[KeptVersion], number: int) -> list[KeptVersion]:
+    """The versions there are once another one takes the place of ``number``."""
+    return [replace(entry, replaced=now()) if entry.version.id == number else entry for entry in kept]
 
 
 def _forget_killed(storage: Storage, *versions: int) -> None:
@@ -288,17 +312,21 @@ def _forget_killed(storage: Storage, *versions: int) -> None:
 def _keep_first(storage: Storage, current: Manifest) -> KeptVersion:
     """Give the first version a manifest of its own: the same file, so that whoever holds it holds the version."""
     place = version_path(current.version.id)
-    data = current.as_bytes()
-    storage.delete(place)  # of a publication that was killed here
+    data = current.own.as_bytes()
     if storage.is_local:
+        storage.delete(place)  # of a publication that was killed here
         target = storage.path(place)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with contextlib.suppress(OSError):  # no hard links here: a copy is what readers from now on hold
             os.link(storage.path(MANIFEST_NAME), target)
-    if storage.size(place) is None:
-        storage.commit_bytes(place, data)
+    # What was there before the pointer was looked at is no other writer's publication, or the exchange fails.
+    there = storage.read_if_there(place)
+    if storage.read_if_there(MANIFEST_NAME) != current.as_bytes():
+        raise changed_meanwhile(storage)
+    if there != data and not storage.exchange(place, there, data):
+        raise changed_meanwhile(storage)
     version = replace(current.version, created=current.version.created or _written(storage), facts=facts_of(current))
-    return KeptVersion(version, len(data), storage.sha256(place))
+    return KeptVersion(version, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _written(storage: Storage) -> str:
@@ -317,7 +345,8 @@ def _written(storage: Storage) -> str:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` did: versions that went, files and bytes that went with them, and who was kept though old."""
+    """What `collect` did: versions that went, files and bytes that went with them, and who was kept though it was to
+    go, since it is, or may be, in use."""
 
     retired: tuple[int, ...]
     in_use: tuple[int, ...]
@@ -326,7 +355,13 @@ class Collected:
 
 
 def collect(
-    storage: Storage, keep: int = KEPT_VERSIONS, grace: float = GRACE_SECONDS, *, dry_run: bool = False
+    storage: Storage,
+    current: Manifest,
+    keep: int = KEPT_VERSIONS,
+    grace: float = GRACE_SECONDS,
+    *,
+    forget: bool = False,
+    dry_run: bool = False,
 ) -> Collected:
     """Retire old versions: all but the newest ``keep``, the current one, and those in use. Needs the build lock.
 
@@ -335,56 +370,140 @@ def collect(
 
     Args:
         storage: the database.
+        current: what ``manifest.json`` said when this writer got the lock.
         keep: so many of the newest stay, at least `KEPT_VERSIONS`.
         grace: seconds that a version stays on an object store, where nobody can tell who reads it.
+        forget: retire also the newest, as far as they hold a document that the current one does not, and what killed
+            runs have left: nothing of a document that was deleted stays, unless a version that holds it is in use.
         dry_run: say it, and do nothing.
 
     Raises:
-        InputError: ``keep`` is too small.
+        InputError: ``keep`` is too small; or, with ``forget``, the current version has deleted documents itself.
+        DamagedError: a manifest, or with ``forget`` a shard of documents, cannot be read.
+        LockedError: another writer has taken over meanwhile.
     """
     if keep < KEPT_VERSIONS:
         raise InputError(f"keep {keep}: the newest {KEPT_VERSIONS} versions are always kept.")
-    current = Manifest.load_whole(storage)
-    if current is None:
-        raise InputError(f"{storage.url} is not a retrodb database: it has no {MANIFEST_NAME}.")
-    newest = {entry.version.id for entry in sorted(current.versions, key=lambda kept: kept.version.id)[-keep:]}
-    stay, retired, in_use = [], [], []
-    for entry in current.versions:
-        number = entry.version.id
-        if number in newest or number == current.version.id:
-            stay.append(entry)
-        elif _is_pinned(storage, number) or _is_recent(storage, current, number, grace):
-            stay.append(entry)
-            in_use.append(number)
-        else:
-            retired.append(entry)
-    manifests = [current] + [found for entry in stay if (found := load_version(storage, entry.version.id)) is not None]
-    named = {shard.path for manifest in manifests for shards in manifest.tables.values() for shard in shards}
-    named |= {path for manifest in manifests for path in manifest.reports}
-    numbers = {entry.version.id for entry in stay}
-    gone = list(_unnamed(storage, named, numbers)) if current.versions else []
-    gone += [path for entry in retired for path in _own_files(storage, entry.version.id, named)]
-    gone = sorted(set(gone))
+    if forget and (rows := current.rows("deleted")):
+        raise InputError(
+            f"{rows:,} documents of {storage.url} are deleted, and still in the files of its current version: run "
+            "`retrodb compact` first. Nothing was changed."
+        )
+    chosen = _choose(storage, current, keep, grace, forget)
+    gone = _files_to_go(storage, current, chosen, forget)
     size = sum(storage.size(path) or 0 for path in gone)
     if not dry_run:
-        if retired:
-            replace(current, versions=tuple(stay)).save(storage)
+        copies = _copies_to_go(storage, chosen) if forget else []
+        if chosen.retired or forget:  # to forget deletes what another writer may be at: it must still be our turn
+            replace(current, versions=chosen.stay, used=_used(storage, current, chosen)).save(storage, current)
+        storage.forget_copies(copies)
         storage.delete(*gone)
-        for entry in retired:
-            if not storage.list_below(f"{VERSIONS_FOLDER}/{entry.version.id}"):
-                storage.delete_folder(f"{VERSIONS_FOLDER}/{entry.version.id}")
-    return Collected(tuple(entry.version.id for entry in retired), tuple(in_use), len(gone), size)
+        if forget:
+            storage.delete_folder(WORK_FOLDER)
+        there = {current.version.id, *(entry.version.id for entry in chosen.stay)}
+        for name in storage.list_folders(VERSIONS_FOLDER):
+            if name.isdigit() and int(name) not in there and not storage.list_below(f"{VERSIONS_FOLDER}/{name}"):
+                storage.delete_folder(f"{VERSIONS_FOLDER}/{name}")
+    retired = tuple(entry.version.id for entry in chosen.retired)
+    return Collected(retired, tuple(entry.version.id for entry in chosen.in_use), len(gone), size)
 
 
-def _is_recent(storage: Storage, current: Manifest, number: int, grace: float) -> bool:
+@dataclass(frozen=True)
+class _Choice:
+    """Versions that stay, some of them because they are in use, and those that go."""
+
+    stay: tuple[KeptVersion, ...]
+    in_use: tuple[KeptVersion, ...]
+    retired: tuple[KeptVersion, ...]
+
+
+def _choose(storage: Storage, current: Manifest, keep: int, grace: float, forget: bool) -> _Choice:
+    newest = {entry.version.id for entry in sorted(current.versions, key=lambda kept: kept.version.id)[-keep:]}
+    to_go = [entry for entry in current.versions if entry.version.id != current.version.id]
+    to_go = [e for e in to_go if e.version.id not in newest or (forget and _holds_more(storage, e, current))]
+    used = [e for e in to_go if _is_pinned(storage, e.version.id) or _is_recent(storage, current, e, grace)]
+    retired = tuple(entry for entry in to_go if entry not in used)
+    return _Choice(tuple(e for e in current.versions if e not in retired), tuple(used), retired)
+
+
+def _files_to_go(storage: Storage, current: Manifest, chosen: _Choice, forget: bool) -> list[str]:
+    """Files that no version names that stays, sorted."""
+    manifests = [current] + [m for e in chosen.stay if (m := load_version(storage, e.version.id)) is not None]
+    named = {shard.path for manifest in manifests for shard in _shards_of(manifest)}
+    named |= {path for manifest in manifests for path in manifest.reports}
+    kept = {manifest.version.id for manifest in manifests}
+    gone = [path for entry in chosen.retired for path in _own_files(storage, entry.version.id, named)]
+    if current.versions or forget:
+        gone += _unnamed(storage, named, kept, next_version(current))
+    if forget:
+        gone += _leftovers(storage, named, kept)
+    return sorted(set(gone))
+
+
+def _copies_to_go(storage: Storage, chosen: _Choice) -> list[Shard]:
+    """Shards of retired versions that this machine may have fetched, and that no version names that stays."""
+
+    def named(entry: KeptVersion) -> list[Shard]:
+        with contextlib.suppress(DamagedError):  # its manifest is lost
+            manifest = load_version(storage, entry.version.id)
+            return [] if manifest is None else list(_shards_of(manifest))
+        return []
+
+    kept = {shard.sha256 for entry in chosen.stay for shard in named(entry)}
+    return [shard for entry in chosen.retired for shard in named(entry) if shard.sha256 not in kept]
+
+
+def _used(storage: Storage, current: Manifest, chosen: _Choice) -> dict[str, int]:
+    """The numbers that no version may have again, once the one is gone that says so."""
+    newest = max((entry.version.id for entry in current.versions), default=current.version.id)
+    if newest not in {entry.version.id for entry in chosen.retired}:
+        return current.used
+    return {"version": next_version(current) - 1, "shard": next_shard(storage, current)}
+
+
+def _shards_of(manifest: Manifest) -> Iterator[Shard]:
+    for shards in manifest.tables.values():
+        yield from shards
+
+
+def _holds_more(storage: Storage, entry: KeptVersion, current: Manifest) -> bool:
+    """Whether a version has a document that the current one does not, or cannot be asked. An id stays in the shard of
+    its number."""
+    try:
+        manifest = load_version(storage, entry.version.id)
+    except DamagedError:
+        return True
+    own = {shard.number: shard for shard in current.shards("documents")}
+    for shard in manifest.shards("documents") if manifest is not None else ():
+        same = own.get(shard.number)
+        if same is None and shard.rows:
+            return True
+        if same is not None and same != shard:
+            ids = [storage.read_table(each, ["document_id"])["document_id"].to_numpy() for each in (shard, same)]
+            if not np.isin(*ids).all():
+                return True
+    return False
+
+
+def _is_recent(storage: Storage, current: Manifest, entry: KeptVersion, grace: float) -> bool:
     """Whether an object store's version was replaced less than ``grace`` seconds ago."""
     if storage.is_local:
         return False
-    followers = [k.version.created for k in current.versions if k.version.id > number and k.version.created]
-    if not followers:
+    replaced = entry.replaced
+    if replaced is None:  # of a database whose versions did not say so
+        created = [k.version.created for k in current.versions if k.version.id > entry.version.id]
+        replaced = min((each for each in created if each), default=None)
+    if replaced is None:
         return True
-    replaced = datetime.datetime.fromisoformat(min(followers))
-    return (datetime.datetime.now(datetime.UTC) - replaced).total_seconds() < grace
+    at = datetime.datetime.fromisoformat(replaced)
+    return (datetime.datetime.now(datetime.UTC) - at).total_seconds() < grace
+
+
+def _leftovers(storage: Storage, named: set[str], kept: set[int]) -> Iterator[str]:
+    """What killed runs have left, which the same command would go on from: receipts, and parts of a next version."""
+    yield from storage.list_below(WORK_FOLDER)
+    control = {path for number in kept for path in (version_path(number), f"{version_folder(number)}/{MANIFEST_COPY}")}
+    yield from (path for path in storage.list_below(VERSIONS_FOLDER) if path not in named and path not in control)
 
 
 def _own_files(storage: Storage, number: int, named: set[str]) -> Iterator[str]:
@@ -396,14 +515,14 @@ def _own_files(storage: Storage, number: int, named: set[str]) -> Iterator[str]:
         yield version_path(number)
 
 
-def _unnamed(storage: Storage, named: set[str], kept: set[int]) -> Iterator[str]:
-    """Files that no kept version names: of retired ones, or of a collection that was killed. What comes after the
-    newest version is being made."""
+def _unnamed(storage: Storage, named: set[str], kept: set[int], made: int) -> Iterator[str]:
+    """Files that no kept version names: of retired ones, or of a collection that was killed. Version ``made`` is being
+    made."""
     for table in TABLES:
         yield from (path for path in storage.list_below(table) if path not in named and is_of_a_table(path))
     if FIRST_VERSION not in kept:  # its reports show text, too
         reports = (path for path in STAGE_REPORTS.values() if path not in named)
         yield from (path for path in reports if storage.size(path) is not None)
     for name in storage.list_folders(VERSIONS_FOLDER):
-        if name.isdigit() and int(name) not in kept and int(name) < max(kept):
+        if name.isdigit() and int(name) not in kept and int(name) < made:
             yield from (path for path in storage.list_below(f"{VERSIONS_FOLDER}/{name}") if path not in named)

@@ -4,7 +4,8 @@ moto's S3 or gcp-storage-emulator, with every request written to LOG (``METHOD p
 its port, and ends when its standard input does: with the tests, however those end.
 
 A file LOG.fault makes it fail for as long as it is there: ``down`` hangs up on whoever asks, ``denied METHOD...``
-answers these methods with 403, ``slow SECONDS`` takes its time with each answer.
+answers these methods with 403, ``slow SECONDS`` takes its time with each answer, ``unconditional`` overlooks the
+conditions of writes.
 """
 
 import logging
@@ -17,6 +18,7 @@ from functools import partial
 from http.server import HTTPServer
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = "127.0.0.1"
 
@@ -51,6 +53,9 @@ def serve_s3(log: IO[str], bucket: str) -> int:
         if not environ["PATH_INFO"].startswith("/moto-api"):
             query = environ.get("QUERY_STRING", "")
             log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' if query else ''}{query}\n")
+        if fault_of(log) == ["unconditional"]:
+            environ.pop("HTTP_IF_MATCH", None)
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         if environ["REQUEST_METHOD"] in fault_of(log)[1:]:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(
@@ -84,8 +89,22 @@ def serve_gs(log: IO[str], bucket: str) -> int:
     from gcp_storage_emulator.server import RequestHandler
     from gcp_storage_emulator.storage import Storage
 
+    class RefusedError(Exception):
+        pass
+
+    class Conditional(Storage):
+        """The emulator's own takes no notice of ``ifGenerationMatch``."""
+
+        wanted: str | None = None
+
+        def create_file(self, bucket_name: str, file_name: str, *args: Any, **kwargs: Any) -> None:
+            there = self.objects.get(bucket_name, {}).get(file_name, {}).get("generation", "0")
+            if self.wanted not in (None, there):
+                raise RefusedError
+            super().create_file(bucket_name, file_name, *args, **kwargs)
+
     logging.disable(logging.CRITICAL)
-    storage = Storage(use_memory_fs=True)
+    storage = Conditional(use_memory_fs=True)
     buckets.create_bucket(bucket, storage)
     one_at_a_time = threading.Lock()  # the emulator's own storage is made for one thread
 
@@ -96,6 +115,15 @@ def serve_gs(log: IO[str], bucket: str) -> int:
         def handle_one_request(self) -> None:
             with one_at_a_time:
                 super().handle_one_request()
+
+        def do_POST(self) -> None:
+            query = parse_qs(urlsplit(self.path).query)
+            overlooked = fault_of(log) == ["unconditional"]
+            storage.wanted = None if overlooked else query.get("ifGenerationMatch", [None])[0]
+            try:
+                super().do_POST()
+            except RefusedError:
+                self.send_error(412, "Precondition Failed")
 
         def parse_request(self) -> bool:
             """Whether to go on with a request: not with one that is to fail."""

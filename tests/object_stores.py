@@ -32,7 +32,7 @@ class ObjectStore:
 
     @contextmanager
     def failing(self, how: str) -> Iterator[None]:
-        """Meanwhile it fails: ``down``, ``denied METHOD...``, or ``slow SECONDS``."""
+        """Meanwhile it fails: ``down``, ``denied METHOD...``, ``slow SECONDS``, or ``unconditional``."""
         fault = self.log.with_name(f"{self.log.name}.fault")
         fault.write_text(how, encoding="utf-8")
         try:

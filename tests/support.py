@@ -163,14 +163,50 @@ def build_here(inputs: Iterable[object], out: Path, **settings: Any) -> Any:
         threading.excepthook = hook
 
 
+def collected(storage: Any, **settings: Any) -> Any:
+    """`retrodb.versions.collect` by a writer of this process."""
+    from retrodb.pipelines.holding import held
+
+    from retrodb.versions import collect
+
+    with held(storage, Progress()) as current:
+        return collect(storage, current, **settings)
+
+
 def always_use_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send even the smallest stage through worker processes."""
-    from retrodb.pipelines import report_stage, retrieval_stages, text_stages
+    from retrodb.pipelines import compact, extend, report_stage, retrieval_stages, spans_stage, text_stages
 
-    for module in (text_stages, retrieval_stages, report_stage):
+    for module in (text_stages, retrieval_stages, report_stage, extend, compact, spans_stage):
         for name in vars(module):
             if name.lstrip("_").startswith("SMALL_"):
                 monkeypatch.setattr(module, name, 0)
+
+
+def live(database: Path, more: Path, other: Path, **settings: Any) -> list[dict[str, Any]]:
+    """``add``, ``delete``, ``compact`` and ``swap`` in this process, carried out as ``settings`` say: the tables after
+    each."""
+    from retrodb.pipelines.add import add
+    from retrodb.pipelines.compact import compact
+    from retrodb.pipelines.living import delete
+    from retrodb.pipelines.swap import swap
+
+    from retrodb.config import RunSettings
+    from retrodb.corpus import expand_inputs
+    from retrodb.corpus.selection import Selection
+    from retrodb.storage import Storage
+
+    storage, run, tables = Storage(str(database)), RunSettings(**settings), []
+    ids = table_of(database, "documents")["document_id"].to_pylist()
+    for step in (
+        lambda: add(storage, expand_inputs([str(more)]).files, run, Progress()),
+        lambda: delete(storage, Selection(ids=(ids[0], ids[-1])), Progress()),
+        lambda: compact(storage, run, Progress()),
+        lambda: swap(storage, expand_inputs([str(other)]), run, Progress()),
+    ):
+        step()
+        tables.append(manifest_of(database)["tables"])
+    return tables
 
 
 def make_tiny_encoder(folder: Path, seed: int = 11) -> Path:
@@ -226,6 +262,31 @@ def rows_of(database: Path, table: str) -> list[dict[str, Any]]:
 def vectors_of(database: Path) -> np.ndarray:
     """float16 [chunks, d]: all stored vectors, in the order of the chunks table."""
     return np.concatenate([np.load(path, allow_pickle=False) for path in shards_of(database, "embeddings")])
+
+
+def traces(files: list[Path], text: str, tokens: np.ndarray, vectors: np.ndarray) -> list[str]:
+    """Where something of a document is: in a column's values, or as bytes."""
+    whole = [text[at : at + 60] for at in range(0, len(text) - 60, 60)]
+    raw = [row.tobytes() for row in vectors] + [piece.encode() for piece in whole]
+    found = []
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            for column in pq.read_table(path).columns:
+                data += b"".join(values_in(column))
+        escaped = [json.dumps(piece)[1:-1].encode() for piece in whole]
+        if any(piece in data for piece in [*raw, *escaped, *(row[:40].tobytes() for row in tokens)]):
+            found.append(path.name)
+    return found
+
+
+def values_in(column: pa.ChunkedArray) -> list[bytes]:
+    """The bytes of the values of a column, of lists those of their elements."""
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = pa.chunked_array([pa.compute.list_flatten(chunk) for chunk in column.chunks], column.type.value_type)
+    if pa.types.is_primitive(column.type):
+        return [chunk.drop_null().to_numpy(zero_copy_only=False).tobytes() for chunk in column.chunks]
+    return [value if isinstance(value, bytes) else str(value).encode() for value in column.to_pylist() if value]
 
 
 def sha256(path: Path) -> str:

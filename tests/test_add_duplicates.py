@@ -214,7 +214,7 @@ def test_deleted_documents_are_not_compared_with(tiny_encoder: Path, tmp_path: P
 def test_where_nothing_is_new_nothing_is_done(tiny_encoder: Path, tmp_path: Path) -> None:
     files = written(tmp_path, OLD, [record("a-9", varied(A, 9)), record("b-9", varied(B, 9))])
     build_here(files[:1], tmp_path / "db", encoder=str(tiny_encoder), dedup="drop", **SETTINGS)
-    with pytest.raises(InputError, match="nothing is new: all 2 documents are near-duplicates"):
+    with pytest.raises(InputError, match="nothing is new: of 2 documents each is a near-duplicate"):
         add(tmp_path / "db", files[1])
     assert manifest_of(tmp_path / "db")["version"]["id"] == 1
     verified(tmp_path / "db")

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import (
     Progress,
     Running,
     build_here,
+    collected,
+    make_tiny_encoder,
     manifest_of,
     near_duplicates_of,
     retrodb,
@@ -25,6 +26,8 @@ from support import (
     shards_of,
     stamps,
     table_of,
+    traces,
+    values_in,
     vectors_of,
     write_jsonl,
 )
@@ -191,31 +194,6 @@ def test_compact_C2_writes_only_what_changed(database: Path) -> None:
     }, "nothing of the old versions is written"
 
 
-def traces(files: list[Path], text: str, tokens: np.ndarray, vectors: np.ndarray) -> list[str]:
-    """Where something of a document is: in a column's values, or as bytes."""
-    whole = [text[at : at + 60] for at in range(0, len(text) - 60, 60)]
-    raw = [row.tobytes() for row in vectors] + [piece.encode() for piece in whole]
-    found = []
-    for path in files:
-        data = path.read_bytes()
-        if path.suffix == ".parquet":
-            for column in pq.read_table(path).columns:
-                data += b"".join(values(column))
-        escaped = [json.dumps(piece)[1:-1].encode() for piece in whole]
-        if any(piece in data for piece in [*raw, *escaped, *(row[:40].tobytes() for row in tokens)]):
-            found.append(path.name)
-    return found
-
-
-def values(column: pa.ChunkedArray) -> list[bytes]:
-    """The bytes of the values of a column, of lists those of their elements."""
-    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        column = pa.chunked_array([pa.compute.list_flatten(chunk) for chunk in column.chunks], column.type.value_type)
-    if pa.types.is_primitive(column.type):
-        return [chunk.drop_null().to_numpy(zero_copy_only=False).tobytes() for chunk in column.chunks]
-    return [value if isinstance(value, bytes) else str(value).encode() for value in column.to_pylist() if value]
-
-
 def named_files(database: Path) -> list[Path]:
     manifest = manifest_of(database)
     paths = {shard["path"] for table in manifest["tables"].values() for shard in table["shards"]}
@@ -224,11 +202,7 @@ def named_files(database: Path) -> list[Path]:
 
 
 def test_compact_C2_leaves_no_byte_of_a_deleted_document(database: Path) -> None:
-    documents, chunks, vectors = table_of(database, "documents"), table_of(database, "chunks"), vectors_of(database)
-    victim = documents.to_pylist()[VICTIMS[0]]
-    own = chunks["document_id"].to_numpy() == victim["document_id"]
-    tokens = np.array([row["tokens"] for row in chunks.filter(own).to_pylist()], dtype=np.uint16)[:-1]
-    of_it = (victim["text"], tokens, vectors[own])
+    of_it = of_victim(database)
     assert {"00000.parquet", "00000.npy", "00000.faiss"} <= set(traces(named_files(database), *of_it))
     deleted(database, *VICTIMS)
     compacted(database)
@@ -238,7 +212,103 @@ def test_compact_C2_leaves_no_byte_of_a_deleted_document(database: Path) -> None
     deleted(database, 1)  # the newest three versions are kept: those that name the document are not among them now
     ran = retrodb("gc", database, "--json")
     assert ran.json["retired"] == [1, 2]
-    assert traces([path for path in database.rglob("*") if path.is_file()], *of_it) == []
+    assert traces(every_file(database), *of_it) == []
+    assert problems(database) == []
+
+
+def of_victim(database: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """Text, whole chunks of tokens and vectors of the first victim."""
+    victim = table_of(database, "documents").to_pylist()[VICTIMS[0]]
+    own = table_of(database, "chunks")["document_id"].to_numpy() == victim["document_id"]
+    tokens = [row["tokens"] for row in table_of(database, "chunks").filter(own).to_pylist()]
+    return victim["text"], np.array(tokens, dtype=np.uint16)[:-1], vectors_of(database)[own]
+
+
+def every_file(database: Path) -> list[Path]:
+    return [path for path in database.rglob("*") if path.is_file()]
+
+
+def forgotten(database: Path) -> tuple[int, list[int], list[int]]:
+    """``retrodb gc --forget``: its exit code, and the versions that it retired and left."""
+    ran = retrodb("gc", database, "--forget", "--json")
+    assert "Traceback" not in ran.err
+    return ran.code, ran.json["retired"], ran.json["in_use"]
+
+
+def test_forget_leaves_no_byte_of_a_deleted_document_anywhere_at_once(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Also of what killed runs left: of an unpublished version, and beside the tables."""
+    from retrodb.pipelines.refresh import refresh
+
+    of_it = of_victim(database)
+    deleted(database, *VICTIMS)
+    compacted(database)
+    refresh(
+        Storage(str(database)), str(make_tiny_encoder(tmp_path / "other", seed=5)), RunSettings(workers=1), Progress()
+    )
+    for path, of in (
+        ("versions/9/embeddings/00000.npy", "embeddings/00000.npy"),
+        (".build/chunk-1/documents/00000.parquet", "documents/00000.parquet"),
+        ("chunks/.tmp-00000.parquet", "chunks/00000.parquet"),
+    ):
+        (database / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(database / of, database / path)
+    assert {"00000.parquet", "00000.npy", "00000.faiss"} <= set(traces(every_file(database), *of_it))
+    assert forgotten(database) == (0, [1, 2], [])
+    assert traces(every_file(database), *of_it) == []
+    assert [entry["version"]["id"] for entry in manifest_of(database)["versions"]] == [3, 4], "they never had it"
+    assert problems(database) == problems(database, version=3) == []
+    before = stamps(database)
+    assert forgotten(database) == (0, [], [])
+    assert stamps(database) == before
+
+
+def test_forget_leaves_a_version_in_use_and_says_which(database: Path) -> None:
+    of_it = of_victim(database)
+    reader = package.open(str(database))
+    found = reader.search("how are names bound", k=5)
+    deleted(database, *VICTIMS)
+    compacted(database)
+    ran = retrodb("gc", database, "--forget")
+    assert ran.code == 6
+    assert "what is deleted is still in version 1, open in a reader. End who reads it" in ran.err
+    assert [entry["version"]["id"] for entry in manifest_of(database)["versions"]] == [1, 3]
+    assert reader.search("how are names bound", k=5) == found
+    reader.close()
+    assert forgotten(database) == (0, [1], [])
+    assert traces(every_file(database), *of_it) == []
+    assert problems(database) == []
+
+
+def test_forget_without_a_compaction_is_refused_and_changes_nothing(database: Path) -> None:
+    deleted(database, *VICTIMS)
+    before = stamps(database)
+    ran = retrodb("gc", database, "--forget")
+    assert (ran.code, "2 documents of" in ran.err, "run `retrodb compact` first" in ran.err) == (3, True, True), ran.err
+    assert stamps(database) == before
+
+
+def test_forget_killed_between_the_pointer_and_the_files_is_finished_by_the_next(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(storage: Storage, *paths: str) -> None:
+        raise Killed
+
+    of_it = of_victim(database)
+    deleted(database, *VICTIMS)
+    compacted(database)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", killed)
+        with pytest.raises(Killed):
+            collected(Storage(str(database)), forget=True)
+    assert traces(every_file(database), *of_it)
+    assert package.open(str(database)).search("how are names bound", k=5)
+    assert collected(Storage(str(database)), forget=True).files > 0
+    assert traces(every_file(database), *of_it) == []
     assert problems(database) == []
 
 
@@ -296,7 +366,6 @@ def test_compact_C2_what_comes_after_it_works(
 ) -> None:
     from retrodb.pipelines.add import add
     from retrodb.pipelines.refresh import refresh
-    from support import make_tiny_encoder
 
     from retrodb.corpus import expand_inputs
 
@@ -346,7 +415,6 @@ def test_verify_names_what_a_compaction_left_behind(database: Path) -> None:
 
 def test_refresh_C2_leaves_deleted_chunks_out_of_what_it_writes(database: Path, tmp_path: Path) -> None:
     from retrodb.pipelines.refresh import refresh
-    from support import make_tiny_encoder
 
     gone = deleted(database, *VICTIMS)
     refresh(
@@ -425,7 +493,7 @@ def test_compact_carries_spans_and_queries_over_without_the_deleted_documents(
     assert [json.loads(row["record"])["end"] for row in rows_of(database, "span_quarantine")] == [10**6]
     for path in named_files(database):
         if path.suffix == ".parquet" and path.parent.name != "quarantine":
-            found = b"".join(b"".join(values(column)) for column in pq.read_table(path).columns)
+            found = b"".join(b"".join(values_in(column)) for column in pq.read_table(path).columns)
             assert victim["key"].encode() not in found, path
             assert victim["text"][:100].encode() not in found, path
     counts = now["stages"]["spans"]["counts"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import Running, command, digests, retrodb, strays, write_jsonl
+from support import Running, build_here, command, digests, live, retrodb, strays, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flink")]
 
@@ -170,6 +170,21 @@ def test_a_build_on_flink_whose_parts_are_killed_has_the_bytes_of_a_local_one(cl
     for job in on_flink:
         print(f"\n{job['stage']:11} {job['id']} {states[job['id']]} {job['seconds']:6.1f} s", end="")
     print(f"\n{len(digests(out))} files are the same; killed: {'; '.join(fault.name for fault in faults)}")
+
+
+def test_living_commands_on_flink_give_the_bytes_of_local_ones(
+    cluster, source, quickstart_corpus, tiny_encoder, tmp_path
+):
+    settings = {"chunk_tokens": 32, "sequence_tokens": 256, "neighbours": 4, "shard_bytes": "32KiB"}
+    build_here([source], tmp_path / "local", encoder=str(tiny_encoder), **settings)
+    topics = quickstart_corpus.read_text(encoding="utf-8").splitlines()[9:]
+    corpora = [write_jsonl(tmp_path / "more.jsonl", topics[:2]), write_jsonl(tmp_path / "other.jsonl", topics[2:])]
+    database = shutil.copytree(tmp_path / "local", tmp_path / "db")
+    before = len(cluster.state_of("retrodb-"))
+    on_flink = live(database, *corpora, runner="flink", runner_option=tuple(cluster.flags[3::2]))
+    assert on_flink == live(tmp_path / "local", *corpora, workers=1)
+    assert len(cluster.state_of("retrodb-")) > before + 15
+    assert set(cluster.state_of("retrodb-")) <= {"FINISHED", "CANCELED", "FAILED"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

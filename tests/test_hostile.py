@@ -244,7 +244,7 @@ def test_a_reader_in_another_process_keeps_its_picture(database):
     db = pickle.loads(pickle.dumps(Database.open(str(database)).storage))
     manifest = Manifest.load(Storage(str(database)))
     assert manifest is not None
-    manifest.without(["training"], ["training"]).save(Storage(str(database)))
+    manifest.without(["training"], ["training"]).save(Storage(str(database)), manifest)
     with pytest.raises(MismatchError, match=r"training/00000.parquet is no longer"):
         db.read_table("training/00000.parquet")
     assert db.read_table("chunks/00000.parquet").num_rows

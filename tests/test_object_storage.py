@@ -249,16 +249,47 @@ def test_a_builder_elsewhere_is_not_disturbed(
         built.storage.delete(LOCK_NAME)
 
 
-def test_of_two_builders_that_see_no_lock_one_alone_gets_it(store: ObjectStore) -> None:
-    """By the store's own condition on S3; the emulator of GCS ignores it, and the last one is told by reading back."""
-    storage = Storage(store.url("contended"))
-    first, second = storage.create(LOCK_NAME, lock_of(token="a")), storage.create(LOCK_NAME, lock_of(token="b"))
-    assert first
-    if store.protocol == "s3":
-        assert not second
-    else:
-        assert "ifGenerationMatch=0" in store.lines()[-1]
+def test_a_file_is_exchanged_only_for_the_very_one_that_is_known(store: ObjectStore) -> None:
+    storage = Storage(store.url("exchanged"))
+    assert storage.exchange("a file", None, b"1")
+    assert not storage.exchange("a file", None, b"2")
+    assert not storage.exchange("a file", b"2", b"3")
+    assert storage.exchange("a file", b"1", b"2")
+    assert storage.read_bytes("a file") == b"2"
+    assert not storage.exchange("no file", b"1", b"2")
+    assert storage.size("no file") is None
 
+
+def test_of_many_that_exchange_a_file_at_the_same_moment_one_alone_does(store: ObjectStore) -> None:
+    storage = Storage(store.url("raced"))
+    storage.commit_bytes("a file", b"0")
+    barrier = threading.Barrier(8)
+    done: list[bytes] = []
+
+    def exchange(data: bytes) -> None:
+        barrier.wait()
+        if storage.exchange("a file", b"0", data):
+            done.append(data)
+
+    writers = [threading.Thread(target=exchange, args=[bytes([number + 65])]) for number in range(8)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert done == [storage.read_bytes("a file")]
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_of_two_builders_that_see_no_lock_one_alone_gets_it(store: ObjectStore, unconditional: bool) -> None:
+    """By the store's own condition; where a store ignores it, the last one is told by reading back."""
+    storage = Storage(store.url(f"contended-{unconditional}"))
+    with store.failing("unconditional") if unconditional else contextlib.nullcontext():
+        assert storage.exchange(LOCK_NAME, None, lock_of(token="a"))
+        assert storage.exchange(LOCK_NAME, None, lock_of(token="b")) == unconditional
+        _refuse_all_but_one(storage)
+
+
+def _refuse_all_but_one(storage: Storage) -> None:
     def build(name: str) -> None:
         with contextlib.suppress(LockedError), writer_lock(storage):
             held.append(name)

@@ -19,7 +19,16 @@ from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.runners import Job, make_runner
 from retrodb.pipelines.runners.options import pipeline_options
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
-from support import Running, build_here, digests, retrodb, strays, write_jsonl
+from support import (
+    Running,
+    always_use_workers,
+    build_here,
+    digests,
+    live,
+    retrodb,
+    strays,
+    write_jsonl,
+)
 
 from retrodb.config import RunSettings, make_config, read_config_file
 from retrodb.errors import InputError, UsageError, WorkerError
@@ -116,6 +125,35 @@ def local(source: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFac
 
 
 # -- a whole build somewhere else -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpora(quickstart_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What is added to a database, and what takes its place."""
+    topics = quickstart_corpus.read_text(encoding="utf-8").splitlines()[6:10]
+    folder = tmp_path_factory.mktemp("corpora")
+    return [write_jsonl(folder / "more.jsonl", topics[:2]), write_jsonl(folder / "other.jsonl", topics[2:])]
+
+
+@pytest.fixture(scope="module")
+def lived(local: Path, corpora: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The tables after each living command, by one process."""
+    return live(shutil.copytree(local, tmp_path_factory.mktemp("lived") / "db"), *corpora, workers=1)
+
+
+@pytest.mark.slow
+def test_living_commands_on_a_portable_runner_give_the_bytes_of_a_local_one(
+    job_server, local, corpora, lived, tmp_path
+):
+    database = shutil.copytree(local, tmp_path / "db")
+    assert live(database, *corpora, runner="portable", runner_option=tuple(job_server[3::2])) == lived
+    assert not [path for path in database.rglob(".build") if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_living_commands_by_two_workers_give_the_bytes_of_one(local, corpora, lived, tmp_path, monkeypatch):
+    always_use_workers(monkeypatch)
+    assert live(shutil.copytree(local, tmp_path / "db"), *corpora, workers=2) == lived
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from support import (
     Progress,
     Running,
     build_here,
+    collected,
     manifest_of,
     retrodb,
     rows_of,
@@ -35,7 +36,6 @@ from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower
 from retrodb.spans import SpanSettings
 from retrodb.storage import Storage
-from retrodb.versions import collect
 
 SETTINGS = {"shard_bytes": "16KiB", "sequence_tokens": 256, "neighbours": 4, "tokenizer": "train:600"}
 TABLES = ("documents", "chunks", "neighbours", "training", "leakage")
@@ -243,9 +243,21 @@ def test_swap_C1_ids_are_never_used_again_though_their_version_is_gone(
     for victim in rows_of(database, "documents")[:2]:
         delete(storage, Selection(ids=(victim["document_id"],)), Progress())
     assert compact(storage, RunSettings(workers=1), Progress()).version == 5
-    assert collect(storage).retired == (1, 2)
+    assert collected(storage).retired == (1, 2)
     assert problems(database) == []
     assert swapped(database, corpora[1]).version == 6
+    assert not ids_of(database) & second
+    assert problems(database) == []
+
+
+def test_swap_C1_ids_are_never_used_again_though_the_newest_version_was_forgotten(
+    database: Path, corpora: tuple[Path, ...]
+) -> None:
+    second = ids_of(database)
+    back(database, 1)
+    assert collected(Storage(str(database)), forget=True).retired == (2,), "the current one has none of its documents"
+    assert problems(database) == []
+    assert swapped(database, corpora[1]).version == 3
     assert not ids_of(database) & second
     assert problems(database) == []
 

@@ -215,7 +215,7 @@ def test_a_build_that_goes_on_meanwhile_is_told_from_damage(database: Path, monk
     check = verify_module.check_files
 
     def rebuild_begins(scene: Any) -> None:
-        scene.manifest.without(["report"], ["leakage"]).save(Storage(str(database)))
+        scene.manifest.without(["report"], ["leakage"]).save(Storage(str(database)), scene.manifest)
         (database / "leakage" / "00000.parquet").unlink()
         check(scene)
 

@@ -20,10 +20,12 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from retrodb.pipelines.holding import held
 from support import (
     Progress,
     Running,
     build_here,
+    collected,
     make_tiny_encoder,
     manifest_of,
     retrodb,
@@ -43,7 +45,7 @@ from retrodb.manifest import Manifest
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower, Schedule, Staleness, StalenessLimit
 from retrodb.storage import Storage
-from retrodb.versions import collect, load_version, publish, switch
+from retrodb.versions import load_version, publish, switch
 
 QUERY = "how are names bound"
 TABLES_OF_A_VERSION = ("embeddings", "neighbours", "training", "leakage")
@@ -166,7 +168,7 @@ def test_publish_R2_a_version_without_a_vector_for_each_chunk_is_never_published
         whole, tables={**whole.tables, "embeddings": short}, version=replace(whole.version, id=3), versions=()
     )
     with pytest.raises(DamagedError, match=r"vectors for .* chunks: this version is not published"):
-        publish(storage, broken)
+        publish(storage, whole, broken, None)
     assert manifest_of(database)["version"]["id"] == 2
 
 
@@ -270,8 +272,8 @@ def test_an_earlier_version_is_current_again_by_one_pointer(database: Path, enco
     after = answers(package.open(str(database)))
     storage = Storage(str(database))
     for version, expected in ((1, before), (2, after), (1, before)):
-        with writer_lock(storage):
-            switch(storage, version)
+        with held(storage, Progress()) as current:
+            switch(storage, current, version)
         db = package.open(str(database))
         assert (db.version, answers(db)) == (version, expected)
         assert problems(database) == []
@@ -344,21 +346,21 @@ def test_collect_R4_the_newest_three_and_those_in_use_stay(database: Path, encod
     before = answers(reader)
     for encoder in encoders[1:]:
         refreshed(database, encoder)
-    done = collect(storage)
+    done = collected(storage)
     assert (done.retired, done.in_use) == ((2,), (1,))
     assert not (database / "versions/2").exists()
     del reader.__dict__["_searcher"]  # nothing kept in memory: all is read anew
     assert answers(reader) == before
     assert problems(database) == []
     reader.close()
-    assert collect(storage).retired == (1,)
+    assert collected(storage).retired == (1,)
     assert not (database / "embeddings").exists() or not list((database / "embeddings").iterdir())
     assert [entry["version"]["id"] for entry in manifest_of(database)["versions"]] == [3, 4, 5]
     for version in (3, 4, 5):
         assert problems(database, version=version) == []
     with pytest.raises(InputError, match="has no version 1; there are: 3, 4, 5"):
         package.open(str(database), version=1)
-    assert collect(storage) == type(done)((), (), 0, 0), "a second time there is nothing to do"
+    assert collected(storage) == type(done)((), (), 0, 0), "a second time there is nothing to do"
 
 
 def test_collect_R4_a_reader_in_another_process_holds_its_version(database: Path, encoders: list[Path]) -> None:
@@ -386,9 +388,9 @@ def test_collect_R4_the_current_version_stays_however_old_it_is(database: Path, 
     for encoder in encoders[1:]:
         refreshed(database, encoder)
     storage = Storage(str(database))
-    with writer_lock(storage):
-        switch(storage, 1)
-    done = collect(storage)
+    with held(storage, Progress()) as current:
+        switch(storage, current, 1)
+    done = collected(storage)
     assert (done.retired, done.in_use) == ((2,), ())
     assert answers(package.open(str(database))) == before
     assert problems(database) == []
@@ -403,14 +405,14 @@ def test_collect_R4_on_an_object_store_a_version_stays_for_a_day_after_it_was_re
     url = f"memory://{database.parent.name}/db"
     fsspec.filesystem("memory").put(str(database), url, recursive=True)
     storage = Storage(url)
-    assert (collect(storage).retired, collect(storage).in_use) == ((), (1, 2))
-    assert collect(storage, grace=0).retired == (1, 2)
+    assert (collected(storage).retired, collected(storage).in_use) == ((), (1, 2))
+    assert collected(storage, grace=0).retired == (1, 2)
     assert load_version(storage, 3) is not None
 
 
 def test_collect_R4_fewer_than_three_cannot_be_asked_for(database: Path) -> None:
     with pytest.raises(InputError, match="the newest 3 versions are always kept"):
-        collect(Storage(str(database)), keep=2)
+        collected(Storage(str(database)), keep=2)
     assert retrodb("gc", database, "--keep", 2).code == 2
 
 
@@ -419,11 +421,11 @@ def test_collect_R4_what_a_killed_collection_left_goes_with_the_next(database: P
         refreshed(database, encoder)
     storage = Storage(str(database))
     kept = shutil.copytree(database / "versions/2", database.parent / "aside")
-    collect(storage)
+    collected(storage)
     shutil.copytree(kept, database / "versions/2", dirs_exist_ok=True)
-    assert collect(storage, dry_run=True).files > 0
+    assert collected(storage, dry_run=True).files > 0
     assert (database / "versions/2").exists()
-    collect(storage)
+    collected(storage)
     assert not list((database / "versions/2").rglob("*.npy"))
 
 
@@ -432,7 +434,7 @@ def test_a_retired_version_is_refused_in_words_not_mixed(database: Path, encoder
     reader.close()
     for encoder in encoders[1:]:
         refreshed(database, encoder)
-    assert collect(Storage(str(database))).retired == (1, 2)
+    assert collected(Storage(str(database))).retired == (1, 2)
     with pytest.raises((MismatchError, DamagedError)):
         reader.embeddings(0)
 
@@ -457,7 +459,7 @@ def test_verify_names_a_version_whose_manifest_is_not_what_was_published(databas
     path.write_bytes(path.read_bytes().replace(b'"shard_bytes"', b'"shard_bytez"'))
     assert "versions/1/manifest.json" in problems(database)
     with pytest.raises(DamagedError):
-        switch(Storage(str(database)), 1)
+        switch(Storage(str(database)), package.open(str(database)).manifest, 1)
     path.unlink()
     assert "versions/1/manifest.json" in problems(database)
 
@@ -573,14 +575,14 @@ def test_watch_R5_another_writers_turn_between_publishing_and_retiring_ends_noth
     database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def taken(storage: Storage) -> Iterator[None]:
+    def taken(storage: Storage, progress: object) -> Iterator[Manifest]:
         raise LockedError(f"{storage.url} is being built by another process.")
-        yield
+        yield Manifest()
 
     exports = tmp_path / "exports"
     export(exports, encoders[1], 5)
     (exports / "done").touch()
-    monkeypatch.setattr("retrodb.pipelines.watch.writer_lock", taken)
+    monkeypatch.setattr("retrodb.pipelines.watch.held", taken)
     assert watch(database, exports)[0] == [2]
 
 
@@ -651,7 +653,8 @@ def test_the_command_line_of_refresh_refuses_what_cannot_be_meant(database: Path
     for flags, code, said in (
         ((), 2, "give --encoder CKPT, or --watch DIR"),
         (("--encoder", encoders[1], "--watch", database), 2, "not both"),
-        (("--watch", database / "manifest.json"), 3, "a file; name the folder"),
+        (("--watch", database / "manifest.json"), 3, "is a file; name the folder"),
+        (("--watch", "s3://bucket/exports"), 3, "cannot be the exports' folder"),
         (("--watch", database.parent, "--schedule", "often"), 2, "--schedule"),
         (("--watch", database.parent, "--max-staleness", "old"), 2, "--max-staleness"),
         (("--watch", database.parent, "--on-stale", "shout"), 2, "give block or warn"),
@@ -676,7 +679,7 @@ def test_the_guide_to_versions_runs(
     for line in lines:
         ran = retrodb(*shlex.split(line, comments=True)[1:])
         assert ran.code == 0, (line, ran.err)
-    assert [entry["version"]["step"] for entry in manifest_of(database)["versions"]] == [None, None, 600]
+    assert [entry["version"]["step"] for entry in manifest_of(database)["versions"]] == [None, 600]
     for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

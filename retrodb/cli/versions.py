@@ -1,7 +1,6 @@
 """``retrodb refresh`` and ``gc``: versions of a database, made and retired."""
 
 import contextlib
-import functools
 from typing import Annotated, Any, Literal, Optional
 
 import typer
@@ -87,20 +86,40 @@ def gc(
     grace: Annotated[
         float, typer.Option(min=0.0, help="Hours that a version stays on an object store, where readers are unseen.")
     ] = 24.0,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Retire the newest too, as far as they hold a document that is deleted.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and do nothing.")] = False,
     wait: Wait = None,
     as_json: Json = False,
 ) -> None:
     """Retire old versions, never one in use, and remove files that no version names."""
-    from retrodb.cli.render import size_text  # noqa: PLC0415
-    from retrodb.lock import writer_lock  # noqa: PLC0415
+    from retrodb.cli.progress import make_progress  # noqa: PLC0415
+    from retrodb.pipelines.holding import held  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
     from retrodb.versions import collect  # noqa: PLC0415
 
     storage = Storage(database)
     run = run_settings(wait=wait)
-    with writer_lock(storage, wait=run.wait, tell=functools.partial(echo, err=True)):
-        done = collect(storage, keep, grace * 3600, dry_run=dry_run)
+    with contextlib.closing(make_progress()) as progress, held(storage, progress, run.wait) as current:
+        done = collect(storage, current, keep, grace * 3600, forget=forget, dry_run=dry_run)
+    _tell_collected(done, dry_run, as_json)
+    if forget and done.in_use:
+        from retrodb.errors import LockedError  # noqa: PLC0415
+
+        why = "open in a reader" if storage.is_local else f"replaced less than {grace:g} hours ago, and may be open"
+        remedy = "" if storage.is_local else " with --grace 0"
+        echo(
+            f"error: {storage.url}: what is deleted is still in version {', '.join(map(str, done.in_use))}, {why}. "
+            f"End who reads it, and run the same command again{remedy}.",
+            err=True,
+        )
+        raise typer.Exit(LockedError.exit_code)
+
+
+def _tell_collected(done: Any, dry_run: bool, as_json: bool) -> None:
+    from retrodb.cli.render import size_text  # noqa: PLC0415
+
     if as_json:
         echo_json(
             {"retired": list(done.retired), "in_use": list(done.in_use), "files": done.files, "bytes": done.bytes}

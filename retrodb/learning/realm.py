@@ -50,6 +50,7 @@ from retrodb.model.checkpoint import (
 from retrodb.model.realm import Realm, RealmConfig
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
 from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
+from retrodb.refreshing.exports import check_exports_folder
 from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
@@ -120,12 +121,14 @@ class RealmTrainer:
         progress: is told how it gets on.
 
     Raises:
-        InputError: the database is none of blocks, or has no masked queries; or the start is no BERT.
+        InputError: the database is none of blocks, or has no masked queries; the start is no BERT; or the exports'
+            folder is a file or a URL.
         MismatchError: ``out`` holds another run.
     """
 
     def __init__(self, database: str, out: str, exports: str, settings: RealmSettings, progress: Progress) -> None:
         self.settings, self.progress = settings, progress
+        check_exports_folder(exports)
         self.exports = Path(exports)
         self.storage = Storage(out)
         self._encoder = resolve_encoder(settings.start)

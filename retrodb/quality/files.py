@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Final
 
 from retrodb.encoding import EncoderIdentity
@@ -110,7 +109,7 @@ def check_versions(storage: Storage, manifest: Manifest, findings: Findings) -> 
             if storage.sha256(kept.path) != kept.sha256 or found.version.id != kept.version.id:
                 findings.add(kept.path, f"is not the manifest that was published as version {kept.version.id}")
                 continue
-            if found.version.id == current.version.id and found != replace(current, versions=()):
+            if found.version.id == current.version.id and found.own != current.own:
                 findings.add(MANIFEST_NAME, f"is not what was published as version {found.version.id} ({kept.path})")
             named |= {s.path: s for shards in found.tables.values() for s in shards}
     own = {shard.path for shards in manifest.tables.values() for shard in shards}

@@ -32,9 +32,14 @@ class Export:
 
 
 def check_exports_folder(folder: str) -> None:
-    """Raises InputError: it is a file. (It may be missing: the trainer may not have begun.)"""
+    """Raises InputError: it is a file, or a URL. (It may be missing: the trainer may not have begun.)"""
+    if "://" in folder:
+        raise InputError(
+            f"{folder} cannot be the exports' folder: an export is handed over by renaming a folder, "
+            "which object stores cannot. Name a folder on a disk that trainer and refresher share."
+        )
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise InputError(f"--watch {folder}: a file; name the folder that a trainer exports to.")
+        raise InputError(f"{folder} is a file; name the folder that a trainer exports to.")
 
 
 def list_exports(folder: str) -> list[Export]:
