@@ -98,7 +98,7 @@ def copied(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random one-layer BERT, for tests to which the vectors' meaning is nothing."""
-    return make_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+    return made_once("encoder", lambda folder: make_tiny_encoder(folder / "tiny"), tmp_path_factory) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -106,4 +106,4 @@ def topics_db(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A small database with a validation split for the reference model. Do not change it."""
     from models import build_topics
 
-    return build_topics(tmp_path_factory.mktemp("topics"), tiny_encoder)
+    return made_once("topics", lambda folder: build_topics(folder, tiny_encoder), tmp_path_factory) / "db"
