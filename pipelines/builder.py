@@ -4,6 +4,7 @@ import platform
 import posixpath
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -261,7 +262,7 @@ class Builder:
             replace(
                 manifest,
                 config=self.config.model_dump(mode="json"),
-                software=_software(),
+                software=dict(_software()),
                 fingerprints={**manifest.fingerprints, "stages": recorded},
             )
         )
@@ -336,6 +337,7 @@ class Builder:
             yield TRAINED_TOKENIZER  # but for a later version, which shares the first one's
 
 
+@cache
 def _software() -> dict[str, str]:
     found = {"retrodb": __version__, "python": platform.python_version()}
     for package in _PACKAGES:

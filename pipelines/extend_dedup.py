@@ -83,7 +83,7 @@ def _refuse_nothing_new(builder: Builder, removed: int) -> None:
     read = builder.manifest.stages["corpus"].counts["kept"]
     if removed == read:
         raise InputError(
-            f"nothing is new: of {count_of(read, 'document')} each is a near-duplicate of one that is in it. The database "
+            f"nothing is new: of {count_of(read, 'document')} each is a near-duplicate of one that is there. The database "
             "was left as it was."
         )
 

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import DirectOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.windowed_value import WindowedValue
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -188,4 +190,10 @@ def balanced(tasks: Iterable[Task]) -> list[Task]:
 @beam.ptransform_fn
 def DealOut(pipeline: beam.Pipeline, tasks: Iterable[Task]) -> beam.PCollection:  # noqa: N802 - a PTransform
     """The tasks as a collection that any runner spreads over its workers."""
-    return pipeline | "tasks" >> beam.Create(balanced(tasks)) | "deal out" >> beam.Reshuffle()
+    dealt = pipeline | "tasks" >> beam.Create(balanced(tasks), reshuffle=False)
+    return dealt if _is_one_process(dealt.pipeline) else dealt | "deal out" >> beam.Reshuffle()
+
+
+def _is_one_process(pipeline: beam.Pipeline) -> bool:
+    """Whether this process runs all of a pipeline: dealing out would take more time than a small job itself."""
+    return isinstance(pipeline.runner, FnApiRunner) and pipeline.options.view_as(DirectOptions).direct_num_workers == 1

@@ -140,8 +140,9 @@ class Continuation:
 
     def next_logits(self) -> torch.Tensor:
         """float32 ``[vocabulary]`` of the token that comes next."""
+        row = self.batch()  # retrieves: the encoder computes in the precision of the database's vectors, not in ours
         with torch.inference_mode(), self._device.autocast():
-            h = self._model(self.batch())
+            h = self._model(row)
             return self._model.logits(h[0, len(self.tokens) - 1]).cpu()
 
 

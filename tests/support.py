@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked, can_fork
 
 CORPORA = Path(os.environ.get("RETRODB_CORPORA", Path(__file__).parents[2] / "shared" / "corpora"))
 DATA_TABLES = ("documents", "chunks", "embeddings", "neighbours", "training", "leakage")
@@ -54,35 +56,34 @@ def command(*arguments: object) -> list[str]:
 
 
 def retrodb(*arguments: object, timeout: float = 600, **environment: str) -> Ran:
-    """Run the command line in a process of its own."""
-    done = subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
+    """Run the command line in a process of its own: forked, see `forked`, unless its environment forbids it."""
+    whole = {**os.environ, **environment}
+    if not can_fork(whole):
+        done = subprocess.run(
+            command(*arguments), capture_output=True, text=True, timeout=timeout, env=whole, check=False
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = Forked([str(argument) for argument in arguments], whole, out, err)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return Ran(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
 
 
 @dataclass
 class Running:
     """A ``retrodb`` process under way, leader of a process group of its own; stderr arrives in ``said``."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[str] | Forked"
     said: list[str] = field(default_factory=list)
 
     @staticmethod
     def start(*arguments: object) -> "Running":
-        process = subprocess.Popen(
-            command(*arguments),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        running = Running(process)
+        running = Running(Forked([str(argument) for argument in arguments], os.environ))
         running._reader = threading.Thread(target=running._read, daemon=True)
         running._reader.start()
         return running

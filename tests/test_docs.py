@@ -78,7 +78,7 @@ def test_every_retrodb_command_of_the_readme_runs(built, quickstart_corpus, tiny
             continue
         words = [names.get(word, word) for word in shlex.split(line)[1:]]
         if words[0] == "build":
-            words += ["--workers", "2", "--shard-bytes", "32KiB"]
+            words += ["--workers", "1", "--shard-bytes", "32KiB"]
         words += FEWER.get(words[0], [])
         done = retrodb(*words)
         assert done.code == 0, (line, done.err)

@@ -53,6 +53,17 @@ def test_generation_equals_teacher_forcing(database, model):
 
 
 @pytest.mark.slow
+def test_a_model_in_bf16_retrieves_what_one_in_fp32_does(database, model):
+    start = next(iter(database.tokenizer.tokenize([PROMPT]))).ids.tolist() * 3
+    found = []
+    for precision in ("fp32", "bf16"):
+        grown = Continuation(model, start, Retriever(database, 2), 2, Device("cpu", precision))
+        assert grown.next_logits().isfinite().all()
+        found.append([(one.ids, list(one.distances)) for one in grown.found])
+    assert found[0] == found[1] != []
+
+
+@pytest.mark.slow
 def test_neighbours_are_those_that_the_database_finds_for_the_chunk_s_text(database):
     chunk = next(row for row in database.chunks()).to_pylist()[0]
     tokens = chunk["tokens"][: chunk["n_tokens"]]

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import apache_beam as beam
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.portable_runner import PortableRunner
 from failing_work import fail
 from retrodb.pipelines.corpus import corpus_pipeline, read_tasks
 from retrodb.pipelines.driver import build
@@ -87,6 +91,16 @@ def test_workers_that_are_told_to_end_one_after_the_other_are_not_taken_for_dead
     monkeypatch.setattr(local, "_CENSUS_SECONDS", 0.1)
     book, tasks, _ = corpus_stage(tmp_path, corpus_files)
     assert run_local(lambda pipeline: corpus_pipeline(pipeline, book, tasks, FieldNames()), processes=2)["in"] == 42
+
+
+@pytest.mark.parametrize(
+    ("runner", "processes", "dealt"), [(FnApiRunner, 1, False), (FnApiRunner, 2, True), (PortableRunner, 1, True)]
+)
+def test_tasks_are_dealt_out_by_a_shuffle_unless_one_process_does_them_all(runner, processes, dealt):
+    pipeline = beam.Pipeline(runner=runner(), options=PipelineOptions([f"--direct_num_workers={processes}"]))
+    _ = pipeline | DealOut([Task(0, None), Task(1, None)])
+    kinds = [transform.spec.urn for transform in pipeline.to_runner_api().components.transforms.values()]
+    assert kinds.count(common_urns.primitives.GROUP_BY_KEY.urn) == dealt
 
 
 def test_text_without_an_error_of_ours_gives_none():

