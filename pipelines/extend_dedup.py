@@ -83,8 +83,8 @@ def _refuse_nothing_new(builder: Builder, removed: int) -> None:
     read = builder.manifest.stages["corpus"].counts["kept"]
     if removed == read:
         raise InputError(
-            f"nothing is new: of {count_of(read, 'document')} each is a near-duplicate of one that is there. The database "
-            "was left as it was."
+            f"nothing is new: of {count_of(read, 'document')} each is a near-duplicate of one that is there. "
+            "The database was left as it was."
         )
 
 
