@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,7 +58,7 @@ class Forked:
         receiving, sending = (None, None) if err is not None else _context.Pipe(duplex=False)
         given = (list(arguments), dict(environment), os.getcwd(), out, err or sending)
         self._process = _context.Process(target=_run, args=given)
-        with _libraries_importable():
+        with _apart_from_this_one():
             self._process.start()
         self.stderr: IO[str] | None = None
         if sending is not None:
@@ -93,13 +94,17 @@ def can_fork(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def _libraries_importable() -> Any:
-    """The server starts with the first process, and finds the libraries to import beside this file."""
+def _apart_from_this_one() -> Any:
+    """What a new process is told of this one: where the libraries to import are, beside this file (the server starts
+    with the first process), but not the script that runs here, which it would import before anything else."""
     before = os.environ.get("PYTHONPATH")
+    script = sys.modules["__main__"]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = script
         if before is None:
             del os.environ["PYTHONPATH"]
         else:

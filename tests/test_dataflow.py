@@ -60,7 +60,8 @@ def no_call_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("connect", "connect_ex"):
         original = getattr(socket.socket, name)
         monkeypatch.setattr(socket.socket, name, functools.partialmethod(_checked, name, original, refuse))
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # which google.auth reads when it is imported
+    monkeypatch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", True)
 
 
 def _checked(self: socket.socket, name: str, original: Any, refuse: Any, address: Any, *rest: Any) -> Any:

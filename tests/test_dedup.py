@@ -367,7 +367,7 @@ def test_when_every_training_document_is_a_near_duplicate_of_a_validation_one_no
     words = words_of(1)
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": varied(words, 0)}, {"text": varied(words, 1)}])
     held_out = write_jsonl(tmp_path / "valid.jsonl", [{"text": varied(words, 2)}])
-    with pytest.raises(InputError, match=r"near-duplicates of validation documents.*no-decontaminate"):
+    with pytest.raises(InputError, match=r"near-duplicate of a validation document.*no-decontaminate"):
         made(source, tmp_path / "db", tiny_encoder, validation=[str(held_out)])
     assert not (tmp_path / "db").exists()
 

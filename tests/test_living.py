@@ -262,7 +262,7 @@ def test_exports_refuse_what_they_cannot_mask(database: Path, tmp_path: Path) ->
     deleted(database, ids=(0,))
     ran = retrodb("export", database, "--to", "huggingface", "--out", tmp_path / "out")
     assert ran.code == 3
-    assert "1 deleted documents" in ran.err
+    assert "1 deleted document," in ran.err
 
 
 def test_verify_names_a_table_of_deleted_documents_that_is_wrong(database: Path) -> None:

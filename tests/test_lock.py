@@ -26,7 +26,7 @@ WRITERS = ("build", "refresh", "add", "swap", "delete", "compact", "gc", "spans"
 def database(tmp_path: Path) -> Path:
     """A database before anything is built in it."""
     (tmp_path / "db").mkdir()
-    Manifest().save(Storage(str(tmp_path / "db")))
+    Manifest().save(Storage(str(tmp_path / "db")), before=None)
     return tmp_path / "db"
 
 

@@ -643,7 +643,7 @@ def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Pa
     assert len(waits) == 1
     assert follower.staleness(1_100).steps == 600
     warning = Follower(str(database), StalenessLimit.parse("600"), "warn")
-    with pytest.warns(UserWarning, match="version 2 of .* is 4500 steps"):
+    with pytest.warns(UserWarning, match="version 2 of .* is 4,500 steps"):
         assert warning.at(5_000).version == 2
     with pytest.raises(TimeoutError, match="is the refresher running"):
         Follower(str(database), StalenessLimit.parse("1"), "block", timeout=0.0, sleep=lambda _: None).at(9_999)
