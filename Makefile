@@ -46,7 +46,9 @@ format: $(STAMP)  ## Format, and fix what can be fixed.
 	@$(BIN)/ruff format .
 
 types: $(STAMP)  ## Check types.
-	@$(BIN)/mypy
+	@rm -rf build/types && mkdir -p build/types/retrodb  # the package as it is installed: else retrodb.pipelines is nothing that mypy knows
+	@ln -sfn $(CURDIR)/retrodb/* $(CURDIR)/pipelines $(CURDIR)/schemas build/types/retrodb/
+	@MYPYPATH=build/types $(BIN)/mypy --package retrodb
 
 check: lint types test  ## Everything CI checks but the build.
 

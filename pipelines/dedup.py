@@ -424,7 +424,7 @@ def final_ids(ids: np.ndarray, stays: np.ndarray) -> np.ndarray:
     """
     shards = ids >> ID_SHIFT
     gone = np.cumsum(~stays)
-    before = gone[np.searchsorted(shards, shards)] - ~stays[np.searchsorted(shards, shards)]
+    before: np.ndarray = gone[np.searchsorted(shards, shards)] - ~stays[np.searchsorted(shards, shards)]
     return ids - (gone - before)
 
 

@@ -115,6 +115,16 @@ def test_the_warm_start_takes_a_sentence_out_of_its_block(first: Path) -> None:
     assert 0 < kept < 30
 
 
+def test_a_warm_start_of_few_blocks_takes_all_there_are(first: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    db = package.open(str(first))
+    stops = tuple(db.tokenizer._tokenizer.token_to_id(mark) for mark in ".!?")
+    blocks = sum(1 for table in db.chunks() for _ in range(table.num_rows))
+    queries, titles, bodies = next(cloze_batches(db, 10_000, 0, stops))
+    assert 2 <= len(queries.lengths) == len(titles.lengths) == len(bodies.lengths) <= blocks
+    with pytest.raises(InputError, match=r"has 0 blocks of two sentences.*--cloze-steps 0"):
+        next(cloze_batches(db, 4, 0, ends=()))
+
+
 def test_other_spans_of_a_database_with_versions_are_a_version_of_their_own(
     database: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:

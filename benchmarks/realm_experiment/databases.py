@@ -22,7 +22,8 @@ from retrodb.encoding import DEFAULT_ENCODER, resolve_encoder
 from retrodb.evaluation.questions import DOCUMENT_FIELDS, QuestionSet
 from retrodb.evaluation.retrieval import evaluate_retrieval
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+COPIED = ("*.json", "vocab.txt", "1_Pooling/config.json")
+"""All that an encoder's folder says of itself but its weights: how it pools decides what its vectors are worth."""
 
 
 class Quiet:
@@ -76,10 +77,10 @@ def _write_first_layers(layers: int, folder: Path) -> None:
     model.config.num_hidden_layers = layers
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
+    for path in (path for pattern in COPIED for path in files.folder.glob(pattern)):
+        (part / path.relative_to(files.folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / path.relative_to(files.folder))
     model.save_pretrained(part, safe_serialization=True)
-    for name in COPIED:
-        if (files.transformer / name).exists():
-            shutil.copy(files.transformer / name, part / name)
     part.rename(folder)
 
 

@@ -56,10 +56,10 @@ def _setup(results: dict[str, Any], seeds: list[int]) -> list[str]:
         f"The `{plan['name']}` plan, seeds {', '.join(map(str, seeds))}, on {machine['cpu']}, torch "
         f"{machine['torch']}. Both parts start from {_start(plan)}; vectors of {plan['dimension']} dimensions, raw "
         f"inner product. {database['documents']:,} paragraphs of SQuAD in {database['blocks']:,} blocks of at most "
-        f"{plan['chunk_tokens']} wordpieces. {plan['cloze_steps']} steps of the Inverse Cloze Task, then "
-        f"{plan['steps']} steps of {plan['batch']} masked queries with {plan['candidates'] - 1} candidates and the "
-        f"null document, refreshed every {plan['refresh_every']} steps. Intervals are 95%: over seeds by Student's t, "
-        "with differences paired by seed; over questions by Wilson.",
+        f"{plan['chunk_tokens']} wordpieces. {plan['cloze_steps']} steps of the Inverse Cloze Task with "
+        f"{plan['cloze_batch']} blocks each, then {plan['steps']} steps of {plan['batch']} masked queries with "
+        f"{plan['candidates'] - 1} candidates and the null document, refreshed every {plan['refresh_every']} steps. "
+        "Intervals are 95%: over seeds by Student's t, with differences paired by seed; over questions by Wilson.",
         "",
         f"The paper takes 200,000 steps of 512 queries and BERT-base; here it is {plan['steps']} of {plan['batch']}. "
         "These figures say what the machinery does and how the quantities move in so short a run. They are no claim "

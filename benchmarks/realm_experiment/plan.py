@@ -76,6 +76,7 @@ class RealmExperiment:
     chunk_tokens: int = 64
     dimension: int = 128
     cloze_steps: int = 60
+    cloze_batch: int = 16
     steps: int = 76
     refresh_every: int = 2
     batch: int = 4

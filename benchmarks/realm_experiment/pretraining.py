@@ -49,6 +49,7 @@ def pretrain(
             "dimension": experiment.dimension,
             "steps": experiment.steps,
             "cloze_steps": experiment.cloze_steps,
+            "cloze_batch": experiment.cloze_batch,
             "batch": experiment.batch,
             "candidates": experiment.candidates,
             "learning_rate": experiment.learning_rate,

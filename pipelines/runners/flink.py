@@ -94,9 +94,8 @@ class FlinkClusterRunner(JobServerRunner):
 
     def describe(self, stage: str) -> dict[str, str]:
         given = self.options.of(stage)
-        where = {
-            key: given[key][-1] for key in ("job_endpoint", "flink_master", "flink_job_server_jar") if key in given
-        }
+        told = ("job_endpoint", "flink_master", "flink_job_server_jar")
+        where: dict[str, str] = {key: given[key][-1] for key in told if key in given}
         parallelism = self.options_of(stage).get("parallelism", ["the cluster's default"])[-1]
         return {**where, "workers": self.workers(stage), "parallelism": parallelism}
 

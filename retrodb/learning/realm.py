@@ -70,6 +70,8 @@ class RealmSettings(BaseModel):
     dimension: int = Field(default=128, ge=1)
     steps: int = Field(default=1000, ge=1)
     cloze_steps: int = Field(default=200, ge=0)
+    cloze_batch: int = Field(default=16, ge=2)
+    """Blocks of a step of the warm start: a query's own among so many. Smaller ones teach worse than they cost."""
     batch: int = Field(default=8, ge=1)
     candidates: int = Field(default=8, ge=2)
     exclude: Literal["self", "document", "neardup"] = "self"
@@ -184,7 +186,7 @@ class RealmTrainer:
         """The Inverse Cloze Task: a retriever that knows nothing gets no gradient worth having (section 3.4)."""
         settings = self.settings
         ends = _sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
-        batches = cloze_batches(self._follower.database, max(2, settings.batch), settings.seed, ends)
+        batches = cloze_batches(self._follower.database, settings.cloze_batch, settings.seed, ends)
         self.progress.begin("cloze", settings.cloze_steps, 0, "steps")
         accuracy = 0.0
         for step in range(settings.cloze_steps):

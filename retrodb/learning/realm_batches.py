@@ -75,7 +75,7 @@ def cloze_batches(db: Database, batch: int, seed: int, ends: tuple[int, ...]) ->
 
     Args:
         db: a database of blocks.
-        batch: blocks of a batch.
+        batch: blocks of a batch; all, where the database has fewer.
         seed: of the order, of the sentence, and of whether it stays in its block.
         ends: the token ids of ``.``, ``!`` and ``?``.
 
@@ -99,13 +99,20 @@ def cloze_batches(db: Database, batch: int, seed: int, ends: tuple[int, ...]) ->
                 held.append((pair[0], np.array(titles[int(row)].as_py(), dtype=np.int64), pair[1]))
                 if len(held) == batch:
                     made += 1
-                    sides = [Texts.of([list(map(int, one[side])) for one in held]) for side in range(3)]
+                    yield _cloze_texts(held)
                     held = []
-                    yield sides[0], sides[1], sides[2]
         if not made:
-            raise InputError(
-                f"{db.storage.url} has fewer than {count_of(batch, 'block')} of two sentences: give a smaller --batch."
-            )
+            if len(held) < 2:
+                raise InputError(
+                    f"{db.storage.url} has {count_of(len(held), 'block')} of two sentences, and a warm start tells one "
+                    "from another: give --cloze-steps 0."
+                )
+            yield _cloze_texts(held)
+
+
+def _cloze_texts(held: list[tuple[npt.NDArray, npt.NDArray, npt.NDArray]]) -> tuple[Texts, Texts, Texts]:
+    sides = [Texts.of([list(map(int, one[side])) for one in held]) for side in range(3)]
+    return sides[0], sides[1], sides[2]
 
 
 def _taken_out(
