@@ -81,7 +81,7 @@ class RealmExperiment:
     refresh_every: int = 2
     batch: int = 4
     candidates: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     ks: tuple[int, ...] = (5, 20)
     looks: int = 3
     """Versions that are asked the questions besides the one of step 0, evenly spaced up to the last."""

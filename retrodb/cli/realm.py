@@ -24,7 +24,7 @@ def realm(
     batch: Annotated[Optional[int], typer.Option(help="Queries of a step. [8]")] = None,
     candidates: Annotated[Optional[int], typer.Option(help="Slots, the null document's among them. [8]")] = None,
     exclude: Annotated[Optional[str], typer.Option(help="No candidate: self, document, neardup. [self]")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Highest learning rate. [0.0001]")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Highest learning rate. [0.00005]")] = None,
     export_every: Annotated[Optional[int], typer.Option(help="Steps between exports and checkpoints. [100]")] = None,
     max_staleness: Annotated[
         Optional[int], typer.Option(help="Steps that the version may be behind: else it waits. [any]")

@@ -75,7 +75,7 @@ class RealmSettings(BaseModel):
     batch: int = Field(default=8, ge=1)
     candidates: int = Field(default=8, ge=2)
     exclude: Literal["self", "document", "neardup"] = "self"
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     warmup: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
