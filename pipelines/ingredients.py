@@ -84,10 +84,10 @@ class Ingredients:
             return
         if self.encoder.settled(manifest).fingerprint == manifest.fingerprints["encoder"]["fingerprint"]:
             return
-        from retrodb.encoding.encoder import Encoder  # noqa: PLC0415 - imports torch
+        from retrodb.encoding.encoder import try_out  # noqa: PLC0415 - imports torch
 
         device = run.device if run.runner == "local" else "cpu"  # the card is where the workers are
-        Encoder.load(self.encoder.files, self.encoder.identity.precision, device).embed(["text"])
+        try_out(self.encoder.files, self.encoder.identity.precision, device)
 
 
 def located(config: BuildConfig) -> BuildConfig:

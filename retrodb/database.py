@@ -87,6 +87,7 @@ class Database:
         self.storage = storage
         self.manifest = manifest
         self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_uncached)
+        self._group_starts = lru_cache(maxsize=4096)(self._read_group_starts)
 
     @staticmethod
     def open(url: str, version: int | None = None) -> "Database":
@@ -418,8 +419,7 @@ class Database:
                 break
         raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.")
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - one Database a process, and small tuples
-    def _group_starts(self, shard: Shard) -> tuple[int, ...]:
+    def _read_group_starts(self, shard: Shard) -> tuple[int, ...]:
         with self.storage.open_parquet(shard) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return tuple(int(start) for start in np.concatenate([[0], np.cumsum(sizes)]))

@@ -1,6 +1,7 @@
 """The reference REALM model: what its parts compute, against sums written out and against transformers."""
 
 import copy
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from retrodb.encoding import DEFAULT_ENCODER, resolve_encoder
-from retrodb.encoding.encoder import Encoder
+from retrodb.encoding.encoder import Encoder, load_cached, try_out
 from retrodb.errors import InputError
 from retrodb.model.realm import Realm, Texts, marginalise, pack
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
@@ -322,3 +323,28 @@ def test_what_is_no_bert_is_refused_in_words(tiny_encoder: Path, tmp_path: Path)
         Realm.start(str(folder))
     with pytest.raises(InputError):
         Realm.start(str(tmp_path / "missing"))
+
+
+def test_of_encoders_loaded_one_after_the_other_a_process_holds_one(
+    realm: Realm, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """A refresher follows a trainer for days; what Python's collector comes to look at late, it must not gather."""
+    from sentence_transformers import SentenceTransformer
+
+    def held() -> int:
+        return sum(type(found) is SentenceTransformer for found in gc.get_objects())
+
+    for step in range(3):
+        realm.export(tmp_path / f"step-{step:06d}", resolve_encoder(str(tiny_encoder)))
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        for step in range(3):
+            files = resolve_encoder(str(tmp_path / f"step-{step:06d}"))
+            try_out(files, "fp32", "cpu")
+            load_cached(files, "fp32", "cpu").embed(["text"])
+            assert held() <= before + 1
+            assert load_cached(files, "fp32", "cpu") is load_cached(files, "fp32", "cpu")
+    finally:
+        gc.enable()

@@ -1,6 +1,8 @@
 """The frozen encoder: texts, or pairs of title and body, in; float16 vectors out. Imports torch; `source` does not."""
 
+import gc
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -153,10 +155,31 @@ def _threads(count: int) -> Executor:
     return ThreadPoolExecutor(count, thread_name_prefix="tokenize")
 
 
-@lru_cache(maxsize=1)
+_loaded: dict[tuple[EncoderFiles, str, str], Encoder] = {}
+_loading = threading.Lock()
+
+
 def load_cached(files: EncoderFiles, precision: str, device: str) -> Encoder:
-    """`Encoder.load`, once a process: a worker embeds many shards with one copy of the weights."""
-    return Encoder.load(files, precision, device)
+    """`Encoder.load`, once a process: a worker embeds many shards with one copy of the weights.
+
+    The one before is let go of first, and at once: modules refer to one another in circles, and a refresher that
+    follows a trainer for days would otherwise hold a dozen of them until Python comes to look.
+    """
+    key = (files, precision, device)
+    with _loading:
+        if key not in _loaded:
+            _loaded.clear()
+            gc.collect()
+            _loaded[key] = Encoder.load(files, precision, device)
+        return _loaded[key]
+
+
+def try_out(files: EncoderFiles, precision: str, device: str) -> None:
+    """Embed a text, and let go of the encoder again. Raises as `Encoder.load` and `Encoder.embed`."""
+    try:
+        Encoder.load(files, precision, device).embed(["text"])
+    finally:
+        gc.collect()
 
 
 def _is_plain_card(identity: EncoderIdentity) -> bool:
