@@ -1,4 +1,4 @@
-"""What REALM's reviewers asked for, measured: the experiment behind docs/realm-experiments.md.
+"""What REALM's reviewers asked for, measured: the experiment behind docs/experiments.md.
 
     python benchmarks/realm_gain.py --corpora FOLDER [--quick] [--work FOLDER]
     python benchmarks/realm_gain.py --report-only
@@ -6,7 +6,7 @@
 Pre-trains under each condition (refreshed, 30 x rarer, never; salient, random spans, random tokens; retriever or reader
 alone), with a refresher in a second process; fine-tunes on the Factbook of 2016 and asks that of 2020; measures
 zero-shot recall of four corpora. Writes the figures (``benchmarks/results/realm_gain.json``) and the page that is made
-of them (``docs/realm-experiments.md``), anew after each part. Killed at any moment, the same command goes on: finished
+of them (``docs/experiments.md``), anew after each part. Killed at any moment, the same command goes on: finished
 parts are kept, a run under way goes on from its checkpoint. ``--quick`` takes minutes, and writes both files into the
 work folder: they are not the experiment's. With ``--share 1/2`` and ``--share 2/2`` two processes share the work, a
 core each; neither writes figures or page, which the command without it then does.
@@ -25,13 +25,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gain.files import arguments, claim, given_to, machine, write_json
+from gain.files import arguments, claim, given_to, machine, put_part, write_json
 from realm_experiment.page import page
 from realm_experiment.plan import FULL, QUICK, Condition, RealmExperiment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "realm_gain.json"
-PAGE = ROOT / "docs" / "realm-experiments.md"
+PAGE = ROOT / "docs" / "experiments.md"
 
 
 def run(
@@ -170,8 +170,8 @@ class Parts:
 
 
 def write_page(results: Path, out: Path) -> None:
-    """The page of a results file."""
-    out.write_text(page(json.loads(results.read_text("utf-8"))), encoding="utf-8")
+    """This experiment's part of the page, from a results file."""
+    put_part(out, "realm_gain", page(json.loads(results.read_text("utf-8"))))
 
 
 def main() -> None:

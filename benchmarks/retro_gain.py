@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gain.files import arguments, claim, given_to, machine, write_json
+from gain.files import arguments, claim, given_to, machine, put_part, write_json
 from gain.page import page
 from gain.plan import FULL, LARGER, MODELS, QUICK, RETRO, Experiment, Setting
 
@@ -94,8 +94,8 @@ def _part(
 
 
 def write_page(results: Path, out: Path) -> None:
-    """The page of a results file."""
-    out.write_text(page(json.loads(results.read_text("utf-8"))), encoding="utf-8")
+    """This experiment's part of the page, from a results file."""
+    put_part(out, "retro_gain", page(json.loads(results.read_text("utf-8"))))
 
 
 def main() -> None:

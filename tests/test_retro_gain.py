@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,8 +92,19 @@ def test_a_tiny_experiment_runs_to_its_end_and_goes_on_where_it_was_killed(retro
 
 
 def test_the_committed_page_is_what_the_script_makes_of_the_committed_figures(retro_gain, tmp_path):
+    shutil.copy(retro_gain.PAGE, tmp_path / "page.md")
     retro_gain.write_page(retro_gain.RESULTS, tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text("utf-8") == retro_gain.PAGE.read_text("utf-8")
+
+
+def test_experiments_share_a_page_and_each_writes_its_own_part(tmp_path):
+    from gain.files import put_part
+
+    page = tmp_path / "page.md"
+    put_part(page, "one", "# One\n\n<!-- a comment that begins no part -->\n")
+    put_part(page, "two", "# Two\n")
+    put_part(page, "one", "# One, anew\n")
+    assert page.read_text("utf-8") == "<!-- one -->\n\n# One, anew\n\n<!-- two -->\n\n# Two\n"
 
 
 def test_a_gain_is_paired_by_document_and_by_seed(retro_gain):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,24 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def put_part(page: Path, name: str, text: str) -> None:
+    """Write one part of a page that several experiments share; the others stay as they are.
+
+    Args:
+        page: the page; it need not be there.
+        name: of the part, which begins after a comment that holds it.
+        text: Markdown.
+    """
+    whole = page.read_text("utf-8") if page.exists() else ""
+    _, *there = re.split(r"(?m)^<!-- (\w+) -->$", whole)
+    parts = dict(zip(there[::2], there[1::2], strict=True)) | {name: text}
+    written = page.with_suffix(".part")
+    written.write_text(
+        "\n\n".join(f"<!-- {one} -->\n\n{its.strip()}" for one, its in parts.items()) + "\n", encoding="utf-8"
+    )
+    written.replace(page)
 
 
 def claim(work: Path, experiment: dict[str, Any]) -> None:

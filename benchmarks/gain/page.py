@@ -18,7 +18,7 @@ _NAMES = {
 
 HEADER = """# What a database is worth to a model
 
-`python benchmarks/retro_gain.py --corpora FOLDER` made this page, from figures that it measured and keeps in
+`python benchmarks/retro_gain.py --corpora FOLDER` made this part, from figures that it measured and keeps in
 `benchmarks/results/retro_gain.json`; `--report-only` makes it from them again. Nothing here is written by hand.
 
 """

@@ -1,4 +1,4 @@
-"""docs/realm-experiments.md: made of the figures alone."""
+"""REALM's part of docs/experiments.md: made of the figures alone."""
 
 from collections.abc import Iterable
 from typing import Any
