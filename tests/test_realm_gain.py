@@ -1,4 +1,4 @@
-"""The experiment behind REALM's part of docs/experiments.md: its page follows from its figures; a tiny one runs to its end."""
+"""The experiment behind REALM's part of docs/experiments.md: the page follows from its figures; a tiny one runs."""
 
 import gzip
 import json
