@@ -15,7 +15,7 @@ a build has changed it since (`retrodb.snapshot`). It runs no code from the data
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -86,8 +86,10 @@ class Database:
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.storage = storage
         self.manifest = manifest
-        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group_uncached)
-        self._group_starts = lru_cache(maxsize=4096)(self._read_group_starts)
+        # Of functions and not of methods: a circle would hold the version, for which `retrodb gc` waits, until Python's
+        # collector came by.
+        self._read_group = lru_cache(maxsize=_CACHED_GROUPS)(partial(_read_group, storage))
+        self._group_starts = lru_cache(maxsize=4096)(partial(_group_starts, storage))
 
     @staticmethod
     def open(url: str, version: int | None = None) -> "Database":
@@ -305,7 +307,8 @@ class Database:
             raise InputError(f"the query {query!r} holds bytes that are not UTF-8.")
         if not isinstance(query, str) and np.ndim(query) != 1:
             raise InputError(
-                f"a query is a text or a vector of {self.encoder_identity.dimension} numbers, not {query!r}."
+                f"a query is a text or a vector of {self.encoder_identity.dimension} numbers, not "
+                f"{f'an array of shape {list(query.shape)}' if isinstance(query, np.ndarray) else repr(query)}."
             )
         vector = self.embed([query], encoder)[0] if isinstance(query, str) else np.asarray(query)
         found = self._searcher.search(vector[None, :], k, metric)
@@ -419,17 +422,19 @@ class Database:
                 break
         raise InputError(f"there is no id {identifier} in {table} of {self.storage.url}.")
 
-    def _read_group_starts(self, shard: Shard) -> tuple[int, ...]:
-        with self.storage.open_parquet(shard) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        return tuple(int(start) for start in np.concatenate([[0], np.cumsum(sizes)]))
 
-    def _read_group_uncached(self, shard: Shard, group: int) -> pa.Table:
-        with self.storage.open_parquet(shard) as file:
-            try:
-                return file.read_row_group(group, use_threads=False)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DamagedError(f"cannot read {self.storage.describe(shard)}: {error}. Run verify.") from error
+def _group_starts(storage: Storage, shard: Shard) -> tuple[int, ...]:
+    with storage.open_parquet(shard) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    return tuple(int(start) for start in np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def _read_group(storage: Storage, shard: Shard, group: int) -> pa.Table:
+    with storage.open_parquet(shard) as file:
+        try:
+            return file.read_row_group(group, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DamagedError(f"cannot read {storage.describe(shard)}: {error}. Run verify.") from error
 
 
 def _document(row: Mapping[str, Any]) -> Document:

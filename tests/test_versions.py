@@ -4,6 +4,7 @@ The labels R1 to R7 are those of the requirements of REALM mode.
 """
 
 import contextlib
+import gc
 import json
 import re
 import shlex
@@ -361,6 +362,23 @@ def test_collect_R4_the_newest_three_and_those_in_use_stay(database: Path, encod
     with pytest.raises(InputError, match="has no version 1; there are: 3, 4, 5"):
         package.open(str(database), version=1)
     assert collected(storage) == type(done)((), (), 0, 0), "a second time there is nothing to do"
+
+
+def test_collect_R4_a_reader_that_is_dropped_holds_its_version_no_longer(database: Path, encoders: list[Path]) -> None:
+    """Also one that nobody closed, as a follower's of the version before: at once, whenever the collector comes."""
+    gc.disable()
+    try:
+        reader = package.open(str(database))
+        hit = reader.search(QUERY, k=1)[0]
+        assert reader.chunk(hit.chunk_id).text
+        assert next(reader.chunks()).num_rows
+        for encoder in encoders[1:]:
+            refreshed(database, encoder)
+        assert collected(Storage(str(database))).in_use == (1,)
+        del reader
+        assert collected(Storage(str(database))).retired == (1,)
+    finally:
+        gc.enable()
 
 
 def test_collect_R4_a_reader_in_another_process_holds_its_version(database: Path, encoders: list[Path]) -> None:
