@@ -8,10 +8,12 @@ anew where neighbours changed. With an exact index the neighbours are those that
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import pyarrow as pa
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import CUT, comparable, report_anew
@@ -37,6 +39,7 @@ from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embe
 
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.corpus import InputFile
+from retrodb.deletions import Deletions
 from retrodb.errors import InputError
 from retrodb.manifest import (
     MANIFEST_NAME,
@@ -190,13 +193,21 @@ class _Addition:
 
 
 def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:
-    """Raises InputError: an input has the very content of one that is in the database."""
+    """Raises InputError: an input has the very content of one of which documents are in the database, not deleted."""
     known = {entry["sha256"]: entry["url"] for entry in current.inputs}
-    for entry in new.inputs:
-        if entry["sha256"] in known:
+    again = [entry for entry in new.inputs if entry["sha256"] in known]
+    if not again:
+        return
+    gone, there = Deletions.of(out, current), Counter[str]()
+    for shard in current.shards("documents"):
+        table = out.read_table(shard, ["document_id", "source"])
+        there.update(table["source"].filter(pa.array(~gone.of_documents(table["document_id"].to_numpy()))).to_pylist())
+    for entry in again:
+        url = known[entry["sha256"]]
+        if there[url]:
             raise InputError(
-                f"{entry['url']} is in {out.url} already (as {known[entry['sha256']]}): its documents would be there "
-                "twice."
+                f"{entry['url']} is in {out.url} already (as {url}): {count_of(there[url], 'document')} of it would be "
+                "there twice. Delete what is there of it first, or add the others from a file of their own."
             )
 
 

@@ -47,13 +47,19 @@ def refuse_unfinished(out: Storage, current: Manifest, purpose: str) -> None:
         raise InputError(f"{out.url} is not finished: run its build to the end before {purpose}.")
 
 
-def refuse_damaged(out: Storage, current: Manifest, tables: Collection[str] | None = None) -> None:
-    """What is damaged goes into no new version.
+def refuse_damaged(
+    out: Storage,
+    current: Manifest,
+    tables: Collection[str] | None = None,
+    because: str = "a version made from them would be wrong",
+) -> None:
+    """What is damaged goes into no new version, and becomes none that is current.
 
     Args:
         out: the database.
         current: its manifest.
         tables: those that would be read; None for all.
+        because: why, in the message.
 
     Raises:
         DamagedError: a shard is missing, or its bytes are not the recorded ones.
@@ -71,8 +77,7 @@ def refuse_damaged(out: Storage, current: Manifest, tables: Collection[str] | No
         else "Run the build again: it repairs them."
     )
     raise DamagedError(
-        f"{', '.join(paths[:3])}{' and others' if paths[3:] else ''} of {out.url} are damaged: a version made from "
-        f"them would be wrong. {remedy}"
+        f"{', '.join(paths[:3])}{' and others' if paths[3:] else ''} of {out.url} are damaged: {because}. {remedy}"
     )
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-from retrodb.pipelines.holding import held
+from retrodb.pipelines.holding import held, refuse_unfinished
 from retrodb.pipelines.progress import Progress
 
 from retrodb import schemas
 from retrodb.corpus.selection import Selection
 from retrodb.deletions import Deletions
-from retrodb.errors import InputError, UsageError
+from retrodb.errors import UsageError
 from retrodb.manifest import Manifest, Shard, Version, shard_of, shard_path, version_folder
 from retrodb.sizes import count_of
 from retrodb.storage import Storage
@@ -42,14 +42,13 @@ def delete(out: Storage, selection: Selection, progress: Progress, wait: float |
 
     Raises:
         UsageError: nothing was asked for.
-        InputError: there is no database, its index is not built yet, or an id or key does not exist.
+        InputError: there is no finished database, an id or key does not exist, or no document has a field.
         LockedError: another process changes it.
     """
     if selection.is_empty:
         raise UsageError("say which documents: --ids, --keys, --source or --where.")
     with held(out, progress, wait) as current:
-        if "index" not in current.stages:
-            raise InputError(f"{out.url} has no index yet: run its build to the end before documents are deleted.")
+        refuse_unfinished(out, current, "documents are deleted")
         rows = _rows_of(out, current, selection)
         if not rows.num_rows:
             progress.note("no document to delete: nothing was changed")

@@ -13,7 +13,7 @@ from typing import Final
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.driver import run_mending
-from retrodb.pipelines.holding import held, lay_out, refuse_unfinished
+from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import same_ingredients
 from retrodb.pipelines.lineage import is_beginning
 from retrodb.pipelines.progress import Progress
@@ -68,6 +68,11 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
             recorded = BuildConfig.model_validate(current.config)
         inputs = with_validation(listing, recorded.validation).files
         runner.check([out.url, *(file.url for file in inputs)])
+        if recorded.validation and ("deleted" in current.tables or "deleted" in current.stages["corpus"].made_from):
+            progress.note(
+                f"documents were deleted from {out.url}: those of its validation files "
+                f"({', '.join(recorded.validation)}) come back, unless they are taken out of the files as well"
+            )
         config, ingredients = same_ingredients(out, current, recorded, run)
         view = VersionStorage(out.url, next_version(current))
         version = Version(view.version, current.version.id, MADE_BY, current.version.step)
@@ -100,10 +105,13 @@ def swap_back(out: Storage, version: int, progress: Progress, wait: float | None
 
     Raises:
         InputError: there is no database, or no such version.
-        DamagedError: its manifest is lost, or not what was published.
+        DamagedError: its manifest is lost, or it or a shard is not what was published.
         LockedError: another process changes the database.
     """
     with held(out, progress, wait) as current:
+        kept = load_version(out, version)
+        if kept is not None and version != current.version.id:
+            refuse_damaged(out, replace(kept, versions=current.versions), because="the current version stays")
         found = switch(out, current, version)
         progress.note(f"version {version} is current{' already' if current.version.id == version else ' again'}")
         return Swapped(version, found.rows("documents"), found.rows("chunks"))

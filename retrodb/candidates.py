@@ -90,7 +90,8 @@ class Candidates:
         Args:
             queries: [q, d], from the database's encoder, as it made them: nothing is normalised. Rounded to float16.
             k: slots, 1 or more.
-            own_chunks: int64 [q], the block that each query comes from; -1 for none.
+            own_chunks: int64 [q], the block that each query comes from; -1 for none. One that this version does not
+                have, as an earlier one had, stands for none, as a document does.
             own_documents: int64 [q], its document, where the query was cut otherwise than the blocks; -1 for none.
             own_keys: its document's key, likewise; None for none. A key that repeats stands for all its documents, one
                 that does not occur for none.
@@ -103,7 +104,6 @@ class Candidates:
         Raises:
             InputError: the arguments do not fit each other, or a number that float16 cannot hold.
             MismatchError: another metric, or vectors of another width.
-            DamagedError: a block or a document that was named does not exist.
         """
         if exclude not in EXCLUDES:
             raise InputError(f"exclude={exclude!r}: give one of {', '.join(EXCLUDES)}.")

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrodb.chunking.tokenizer import ChunkTokenizer, load_tokenizer, tokenizer_from_json
+from retrodb.corpus.records import is_unicode
 from retrodb.deletions import Deletions
 from retrodb.encoding import EncoderFiles, EncoderIdentity, chunk_texts, identify, resolve_encoder
 from retrodb.errors import DamagedError, InputError, MismatchError
@@ -215,8 +216,9 @@ class Database:
         return TrainingDataset(self.storage, self.manifest, split=split, **options)
 
     def spans(self) -> Iterator[pa.Table]:
-        """The ``spans`` table, shard by shard."""
-        return self.tables("spans")
+        """The ``spans`` table, shard by shard, without those of deleted documents."""
+        for table in self.tables("spans"):
+            yield table.filter(~self.deletions.of_documents(table["document_id"].to_numpy()))
 
     def queries(self, split: str | None = "train", **options: Any) -> "Iterator[QueryBatch]":
         """The masked queries in batches of arrays: see `retrodb.spans.reader.read_queries`.
@@ -303,7 +305,7 @@ class Database:
         """
         if k < 1:
             raise InputError(f"k is {k}: ask for at least one neighbour.")
-        if isinstance(query, str) and not _is_unicode(query):
+        if isinstance(query, str) and not is_unicode(query):
             raise InputError(f"the query {query!r} holds bytes that are not UTF-8.")
         if not isinstance(query, str) and np.ndim(query) != 1:
             raise InputError(
@@ -329,6 +331,8 @@ class Database:
             MismatchError: another metric or encoder, or vectors of another width.
         """
         encoder = options.pop("encoder", None)
+        if isinstance(queries, str):
+            raise InputError(f"queries are a list of texts, or vectors [q, d]: give [{queries[:40]!r}].")
         asked = queries if isinstance(queries, np.ndarray) else self.embed(list(queries), encoder)
         return self._candidates.of(asked, k, **options)
 
@@ -440,12 +444,3 @@ def _read_group(storage: Storage, shard: Shard, group: int) -> pa.Table:
 def _document(row: Mapping[str, Any]) -> Document:
     names = ("document_id", "key", "source", "title", "text", "n_chunks", "metadata", "split")
     return Document(**{name: row[name] for name in names})
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether ``text`` is free of lone surrogates, which stand for bytes that were not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

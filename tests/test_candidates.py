@@ -212,10 +212,21 @@ def test_what_a_reader_reads_comes_with_the_candidates(db, brute):
             assert np.array_equal(found.vectors[q, slot].astype(np.float32), brute.vectors[rows[block["chunk_id"]]])
 
 
+@pytest.mark.parametrize("exclude", ["self", "document", "neardup"])
+def test_exclusion_E2_what_an_earlier_version_had_stands_for_nothing(db, brute, exclude):
+    """A trainer follows a database through a swap or a compaction with the ids that it has."""
+    queries = brute.vectors[:3]
+    gone = {"own_chunks": [2**40, 2**31, -1], "own_documents": [2**40, 2**31, -1]}
+    found = db.candidates(queries, 4, **gone, exclude=exclude)
+    assert np.array_equal(found.ids, db.candidates(queries, 4).ids), "any block may be had"
+
+
 def test_what_does_not_fit_is_refused(db, built):
     query = np.ones((2, 32), dtype=np.float32)
     for options, message in [
         ({"own_chunks": [0]}, "own_chunks has shape"),
+        ({"own_chunks": [0, -2]}, "own_chunks holds -2, which is no id"),
+        ({"own_documents": [1.5, 0]}, "own_documents holds .*1.5.*give whole numbers"),
         ({"own_keys": ["a"]}, "1 key for 2 queries"),
         ({"exclude": "cluster"}, "give one of self, document, neardup"),
     ]:
@@ -223,6 +234,8 @@ def test_what_does_not_fit_is_refused(db, built):
             db.candidates(query, **options)
     with pytest.raises(InputError, match="shape"):
         db.candidates(query[0])
+    with pytest.raises(InputError, match=r"give \['hello'\]"):
+        db.candidates("hello")
     with pytest.raises(MismatchError, match="width 32"):
         db.candidates(query[:, :5])
     with pytest.raises(MismatchError, match="'ip'"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 from support import (
+    Progress,
     build_here,
     corpus,
     retrodb,
@@ -23,6 +24,7 @@ from support import (
 )
 
 from retrodb import open as open_database
+from retrodb.corpus.selection import Selection
 from retrodb.encoding import resolve_encoder
 from retrodb.encoding.encoder import Encoder
 from retrodb.errors import InputError
@@ -32,6 +34,7 @@ from retrodb.evaluation.intervals import wilson
 from retrodb.evaluation.questions import QuestionSet, parse_question
 from retrodb.evaluation.retrieval import evaluate_retrieval
 from retrodb.quality.verify import verify_database
+from retrodb.storage import Storage
 
 KS = (1, 3, 20)
 PLACES = ("Ankara", "Bogotá", "Cairo", "Dakar", "Évora", "Fez", "Gdańsk", "Hanoi")
@@ -187,6 +190,19 @@ def test_evaluation_V1_of_validation_documents_and_of_tokens_without_text(inputs
     assert result.about["questions"]["with_a_document_here"] == 36
 
 
+@pytest.mark.slow
+def test_evaluation_V1_a_deleted_document_is_not_here(inputs, tiny_encoder, tmp_path):
+    from retrodb.pipelines.living import delete
+
+    build_here(inputs[:1], tmp_path / "db", encoder=str(tiny_encoder), dedup="off")
+    delete(Storage(str(tmp_path / "db")), Selection(keys=("doc-0", "doc-1", "doc-2")), Progress())
+    here = [
+        evaluate_retrieval(one, QuestionSet(str(inputs[1])), (5,), progress=Quiet()).about["questions"]
+        for one in (open_database(str(tmp_path / "db"), version=1), open_database(str(tmp_path / "db")))
+    ]
+    assert [one["with_a_document_here"] for one in here] == [40, 38], "question 2 names doc-3 as well"
+
+
 def test_evaluation_V1_intervals_are_wilsons():
     for hits, total in ((0, 7), (7, 7), (3, 10), (812, 1000)):
         reference = binomtest(hits, total).proportion_ci(0.95, method="wilson")
@@ -273,6 +289,7 @@ def test_evaluation_V1_takes_the_fields_by_their_usual_names(record, answers, ke
         ('{"question": "who?", "answers_by_version": ["x"]}', "line 2: answers_by_version is no object"),
         ('["who?"]', "line 2 is not a JSON object"),
         ('{"question": "who?"', "line 2 is not JSON"),
+        ('{"question": "who \\ud800?", "answers": ["me"]}', "line 2 holds half a surrogate pair"),
     ],
 )
 def test_evaluation_V1_names_the_line_that_is_no_question(line, said, tmp_path):

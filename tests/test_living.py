@@ -176,6 +176,33 @@ def test_deletions_add_up_and_nothing_is_deleted_twice(database: Path) -> None:
     assert len(list(package.open(str(database), version=2).documents())) == len(ids) - 1
 
 
+def test_what_was_deleted_can_be_added_again_from_its_own_file(
+    old: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    database = tmp_path / "db"
+    shutil.copytree(old, database)
+    first = rows_of(database, "documents")[0]["document_id"]
+    deleted(database, ids=(first,))
+    with pytest.raises(InputError, match=r"5 documents of it would be there twice\. Delete what is there"):
+        added(database, halves[0])
+    keys = keys_of(package.open(str(old)))
+    deleted(database, sources=("*a.jsonl",))
+    added(database, halves[0])
+    assert keys_of(package.open(str(database))) == keys
+    assert problems(database) == []
+
+
+def test_nothing_is_deleted_from_a_database_that_is_half_built(
+    old: Path, tiny_encoder: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It would have a version of its own then, and could neither be built on nor changed."""
+    build_here([halves[0]], tmp_path / "db", encoder=str(tiny_encoder), until="index", **ADDED)
+    with pytest.raises(InputError, match="is not finished: run its build to the end before documents are deleted"):
+        deleted(tmp_path / "db", ids=(0,))
+    build_here([halves[0]], tmp_path / "db", encoder=str(tiny_encoder), **ADDED)
+    assert problems(tmp_path / "db") == []
+
+
 def test_everything_can_be_deleted(database: Path) -> None:
     deleted(database, sources=("*",))
     db = package.open(str(database))
@@ -207,6 +234,9 @@ def test_a_position_in_the_stream_holds_when_documents_are_deleted(database: Pat
         (("--where", "lang = de", "--where", "year >= 2013"), {3, 6, 9}),
         (("--where", "year<2005"), {1, 2, 4}),
         (("--where", "key ~ ^topic-[78]$"), {7, 8}),
+        (("--where", "document_id <= 1"), {0, 1}),
+        (("--where", "document_id != 3"), {0, 1, 2, 4, 5, 6, 7, 8, 9}),
+        (("--where", "text ~ (?s)."), set(range(10))),
         (("--where", "lang != de", "--where", "key!=topic-1"), {2, 4, 5, 7, 8}),
         (("--source", "*nowhere*"), set()),
     ],
@@ -228,6 +258,8 @@ def test_a_deletion_of_what_is_not_there_changes_nothing(database: Path) -> None
         (("--ids", "x"), 2, "write document ids"),
         (("--where", "lang"), 2, "write FIELD OP VALUE"),
         (("--where", "title ~ ("), 2, "is no regular expression"),
+        (("--where", "langg != de"), 3, "has a field 'langg': nothing was changed. There are the columns document_id"),
+        (("--where", "lang = de", "--source", "*"), 2, "--where stands alone"),
     ):
         ran = retrodb("delete", database, *flags)
         assert (ran.code, said in ran.err) == (code, True), ran.err
@@ -239,12 +271,20 @@ def test_a_deletion_of_what_is_not_there_changes_nothing(database: Path) -> None
     assert retrodb("delete", database.parent / "nothing", "--ids", 1).code == 3
 
 
-def test_conditions_compare_numbers_as_numbers_and_know_what_is_missing() -> None:
+def test_conditions_compare_numbers_as_numbers_texts_as_texts_and_never_hold_of_what_is_missing() -> None:
     assert Condition.parse("year >= 9").holds(10)
     assert Condition.parse("year >= 9").holds("10")
     assert Condition.parse("name >= 9").holds("abc"), "what is no number is compared as text"
     assert not Condition.parse("year = 5").holds(None)
-    assert Condition.parse("year != 5").holds(None)
+    assert not Condition.parse("year != 5").holds(None)
+    assert Condition.parse("year = 2020").holds(2020.0)
+    assert not Condition.parse("key = 7").holds("007")
+    assert not Condition.parse("key = 1000").holds("1e3")
+    assert not Condition.parse("n = 9007199254740993").holds(9007199254740992)
+    assert Condition.parse("n > 9007199254740992").holds(9007199254740993)
+    assert Condition.parse("x != nan").holds("inf")
+    assert Condition.parse("flag = true").holds(True)
+    assert Condition.parse("content_hash ~ ^00ff").holds(b"\x00\xff")
     assert Condition.parse("tags ~ b").holds(["a", "b"])
 
 

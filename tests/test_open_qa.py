@@ -313,6 +313,14 @@ def test_the_commands_finetune_and_answer_with_either_database(
         assert low <= hits / 6 <= high
     ran = retrodb("answer", databases["old"], asked, "--model", learnt)
     assert "exact match           1.0000" in ran.out
+    before = (databases["old"] / "manifest.json").read_bytes()
+    for wrong, code, said in (
+        (databases["old"] / "manifest.json", 3, "lies inside the database"),
+        (tmp_path, 2, "is a folder: name the file in it"),
+    ):
+        ran = retrodb("answer", databases["old"], asked, "--model", learnt, "--predictions", wrong)
+        assert (ran.code, said in ran.err) == (code, True), ran.err
+    assert (databases["old"] / "manifest.json").read_bytes() == before
 
 
 def test_the_reader_begins_as_a_realm_checkpoints_and_the_query_encoder_as_the_databases(

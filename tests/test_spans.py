@@ -494,8 +494,8 @@ def test_spans_S3_imported_spans_are_judged_row_by_row(database, tmp_path, kind)
         names = ("key", "document_id", "start", "end", "label", "source")
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
     else:
-        write_jsonl(path, [*rows, "{no json"])
-        bad["not JSON"] = None
+        write_jsonl(path, [*rows, "{no json", '{"key": "doc-0", "start": 0, "end": 1, "label": "\\ud800"}'])
+        bad |= {"not JSON": None, "no string of whole characters": None}
     make(database, f"import:{path}")
     counts = manifest_of(database)["stages"]["spans"]["counts"]
     assert (counts["spans"], counts["dropped.crossing"], counts["quarantined"]) == (4, 1, len(bad))

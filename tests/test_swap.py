@@ -3,6 +3,7 @@
 The label C1 is that of the requirements of REALM mode.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus import expand_inputs
 from retrodb.corpus.quickstart import quickstart_lines
-from retrodb.errors import InputError, LockedError, RetrodbError
+from retrodb.corpus.selection import Selection
+from retrodb.errors import DamagedError, InputError, LockedError, RetrodbError
 from retrodb.lock import writer_lock
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing import Follower
@@ -137,6 +139,31 @@ def shifted(name: str, value: Any, shift: int) -> Any:
     return [of if of is None else of + shift for of in value] if isinstance(value, list) else value + shift
 
 
+@pytest.mark.parametrize("harm", ["lost", "changed"])
+def test_swap_C1_back_to_a_version_that_is_damaged_is_refused(database: Path, harm: str) -> None:
+    first = json.loads((database / "versions/1/manifest.json").read_text("utf-8"))
+    path = database / first["tables"]["neighbours"]["shards"][0]["path"]
+    data = path.read_bytes()
+    path.unlink() if harm == "lost" else path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(DamagedError, match=r"neighbours/.*are damaged: the current version stays"):
+        back(database, 1)
+    assert package.open(str(database)).version == 2
+
+
+def test_swap_C1_says_that_deleted_validation_documents_come_back(
+    corpora: tuple[Path, ...], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    from retrodb.pipelines.living import delete
+
+    build_here([corpora[0]], tmp_path / "db", encoder=str(tiny_encoder), validation=[str(corpora[2])], **SETTINGS)
+    held_out = [row["document_id"] for row in rows_of(tmp_path / "db", "documents") if row["split"] == "validation"]
+    delete(Storage(str(tmp_path / "db")), Selection(ids=tuple(held_out[:1])), Progress())
+    progress = Progress()
+    listing = expand_inputs([str(corpora[1])])
+    swap(Storage(str(tmp_path / "db")), listing, RunSettings(workers=1), progress)
+    assert any("those of its validation files" in line and "come back" in line for line in progress.lines)
+
+
 def test_swap_C1_back_is_bit_identical(first: Path, database: Path) -> None:
     was = package.open(str(first))
     files = {path: stamp for path, stamp in stamps(database).items() if "manifest" not in path}
@@ -235,8 +262,6 @@ def test_swap_C1_ids_are_never_used_again_though_their_version_is_gone(
 ) -> None:
     from retrodb.pipelines.compact import compact
     from retrodb.pipelines.living import delete
-
-    from retrodb.corpus.selection import Selection
 
     storage, second = Storage(str(database)), ids_of(database)
     back(database, 1)

@@ -43,11 +43,15 @@ def delete(
         Optional[list[str]], typer.Option("--keys", "--key", metavar="KEY", help="A key; may be given again.")
     ] = None,
     source: Annotated[
-        Optional[list[str]], typer.Option(metavar="GLOB", help="All documents of a source; may be given again.")
+        Optional[list[str]],
+        typer.Option(metavar="GLOB", help="All documents of a source, besides; may be given again."),
     ] = None,
     where: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="CONDITION", help="As lang=de, year>=2020, 'title ~ ^List'; several must all hold."),
+        typer.Option(
+            metavar="CONDITION",
+            help="Alone: as lang=de, year>=2020, 'title ~ ^List'; several must all hold.",
+        ),
     ] = None,
     wait: Wait = None,
     as_json: Json = False,

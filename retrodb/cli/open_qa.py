@@ -1,6 +1,7 @@
 """``retrodb finetune-qa`` and ``answer``: open-domain question answering from a database of blocks."""
 
 import contextlib
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -8,6 +9,7 @@ import typer
 from retrodb.cli.echo import echo, echo_json
 from retrodb.cli.look import Database, Json, OfVersion
 from retrodb.cli.train import Out, use_threads
+from retrodb.errors import UsageError
 from retrodb.sizes import count_of
 
 Questions = Annotated[
@@ -90,10 +92,13 @@ def answer(
     from retrodb.learning.open_qa import FineTuned  # noqa: PLC0415 - imports torch
     from retrodb.storage import Storage  # noqa: PLC0415
 
+    db = open_database(database, version=version)
+    if predictions is not None:
+        db.storage.refuse_inside(predictions, "predictions")
+        if predictions.endswith("/") or Path(predictions).is_dir():
+            raise UsageError(f"--predictions {predictions} is a folder: name the file in it, as answers.jsonl.")
     with contextlib.closing(make_progress()) as progress:
-        under_way = Answering(
-            open_database(database, version=version), FineTuned(model), QuestionSet(questions), progress, blocks
-        )
+        under_way = Answering(db, FineTuned(model), QuestionSet(questions), progress, blocks)
         found = list(under_way.predictions())
     if predictions is not None:
         folder, _, name = predictions.rpartition("/")

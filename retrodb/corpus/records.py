@@ -296,3 +296,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` is free of lone surrogates, which stand for bytes that were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,11 +6,13 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
+from retrodb import schemas
 from retrodb.errors import InputError, UsageError
 from retrodb.manifest import Manifest, shard_of
 from retrodb.sizes import count_of
@@ -23,7 +25,8 @@ _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-COLUMNS: Final = ("key", "source", "title", "split", "n_chunks")
+COLUMNS: Final = tuple(name for name in schemas.documents().names if name != "metadata")
+_NUMBER: Final = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,37 +57,55 @@ class Condition:
         return Condition(match[1], match[2], match[3])
 
     def holds(self, found: Any) -> bool:
-        """Of a value. What is missing satisfies ``!=`` alone; numbers are compared as numbers."""
+        """Of a value.
+
+        What is missing satisfies nothing. A number equals a number, whatever its digits (2020 and 2020.0), and texts
+        the very same text ("7" is not "007"); what is larger is told by numbers where both are, else by text.
+        """
         if found is None:
-            return self.sign == "!="
+            return False
         if self.sign == "~":
             return re.search(self.value, _text(found)) is not None
-        numbers = _number(found), _number(self.value)
+        equality = self.sign in ("=", "!=")
+        numbers = _number(found, texts=not equality), _number(self.value)
         left, right = numbers if None not in numbers else (_text(found), self.value)
-        if self.sign in ("=", "!="):
+        if equality:
             return bool((left == right) == (self.sign == "="))
         return _COMPARE[self.sign](left, right)
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _number(value: Any) -> float | None:
-    try:
-        return float(value) if isinstance(value, str | int | float) else None
-    except ValueError:
+def _number(value: Any, texts: bool = True) -> Decimal | None:
+    """Exact: ids of 64 bits are not floats. None for what is no finite number, and for a text unless ``texts``."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, str) and not texts):
         return None
+    return Decimal(str(value)) if _NUMBER.fullmatch(str(value)) else None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Documents that satisfy any of ``ids``, ``keys``, ``sources`` (globs), or all of ``where``."""
+    """Documents that satisfy any of ``ids``, ``keys``, ``sources`` (globs); or all of ``where``, which stands alone.
+
+    Raises:
+        UsageError: conditions beside something else: whether they are to narrow or to widen it cannot be told.
+    """
 
     ids: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     where: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.where and (self.ids or self.keys or self.sources):
+            raise UsageError(
+                "--where stands alone: --ids, --keys and --source each add documents, conditions narrow them. Write "
+                "the others as conditions, as --where 'source ~ news.*jsonl' --where 'document_id = 7'."
+            )
 
     @property
     def is_empty(self) -> bool:
@@ -97,13 +118,16 @@ class Selection:
         By ids alone, only their shards are read.
 
         Raises:
-            InputError: an id or key does not exist.
+            InputError: an id or key does not exist, or no document has a field that a condition is about.
         """
         by_rule = bool(self.keys or self.sources or self.where)
+        asked = {condition.field for condition in self.where}
+        used = {"key", "source", *(asked & set(COLUMNS)), *(["metadata"] if asked - set(COLUMNS) else [])}
+        unseen, fields = asked - set(COLUMNS), set[str]()
         shards = {shard_of(number) for number in self.ids}
         found_ids: set[int] = set()
         found_keys: set[str] = set()
-        columns = ["document_id", "n_chunks", *(["key", "source", "title", "split", "metadata"] if by_rule else [])]
+        columns = sorted({"document_id", "n_chunks", *(used if by_rule else [])})
         for shard in manifest.shards("documents"):
             if not by_rule and shard.number not in shards:
                 continue
@@ -111,7 +135,7 @@ class Selection:
             own = np.isin(table["document_id"].to_numpy(), np.array(self.ids, dtype=np.int64))
             found_ids |= set(table["document_id"].to_numpy()[own].tolist())
             if by_rule:
-                own |= self._by_rule(table, found_keys)
+                own |= self._by_rule(table, found_keys, unseen, fields)
             if own.any():
                 yield table.filter(own).select(["document_id", "n_chunks"])
         missing: Sequence[object] = sorted(set(self.ids) - found_ids) or sorted(set(self.keys) - found_keys)
@@ -120,8 +144,14 @@ class Selection:
             raise InputError(
                 f"{storage.url} has no document {', '.join(map(repr, missing[:3]))}{more}: nothing was changed."
             )
+        if unseen:
+            raise InputError(
+                f"no document of {storage.url} has a field {sorted(unseen)[0]!r}: nothing was changed. There are the "
+                f"columns {', '.join(COLUMNS)}, and in their metadata {', '.join(sorted(fields)[:20]) or 'nothing'}."
+            )
 
-    def _by_rule(self, table: pa.Table, found_keys: set[str]) -> np.ndarray:
+    def _by_rule(self, table: pa.Table, found_keys: set[str], unseen: set[str], fields: set[str]) -> np.ndarray:
+        """bool [n]: the rows that are meant. Takes from ``unseen`` what some row has, and adds to ``fields``."""
         keys = set(self.keys)
         own = np.zeros(table.num_rows, dtype=bool)
         for at, row in enumerate(table.to_pylist()):
@@ -131,8 +161,11 @@ class Selection:
             elif any(fnmatch.fnmatchcase(row["source"], pattern) for pattern in self.sources):
                 own[at] = True
             elif self.where:
-                row["metadata"] = json.loads(row["metadata"]) if row["metadata"] else None
-                own[at] = all(condition.holds(_value(row, condition.field)) for condition in self.where)
+                row["metadata"] = json.loads(row["metadata"]) if row.get("metadata") else {}
+                fields |= row["metadata"].keys()
+                values = [_value(row, condition.field) for condition in self.where]
+                unseen -= {one.field for one, value in zip(self.where, values, strict=True) if value is not None}
+                own[at] = all(one.holds(value) for one, value in zip(self.where, values, strict=True))
         return own
 
 

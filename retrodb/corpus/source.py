@@ -43,8 +43,8 @@ def is_local(url: str) -> bool:
 def unreadable(url: str, error: BaseException) -> InputError:
     """The error to raise when the filesystem fails on ``url``."""
     return InputError(
-        f"cannot read {url}: {type(error).__name__}: {error}. It was listed when the build began: "
-        "put it back or make it readable, then run the build again."
+        f"cannot read {url}: {type(error).__name__}: {error}. Put it there, or make it readable, and run the same "
+        "command again."
     )
 
 

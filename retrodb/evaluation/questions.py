@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from retrodb.corpus.compression import MAGIC_BYTES, TornStream, detect, read_blocks
 from retrodb.corpus.lines import read_lines
-from retrodb.corpus.records import BOM
+from retrodb.corpus.records import BOM, is_unicode
 from retrodb.corpus.source import open_raw
 from retrodb.errors import InputError
 from retrodb.remote import absolute_url
@@ -107,6 +107,8 @@ def parse_question(line: bytes, where: str) -> Question:
         raise InputError(f"{where} is not JSON ({error}); a question set is JSONL, one question a line.") from error
     if not isinstance(record, dict):
         raise InputError(f"{where} is not a JSON object.")
+    if not is_unicode(json.dumps(record, ensure_ascii=False)):
+        raise InputError(f"{where} holds half a surrogate pair (as \\ud800), which is no character.")
     text = next((record[name] for name in QUESTION_FIELDS if name in record), None)
     if not isinstance(text, str) or not text.strip():
         raise InputError(

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrodb.database import Database
@@ -206,11 +207,13 @@ def _survey(database: Database, questions: QuestionSet) -> tuple[_Asked, list[st
 
 
 def _retrievable_keys(database: Database, wanted: set[str]) -> set[str]:
-    """Those of the ``wanted`` keys that training documents have."""
+    """Those of the ``wanted`` keys that training documents have which are not deleted."""
     found: set[str] = set()
     if wanted:
-        for table in database.tables("documents", ["key", "split"]):
-            found.update(wanted.intersection(table["key"].filter(pc.equal(table["split"], "train")).to_pylist()))
+        for table in database.tables("documents", ["document_id", "key", "split"]):
+            gone = database.deletions.of_documents(table["document_id"].to_numpy())
+            there = pc.and_(pc.equal(table["split"], "train"), pa.array(~gone))
+            found.update(wanted.intersection(table["key"].filter(there).to_pylist()))
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from retrodb.errors import InputError
 from retrodb.index import MISSING
 from retrodb.neighbours.exclusion import NO_CLUSTER, Exclusion, SameBlock, UidSource
-from retrodb.neighbours.sources import DocumentSource, StoredClusters
+from retrodb.neighbours.sources import DocumentSource, StoredClusters, StoredDocuments
 from retrodb.sizes import count_of
 
 Exclude = Literal["self", "document", "neardup"]
@@ -68,10 +68,12 @@ class Origin:
     Attributes:
         chunk_ids: int64 [q], the query's own block; `NOT_FROM_HERE` for none.
         pairs: int64 [p, 2], (query, document id): documents it comes from; several where a key repeats.
+        named: bool [q], whether its block was told, be it one that is no longer there.
     """
 
     chunk_ids: np.ndarray
     pairs: np.ndarray
+    named: np.ndarray
 
     @staticmethod
     def of(
@@ -79,22 +81,26 @@ class Origin:
         chunk_ids: np.ndarray | Sequence[int] | None,
         document_ids: np.ndarray | Sequence[int] | None,
         of_keys: np.ndarray,
-        documents: DocumentSource,
+        documents: StoredDocuments,
     ) -> "Origin":
         """Of q queries, by any of: their blocks, their documents, and (query, document id) pairs int64 [p, 2].
 
+        A block or document that is not there stands for none: one who follows a database has ids of the version before,
+        which a swap or a compaction took away.
+
         Raises:
-            InputError: there are not as many as queries.
-            DamagedError: a block does not exist.
+            InputError: there are not as many as queries, or one is no id.
         """
         blocks = _ids("own_chunks", queries, chunk_ids)
         own = _ids("own_documents", queries, document_ids)
         pairs = [of_keys]
+        named = blocks != NOT_FROM_HERE
+        blocks[named] = np.where(documents.has(blocks[named]), blocks[named], NOT_FROM_HERE)
         rows = np.flatnonzero(blocks != NOT_FROM_HERE)
         pairs.append(np.stack([rows, documents.document_ids(blocks[rows])], axis=1))
         rows = np.flatnonzero(own != NOT_FROM_HERE)
         pairs.append(np.stack([rows, own[rows]], axis=1))
-        return Origin(blocks, np.unique(np.concatenate(pairs), axis=0))
+        return Origin(blocks, np.unique(np.concatenate(pairs), axis=0), named)
 
     def exclusion(
         self, exclude: Exclude, documents: DocumentSource, clusters: StoredClusters, uids: UidSource
@@ -112,7 +118,7 @@ class Origin:
             own[known] = uids.uid_keys(self.chunk_ids[known])
             found = found.also(SameBlock(own, known, uids))
         if exclude == "self":
-            if not known[self.pairs[:, 0]].all():
+            if not self.named[self.pairs[:, 0]].all():
                 raise InputError(
                     "exclude='self' needs the query's own block (own_chunks); of a query that was cut otherwise "
                     "only the document is known: give exclude='document' or 'neardup'."
@@ -121,7 +127,7 @@ class Origin:
         if len(self.pairs):
             found = found.also(_OneOf(self.pairs, documents.document_ids))
         if exclude == "neardup":
-            of_pairs = clusters.of_documents(self.pairs[:, 1])
+            of_pairs = clusters.of_named(self.pairs[:, 1])
             near = np.stack([self.pairs[:, 0], of_pairs], axis=1)[of_pairs != NO_CLUSTER]
             found = found.also(_OneOf(near, clusters.cluster_ids)) if len(near) else found
         return found
@@ -152,9 +158,14 @@ class _OneOf:
 def _ids(name: str, queries: int, given: np.ndarray | Sequence[int] | None) -> np.ndarray:
     if given is None:
         return np.full(queries, NOT_FROM_HERE, dtype=np.int64)
-    ids = np.asarray(given, dtype=np.int64)
+    ids = np.array(given)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise InputError(f"{name} holds {ids.ravel()[0]!r}, which is no id: give whole numbers, -1 for none.")
+    ids = ids.astype(np.int64)
     if ids.shape != (queries,):
         raise InputError(
             f"{name} has shape {ids.shape} for {count_of(queries, 'query', 'queries')}: give one each, -1 for none."
         )
+    if (wrong := ids < NOT_FROM_HERE).any():
+        raise InputError(f"{name} holds {int(ids[wrong][0])}, which is no id: give -1 for none.")
     return ids

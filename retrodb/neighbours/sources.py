@@ -105,21 +105,34 @@ class StoredDocuments:
             ids, lambda shard, own: self._recent.get(shard)[1][self.locate(shard, own)], np.empty(0, np.int64)
         )
 
+    def has(self, ids: np.ndarray) -> np.ndarray:
+        """bool [n]: which of int64 [n] ids are of chunks that there are; not negative ones."""
+
+        def of(shard: int, own: np.ndarray) -> np.ndarray:
+            return self._rows(shard, own)[1] if shard in self.paths else np.zeros(len(own), dtype=bool)
+
+        return by_shard(ids, of, np.empty(0, dtype=bool))
+
     def locate(self, shard: int, ids: np.ndarray) -> np.ndarray:
         """The rows of chunks ``ids``, all of ``shard``, in its files: not ``id & 0xffffffff`` once it was compacted.
 
         Raises:
             DamagedError: one of them does not exist.
         """
+        rows, inside = self._rows(shard, ids)
+        if not inside.all():
+            where = self.storage.describe(self.paths[shard])
+            raise DamagedError(f"chunk {int(ids[~inside][0])} does not exist in {where}. Verify the database.")
+        return rows
+
+    def _rows(self, shard: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of chunks, and whether they are there."""
         chunk_ids, document_ids = self._recent.get(shard)
         rows = ids & _ROW_MASK if chunk_ids is None else np.searchsorted(chunk_ids, ids)
         inside = rows < len(document_ids)
         if chunk_ids is not None:
             inside[inside] = chunk_ids[rows[inside]] == ids[inside]
-        if not inside.all():
-            where = self.storage.describe(self.paths[shard])
-            raise DamagedError(f"chunk {int(ids[~inside][0])} does not exist in {where}. Verify the database.")
-        return rows
+        return rows, inside
 
     def _read(self, shard: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Chunk ids (None where they are dense) and document ids of a shard."""
@@ -166,13 +179,31 @@ class StoredClusters:
         """
         return by_shard(document_ids, self._take, np.empty(0, np.int64))
 
+    def of_named(self, document_ids: np.ndarray) -> np.ndarray:
+        """As `of_documents`, of documents that somebody named: `NO_CLUSTER` also where there is no such document."""
+
+        def take(shard: int, own: np.ndarray) -> np.ndarray:
+            if shard not in self.paths:
+                return np.full(len(own), NO_CLUSTER)
+            clusters, there = self._find(shard, own)
+            return np.where(there, clusters, NO_CLUSTER)
+
+        return by_shard(document_ids, take, np.empty(0, np.int64))
+
     def _take(self, shard: int, document_ids: np.ndarray) -> np.ndarray:
-        known, clusters = self._recent.get(shard)
-        rows = np.minimum(np.searchsorted(known, document_ids), len(known) - 1)
-        if not len(known) or (known[rows] != document_ids).any():
+        clusters, there = self._find(shard, document_ids)
+        if not there.all():
             where = self.documents.storage.describe(self.paths[shard])
             raise DamagedError(f"{where} lacks a document that its chunks name. Verify the database.")
-        return clusters[rows]
+        return clusters
+
+    def _find(self, shard: int, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The clusters of documents, and whether they are there: where not, the cluster is any."""
+        known, clusters = self._recent.get(shard)
+        if not len(known):
+            return np.full(len(document_ids), NO_CLUSTER), np.zeros(len(document_ids), dtype=bool)
+        rows = np.minimum(np.searchsorted(known, document_ids), len(known) - 1)
+        return clusters[rows], known[rows] == document_ids
 
     def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Document ids, ascending, and their clusters."""

@@ -19,7 +19,7 @@ from retrodb.corpus import ScannedFile, expand_inputs, scan_file
 from retrodb.corpus.compression import TornStream, read_blocks
 from retrodb.corpus.lines import read_lines
 from retrodb.corpus.parquet import open_parquet, read_batches, rows_of
-from retrodb.corpus.records import BOM, RECORD_BYTES
+from retrodb.corpus.records import BOM, RECORD_BYTES, is_unicode
 from retrodb.corpus.source import open_raw
 from retrodb.errors import InputError
 from retrodb.schemas import ID_SHIFT
@@ -126,8 +126,8 @@ def _judged(record: Mapping[str, Any], source: str, position: int, data: bytes) 
     if not 0 <= start < end:
         return Row(source, position, data, f"start {start} and end {end} bound no byte")
     texts = [record.get(name) for name in ("label", "source")]
-    if not all(text is None or isinstance(text, str) for text in texts):
-        return Row(source, position, data, "label or source is no string")
+    if not all(text is None or (isinstance(text, str) and is_unicode(text)) for text in (key, *texts)):
+        return Row(source, position, data, "key, label or source is no string of whole characters")
     document = key if key is not None else document_id
     tagger = f"import:{texts[1] or 'unnamed'}"
     return Row(source, position, data, None, document, start, end, texts[0], tagger)
