@@ -117,6 +117,18 @@ def _fitted(config: BuildConfig) -> BuildConfig:
     return config.model_copy(update={"chunk_tokens": longest})
 
 
+def check_surroundings(config: BuildConfig, run: RunSettings) -> None:
+    """What is needed beside the encoder, whichever that is.
+
+    Raises:
+        InputError: the device, or the tokenizer where it has a name of its own, is not here.
+    """
+    if run.runner == "local":
+        choose_device(run.device)
+    if config.tokenizer != OWN_TOKENIZER and not config.tokenizer.startswith("train:"):
+        load_tokenizer(config.tokenizer)
+
+
 def resolve(config: BuildConfig, run: RunSettings, learnt: TokenizerIdentity | None = None) -> Ingredients:
     """Find the encoder, the tokenizer and the device, as far as the stages up to ``run.until`` use them.
 

@@ -11,7 +11,7 @@ from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.refresh import refresh
 
 from retrodb.config import RunSettings
-from retrodb.errors import InputError, LockedError
+from retrodb.errors import EncoderError, InputError, LockedError, RecallError
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
@@ -59,12 +59,12 @@ class Watch:
     def run(self) -> None:
         """Publish what is due, newest first, until the trainer is done and its last export is published.
 
-        An export that cannot be used is said, and left: the next one may do.
+        An export that cannot be used is said, and left: an earlier or the next one may do.
 
         Raises:
             InputError: the last export of a trainer that is done cannot be used.
             LockedError: another writer held the database for longer than is waited.
-            RetrodbError: as `refresh` does, of anything but an export.
+            RetrodbError: as `refresh` does, of the database or this machine: no other export would mend that.
         """
         while True:
             done = is_done(self.settings.folder)  # before the exports: what it names last is there by then
@@ -104,7 +104,7 @@ class Watch:
         except LockedError as error:
             self._wait_for(error)
             return
-        except InputError as error:
+        except (EncoderError, RecallError) as error:
             self._locked_out = None
             self._refused[export.step] = str(error)
             self.progress.note(f"step {export.step} is left out: {error}")
@@ -133,7 +133,9 @@ class Watch:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
         current = Manifest.load(self.out)
         published = self._step()
-        newer = [export for export in exports if export.step > (published or 0)]
+        # Of exports that can be published alone: a trainer that waits for another would wait for ever.
+        usable = [export for export in exports if export.step not in self._refused]
+        newer = [export for export in usable if export.step > (published or 0)]
         staleness = Staleness(
             max((export.step for export in newer), default=published or 0) - (published or 0),
             max(0.0, time.time() - newer[0].at) if newer else 0.0,

@@ -39,7 +39,16 @@ import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
-from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
+from retrodb.errors import (
+    DamagedError,
+    EncoderError,
+    InputError,
+    LockedError,
+    MismatchError,
+    RecallError,
+    UsageError,
+    WorkerError,
+)
 from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.quality.verify import verify_database
@@ -601,6 +610,121 @@ def test_watch_R5_an_export_that_is_no_encoder_is_said_and_left_out(
     export(folder, encoders[1], 150)  # the same weights: no new version, and no end of trying
     assert watch(database, folder)[0] == []
     assert manifest_of(database)["version"]["step"] == 100
+
+
+def spoilt(encoder: Path, folder: Path, weights: str, value: float, row: int | None = None) -> Path:
+    """A copy of an encoder, with a value in place of its weights, or of a row of them."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(encoder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[weights][slice(None) if row is None else row] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+LAST_WEIGHTS = "encoder.layer.0.output.LayerNorm.weight"
+WORDS = "embeddings.word_embeddings.weight"
+THE = 1996
+"""The wordpiece "the": in every topic, and not in what an encoder is tried out with."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "value", "row"),
+    [(LAST_WEIGHTS, np.nan, None), (LAST_WEIGHTS, 1e9, None), (WORDS, np.nan, THE)],
+    ids=["NaN", "beyond float16", "NaN in some chunks"],
+)
+def test_watch_R5_an_export_whose_vectors_are_not_finite_is_left_out_and_an_earlier_one_published(
+    database: Path, encoders: list[Path], tmp_path: Path, weights: str, value: float, row: int | None
+) -> None:
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 100)
+    export(folder, spoilt(encoders[2], tmp_path / "spoilt", weights, value, row), 200)
+    (folder / "done").touch()
+    with pytest.raises(InputError, match=r"the last export cannot be used: .*step-000200.* NaN, or .* beyond 65,504"):
+        watch(database, folder)
+    assert manifest_of(database)["version"]["step"] == 100
+    assert problems(database) == []
+
+
+def test_watch_R5_an_export_below_the_recall_gate_or_of_another_tokenizer_is_left_out(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exports"
+    for step in (100, 200, 300):
+        export(folder, encoders[step // 100], step)
+    (folder / "done").touch()
+    faults = [RecallError("recall@10 is 0.2"), EncoderError("another tokenizer")]
+
+    def faulty(*given: object, **named: object) -> object:
+        from retrodb.pipelines.refresh import refresh
+
+        if faults:
+            raise faults.pop()
+        return refresh(*given, **named)
+
+    monkeypatch.setattr("retrodb.pipelines.watch.refresh", faulty)
+    with pytest.raises(InputError, match="the last export cannot be used: another tokenizer"):
+        watch(database, folder)
+    assert manifest_of(database)["version"]["step"] == 100
+
+
+@pytest.mark.parametrize("fault", ["unfinished", "no device", "damaged", "disk full"])
+def test_watch_R5_a_fault_of_the_database_or_the_machine_ends_it(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    folder, progress, run = tmp_path / "exports", Progress(), RunSettings(workers=1)
+    export(folder, encoders[1], 100)
+    expected: type[Exception] = InputError
+    if fault == "unfinished":
+        manifest = manifest_of(database)
+        save_manifest(database, {**manifest, "stages": {k: v for k, v in manifest["stages"].items() if k != "index"}})
+    elif fault == "no device":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        run = RunSettings(workers=1, device="cuda")
+    elif fault == "damaged":
+        expected = DamagedError
+        (database / manifest_of(database)["tables"]["chunks"]["shards"][0]["path"]).unlink()
+    else:
+        expected = WorkerError
+        monkeypatch.setattr(
+            "retrodb.pipelines.refresh.run_mending", lambda *_: (_ for _ in ()).throw(WorkerError("no space left"))
+        )
+    with pytest.raises(expected) as ended:
+        Watch(Storage(str(database)), WatchSettings(str(folder), poll=0.05), run, progress).run()
+    assert not isinstance(ended.value, EncoderError)
+    assert not any("left out" in line for line in progress.lines)
+
+
+def test_watch_R5_nobody_waits_for_an_export_that_is_left_out(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    folder = tmp_path / "exports"
+    export(folder, spoilt(encoders[1], tmp_path / "spoilt", LAST_WEIGHTS, np.nan), 400)
+    held = []
+
+    def sleep(seconds: float) -> None:
+        held.append((folder / "hold").exists())
+        (folder / "done").touch()
+
+    settings = WatchSettings(str(folder), limit=StalenessLimit(steps=300), on_stale="block", poll=0.01)
+    with pytest.raises(InputError, match="the last export cannot be used"):
+        Watch(Storage(str(database)), settings, RunSettings(workers=1), Progress(), sleep).run()
+    assert held == [False]
+
+
+def test_refresh_R5_to_vectors_that_are_not_finite_is_bad_input(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    for name, weights, row in (("all", LAST_WEIGHTS, None), ("some", WORDS, THE)):
+        encoder = spoilt(encoders[1], tmp_path / name, weights, np.nan, row)
+        ran = retrodb("refresh", database, "--encoder", encoder, "--workers", 1)
+        assert (ran.code, "which float16 cannot hold" in ran.err) == (3, True), ran.err
+    assert manifest_of(database)["version"]["id"] == 1
 
 
 def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
