@@ -1,8 +1,9 @@
 """``refresh --watch``: follow a trainer's exports, publishing a version whenever one is due (realm.md, R5)."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -38,6 +39,7 @@ class WatchSettings:
 class Watch:
     """One refresher: what it publishes, until the trainer is done.
 
+    How stale the published version is, it says every ``poll`` seconds, also while it makes the next one.
     While another writer holds the database it tries again every ``poll`` seconds, for ever, or for the ``wait`` of the
     run settings, and goes on saying how stale the published version is.
     """
@@ -100,7 +102,8 @@ class Watch:
             self.progress.note(f"step {export.step}: {export.path}")
         at_once = self.run_settings.model_copy(update={"wait": None})
         try:
-            outcome = refresh(self.out, export.path, at_once, self.progress, step=export.step)
+            with self._telling():
+                outcome = refresh(self.out, export.path, at_once, self.progress, step=export.step)
         except LockedError as error:
             self._wait_for(error)
             return
@@ -128,6 +131,33 @@ class Watch:
         if left <= 0:
             raise error
         self.sleep(min(self.settings.poll, left))
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, a thread tells every ``poll`` seconds: staleness grows while a version is made, and then alone.
+
+        The caller tells nothing inside, so that one thread at a time does. What ends the telling ends the watch, once
+        the version under way is published; unless that fails itself.
+        """
+        over = threading.Event()
+        failed: list[Exception] = []
+
+        def tell() -> None:
+            try:
+                while not over.wait(self.settings.poll):
+                    self._tell(list_exports(self.settings.folder))
+            except Exception as error:  # raised by the caller's thread, of whatever kind
+                failed.append(error)
+
+        thread = threading.Thread(target=tell, name="retrodb-staleness", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if failed:
+            raise failed[0]
 
     def _tell(self, exports: list[Export]) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""

@@ -753,6 +753,64 @@ def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
     assert manifest_of(database)["version"]["step"] == 400
 
 
+def test_watch_R5_staleness_is_told_and_the_trainer_held_while_a_version_is_made(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it grows, and then alone."""
+    from retrodb.pipelines.refresh import RefreshOutcome
+
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 100)
+    seen = []
+
+    def slow(*given: object, **named: object) -> RefreshOutcome:
+        threads = threading.active_count()
+        if not seen:
+            export(folder, encoders[2], 900)  # the trainer goes on meanwhile
+        end = time.monotonic() + 30
+        while not (folder / "hold").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        status = json.loads((folder / "refresher.json").read_text(encoding="utf-8"))
+        seen.append(((folder / "hold").exists(), status["staleness"]["steps"], threads))
+        (folder / "done").touch()
+        manifest = Manifest.load(Storage(str(database)))
+        assert manifest is not None
+        return RefreshOutcome(manifest, (), {})
+
+    monkeypatch.setattr("retrodb.pipelines.watch.refresh", slow)
+    _, said = watch(database, folder, limit=StalenessLimit(steps=300), on_stale="block")
+    assert seen[0][:2] == (True, 900)
+    assert sum("more than --max-staleness" in line for line in said) == 1
+    assert not (folder / "hold").exists()
+    assert threading.active_count() == seen[0][2] - 1, "who told has ended"
+
+
+def test_watch_R5_what_cannot_be_told_while_a_version_is_made_ends_the_watch(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.pipelines import watch as module
+
+    folder, tell = tmp_path / "exports", module.write_status
+    export(folder, encoders[1], 100)
+
+    def full(*given: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            full.called.set()
+            raise OSError("no space left on the device")
+        tell(*given)
+
+    full.called = threading.Event()
+
+    def refresh(*given: object, **named: object) -> object:
+        assert full.called.wait(30)
+        return None
+
+    monkeypatch.setattr(module, "write_status", full)
+    monkeypatch.setattr(module, "refresh", refresh)
+    with pytest.raises(OSError, match="no space left"):
+        watch(database, folder)
+
+
 def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Path, encoders: list[Path]) -> None:
     waits = []
 
