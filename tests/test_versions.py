@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -829,6 +830,52 @@ def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Pa
         assert warning.at(5_000).version == 2
     with pytest.raises(TimeoutError, match="is the refresher running"):
         Follower(str(database), StalenessLimit.parse("1"), "block", timeout=0.0, sleep=lambda _: None).at(9_999)
+
+
+def test_follower_R5_seconds_count_from_when_there_was_something_newer(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that has nothing newer waits for nothing but itself."""
+    clock = [1_000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr("retrodb.refreshing.follower.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    follower = Follower(str(database), StalenessLimit(seconds=60.0), "block", timeout=0.0, sleep=sleep)
+    follower.at(0)
+    clock[0] += 3_600  # the version is old, and nothing is newer
+    assert follower.at(0).version == follower.at(1).version == 1
+    assert follower.staleness(1).seconds == 0.0
+    clock[0] += 59
+    follower.at(2)
+    clock[0] += 2
+    with pytest.raises(TimeoutError, match="is still 3 steps and 62 s behind"):
+        follower.at(3)
+    refreshed(database, encoders[1], step=3)
+    assert follower.at(3).version == 2
+    clock[0] += 3_600
+    assert follower.at(4).version == 2, "the next version's seconds begin anew"
+
+
+def test_follower_R5_that_knows_the_exports_counts_from_the_oldest_one_that_is_newer(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, late = tmp_path / "exports", [0.0]
+    clock = SimpleNamespace(time=lambda: time.time() + late[0], monotonic=time.monotonic)
+    monkeypatch.setattr("retrodb.refreshing.follower.time", clock)
+    follower = Follower(
+        str(database), StalenessLimit(seconds=600.0), "block", timeout=0.0, exports=str(folder), sleep=lambda _: None
+    )
+    follower.at(1)
+    late[0] = 3_600.0
+    assert follower.at(400).version == 1, "it has exported nothing"
+    export(folder, encoders[1], 500)
+    export(folder, encoders[2], 900)
+    with pytest.raises(TimeoutError, match="is the refresher running"):
+        follower.at(901)
+    refreshed(database, encoders[2], step=900)
+    assert (follower.at(901).version, follower.staleness(901)) == (2, Staleness(1, 0.0))
 
 
 def test_the_command_line_of_refresh_refuses_what_cannot_be_meant(database: Path, encoders: list[Path]) -> None:
