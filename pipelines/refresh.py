@@ -79,8 +79,7 @@ def refresh(
             config = located(recorded.model_copy(update={"encoder": encoder}))
             ingredients = resolve(config, run)
         if _is_same(current, ingredients):
-            progress.note(f"version {current.version.id} has this encoder already: nothing to do")
-            return RefreshOutcome(current, (), {})
+            return RefreshOutcome(_found_at(out, current, config.encoder, ingredients, progress), (), {})
         _refuse_other_tokenizer(current, config, ingredients)
         refuse_damaged(out, current, [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]])
         view = VersionStorage(out.url, next_version(current))
@@ -113,6 +112,24 @@ def _for_the_encoders_sake() -> Iterator[None]:
 
 def _is_same(current: Manifest, ingredients: Ingredients) -> bool:
     return ingredients.settled_encoder(current).fingerprint == current.fingerprints["encoder"]["fingerprint"]
+
+
+def _found_at(out: Storage, current: Manifest, place: str, ingredients: Ingredients, progress: Progress) -> Manifest:
+    """Record where the encoder of the current version is to be found from now on; what there is stays as it is.
+
+    ``manifest.json`` alone says so: a version's own manifest is what was published.
+    """
+    if place == current.config.get("encoder"):
+        progress.note(f"version {current.version.id} has this encoder already: nothing to do")
+        return current
+    found = dataclasses.replace(
+        current,
+        config={**current.config, "encoder": place},
+        fingerprints={**current.fingerprints, "encoder": ingredients.settled_encoder(current).as_json()},
+    )
+    found.save(out, current)
+    progress.note(f"version {current.version.id} has this encoder already: found at {place} from now on")
+    return found
 
 
 def _refuse_other_tokenizer(current: Manifest, config: BuildConfig, ingredients: Ingredients) -> None:

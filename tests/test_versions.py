@@ -192,6 +192,40 @@ def test_refresh_R6_the_same_encoder_is_nothing_to_do(database: Path, encoders: 
     assert stamps(database) == before
 
 
+def test_refresh_R6_the_same_encoder_at_another_place_is_found_there_from_then_on(
+    database: Path, topics: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    from retrodb.pipelines.add import add
+    from retrodb.pipelines.swap import swap
+
+    from retrodb.corpus import expand_inputs
+
+    more = tmp_path / "more.jsonl"
+    more.write_text([line for line in quickstart_lines() if 2_000 < len(line) < 8_000][4] + "\n")
+    storage, run, listing = Storage(str(database)), RunSettings(workers=1), expand_inputs([str(more)])
+    home = tmp_path / "home"
+    for number, encoder in ((1, encoders[0]), (2, encoders[1])):
+        if number == 2:
+            refreshed(database, encoder)
+        home = Path(shutil.copytree(encoder, tmp_path / f"home-{number}"))
+        assert refreshed(database, home) == number, "no new version"
+        assert manifest_of(database)["config"]["encoder"] == str(home)
+        assert problems(database) == []
+        before = stamps(database)
+        assert refreshed(database, home) == number
+        assert stamps(database) == before
+    moved = home.rename(tmp_path / "moved")
+    remedy = re.escape(f"`retrodb refresh {database} --encoder PLACE` records that")
+    for act in (lambda: add(storage, listing.files, run, Progress()), lambda: swap(storage, listing, run, Progress())):
+        with pytest.raises(InputError, match=rf"no encoder '{home}'.*{remedy}"):
+            act()
+    ran = retrodb("refresh", database, "--encoder", moved, "--json")
+    assert (ran.json["version"], f"found at {moved} from now on" in ran.err) == (2, True), ran.err
+    assert package.open(str(database)).search(QUERY, k=1), "what embeds queries finds it, too"
+    assert add(storage, listing.files, run, Progress()).version == 3
+    assert problems(database) == []
+
+
 def test_refresh_R7_answers_carry_the_version(database: Path, encoders: list[Path]) -> None:
     refreshed(database, encoders[1])
     assert package.open(str(database)).version == 2
