@@ -473,6 +473,45 @@ def test_collect_R4_what_a_killed_collection_left_goes_with_the_next(database: P
     assert not list((database / "versions/2").rglob("*.npy"))
 
 
+def test_collect_R4_a_version_whose_manifest_is_lost_is_put_back_or_given_up(
+    database: Path, encoders: list[Path]
+) -> None:
+    """Which files it named nobody knows: they stay until either is done."""
+    for encoder in encoders[1:3]:
+        refreshed(database, encoder)
+    storage, path = Storage(str(database)), database / "versions/2/manifest.json"
+    path.rename(path.with_suffix(".aside"))
+    before = stamps(database)
+    remedy = rf"version 2 cannot be opened\. Put it back .*`retrodb gc {re.escape(str(database))} --forget` gives it up"
+    for refused in (lambda: collected(storage), lambda: package.open(str(database), version=2)):
+        with pytest.raises(DamagedError, match=remedy):
+            refused()
+    assert stamps(database) == before
+    path.with_suffix(".aside").rename(path)
+    assert collected(storage).retired == ()
+    path.unlink()
+    assert collected(storage, forget=True).retired == (2,)
+    assert not (database / "versions/2").exists()
+    assert collected(storage).retired == ()
+    assert problems(database) == problems(database, version=1) == []
+
+
+def test_collect_R4_what_a_killed_writer_of_manifests_had_begun_goes(database: Path, encoders: list[Path]) -> None:
+    begun = [database / folder / ".tmp-manifest.json-0123456789ab" for folder in (".", "reports")]
+    others = (
+        database / "reports" / ".tmp-damage.json-0123456789ab"
+    )  # a verification may be writing it: it locks nothing
+    for path in (*begun, others):
+        path.write_bytes(b"{")
+    collected(Storage(str(database)), dry_run=True)
+    assert all(path.exists() for path in begun)
+    collected(Storage(str(database)))
+    assert ([path.exists() for path in begun], others.exists()) == ([False, False], True)
+    begun[1].write_bytes(b"{")
+    refreshed(database, encoders[1])
+    assert not begun[1].exists()
+
+
 def test_a_retired_version_is_refused_in_words_not_mixed(database: Path, encoders: list[Path]) -> None:
     reader = package.open(str(database))
     reader.close()
