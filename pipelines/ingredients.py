@@ -117,6 +117,18 @@ def _fitted(config: BuildConfig) -> BuildConfig:
     return config.model_copy(update={"chunk_tokens": longest})
 
 
+def check_surroundings(config: BuildConfig, run: RunSettings) -> None:
+    """What is needed beside the encoder, whichever that is.
+
+    Raises:
+        InputError: the device, or the tokenizer where it has a name of its own, is not here.
+    """
+    if run.runner == "local":
+        choose_device(run.device)
+    if config.tokenizer != OWN_TOKENIZER and not config.tokenizer.startswith("train:"):
+        load_tokenizer(config.tokenizer)
+
+
 def resolve(config: BuildConfig, run: RunSettings, learnt: TokenizerIdentity | None = None) -> Ingredients:
     """Find the encoder, the tokenizer and the device, as far as the stages up to ``run.until`` use them.
 
@@ -216,12 +228,20 @@ def same_ingredients(
         if data is None:
             raise DamagedError(f"{out.describe(stored)} is missing. Put it back from a copy of the database.")
         learnt = tokenizer_identity(tokenizer_from_json(data, config.tokenizer), config.tokenizer, str(stored))
+    elsewhere = (
+        f"Where does it lie now? `retrodb refresh {out.url} --encoder PLACE` records that, and makes no new version of "
+        "the same weights."
+    )
+    try:
+        resolve_encoder(config.encoder)
+    except InputError as error:
+        raise InputError(f"{error} The database's vectors were made by that encoder. {elsewhere}") from error
     found = resolve(config, run, learnt)
     if found.tokenizer is None or found.tokenizer.fingerprint != recorded["fingerprint"]:
         raise InputError(f"the tokenizer {config.tokenizer!r} is not the one that cut the database's chunks.")
     settled = found.settled_encoder(current)
     if settled.fingerprint != current.fingerprints["encoder"]["fingerprint"]:
-        raise InputError(f"the encoder {config.encoder!r} is not the one that made the database's vectors.")
+        raise InputError(f"the encoder {config.encoder!r} is not the one that made the database's vectors. {elsewhere}")
     if found.encoder is not None:
         found = replace(found, encoder=replace(found.encoder, identity=settled, precision_given=True))
     return config, found

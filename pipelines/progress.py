@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called by the driver, on its own thread."""
+    """Called by the driver, on its own thread; `note` from other threads, too."""
 
     def begin(self, stage: str, total: int, done: int, unit: str) -> None:
         """A stage starts: ``total`` units of weight (bytes or chunks), of which ``done`` are there already."""

@@ -7,19 +7,20 @@ receipts; a refresh to another encoder clears them away.
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.driver import run_mending
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
-from retrodb.pipelines.ingredients import Ingredients, located, resolve
+from retrodb.pipelines.ingredients import Ingredients, check_surroundings, located, resolve
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import make_runner
 from retrodb.pipelines.stages import STAGE_TABLES
 
 from retrodb.chunking import OWN_TOKENIZER
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.errors import MismatchError
+from retrodb.errors import EncoderError, InputError
 from retrodb.manifest import (
     MANIFEST_NAME,
     STAGES,
@@ -60,7 +61,8 @@ def refresh(
         step: the training step of the encoder's checkpoint, to be recorded.
 
     Raises:
-        InputError: there is no finished database, or the encoder does not exist or does not fit it.
+        InputError: there is no finished database, or the device or the tokenizer it was built with is not here.
+        EncoderError: the encoder does not exist, does not fit the database, or makes vectors that are not finite.
         DamagedError: a shard of the text is damaged.
         LockedError: another process is building it.
         RecallError: the new index stays below the recall gate; the current version stays.
@@ -72,40 +74,75 @@ def refresh(
         refuse_unfinished(out, current, "it is refreshed")
         with taken_from(out.describe(MANIFEST_NAME)):
             recorded = BuildConfig.model_validate(current.config)
-        config = located(recorded.model_copy(update={"encoder": encoder}))
-        ingredients = resolve(config, run)
+        check_surroundings(recorded, run)
+        with _for_the_encoders_sake():
+            config = located(recorded.model_copy(update={"encoder": encoder}))
+            ingredients = resolve(config, run)
         if _is_same(current, ingredients):
-            progress.note(f"version {current.version.id} has this encoder already: nothing to do")
-            return RefreshOutcome(current, (), {})
+            return RefreshOutcome(_found_at(out, current, config.encoder, ingredients, progress), (), {})
         _refuse_other_tokenizer(current, config, ingredients)
         refuse_damaged(out, current, [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]])
         view = VersionStorage(out.url, next_version(current))
         start = _text_alone(current, view.version, step)
         lay_out(view, start, lambda left: _text_of(left) == _text_of(start), progress)
-        outcome = run_mending(
-            lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
-        )
+        with _for_the_encoders_sake():
+            outcome = run_mending(
+                lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
+            )
         made = dataclasses.replace(outcome.manifest.version, step=step, created=now())
         published = publish(out, current, dataclasses.replace(outcome.manifest, version=made), outcome.manifest)
         progress.note(f"version {published.version.id} is published")
         return RefreshOutcome(published, outcome.done, outcome.seconds)
 
 
+@contextlib.contextmanager
+def _for_the_encoders_sake() -> Iterator[None]:
+    """Inside, all but the encoder was found to be in order: what is refused still is the encoder's fault.
+
+    Raises:
+        EncoderError: it was refused. (`RecallError` says as much by itself: the vectors cannot be indexed.)
+    """
+    try:
+        yield
+    except EncoderError:
+        raise
+    except InputError as error:
+        raise EncoderError(str(error)) from error
+
+
 def _is_same(current: Manifest, ingredients: Ingredients) -> bool:
     return ingredients.settled_encoder(current).fingerprint == current.fingerprints["encoder"]["fingerprint"]
+
+
+def _found_at(out: Storage, current: Manifest, place: str, ingredients: Ingredients, progress: Progress) -> Manifest:
+    """Record where the encoder of the current version is to be found from now on; what there is stays as it is.
+
+    ``manifest.json`` alone says so: a version's own manifest is what was published.
+    """
+    if place == current.config.get("encoder"):
+        progress.note(f"version {current.version.id} has this encoder already: nothing to do")
+        return current
+    found = dataclasses.replace(
+        current,
+        config={**current.config, "encoder": place},
+        fingerprints={**current.fingerprints, "encoder": ingredients.settled_encoder(current).as_json()},
+    )
+    found.save(out, current)
+    progress.note(f"version {current.version.id} has this encoder already: found at {place} from now on")
+    return found
 
 
 def _refuse_other_tokenizer(current: Manifest, config: BuildConfig, ingredients: Ingredients) -> None:
     """Chunks that the encoder's own tokenizer cut are read by it as they are.
 
     Raises:
-        MismatchError: the new encoder has another one.
+        EncoderError: the new encoder has another one.
     """
     if config.tokenizer != OWN_TOKENIZER or ingredients.tokenizer is None:
         return
     recorded, found = current.fingerprints["tokenizer"]["fingerprint"], ingredients.tokenizer.fingerprint
     if recorded != found:
-        raise MismatchError(
+        raise EncoderError(
             f"the chunks were cut by their encoder's own tokenizer ({recorded[:16]}); {config.encoder!r} has another "
             f"({found[:16]}). Build another database for it."
         )

@@ -1,8 +1,9 @@
 """``refresh --watch``: follow a trainer's exports, publishing a version whenever one is due (realm.md, R5)."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -11,7 +12,7 @@ from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.refresh import refresh
 
 from retrodb.config import RunSettings
-from retrodb.errors import InputError, LockedError
+from retrodb.errors import EncoderError, InputError, LockedError, RecallError
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
@@ -38,6 +39,7 @@ class WatchSettings:
 class Watch:
     """One refresher: what it publishes, until the trainer is done.
 
+    How stale the published version is, it says every ``poll`` seconds, also while it makes the next one.
     While another writer holds the database it tries again every ``poll`` seconds, for ever, or for the ``wait`` of the
     run settings, and goes on saying how stale the published version is.
     """
@@ -59,12 +61,12 @@ class Watch:
     def run(self) -> None:
         """Publish what is due, newest first, until the trainer is done and its last export is published.
 
-        An export that cannot be used is said, and left: the next one may do.
+        An export that cannot be used is said, and left: an earlier or the next one may do.
 
         Raises:
             InputError: the last export of a trainer that is done cannot be used.
             LockedError: another writer held the database for longer than is waited.
-            RetrodbError: as `refresh` does, of anything but an export.
+            RetrodbError: as `refresh` does, of the database or this machine: no other export would mend that.
         """
         while True:
             done = is_done(self.settings.folder)  # before the exports: what it names last is there by then
@@ -100,11 +102,12 @@ class Watch:
             self.progress.note(f"step {export.step}: {export.path}")
         at_once = self.run_settings.model_copy(update={"wait": None})
         try:
-            outcome = refresh(self.out, export.path, at_once, self.progress, step=export.step)
+            with self._telling():
+                outcome = refresh(self.out, export.path, at_once, self.progress, step=export.step)
         except LockedError as error:
             self._wait_for(error)
             return
-        except InputError as error:
+        except (EncoderError, RecallError) as error:
             self._locked_out = None
             self._refused[export.step] = str(error)
             self.progress.note(f"step {export.step} is left out: {error}")
@@ -129,11 +132,40 @@ class Watch:
             raise error
         self.sleep(min(self.settings.poll, left))
 
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, a thread tells every ``poll`` seconds: staleness grows while a version is made, and then alone.
+
+        The caller tells nothing inside, so that one thread at a time does. What ends the telling ends the watch, once
+        the version under way is published; unless that fails itself.
+        """
+        over = threading.Event()
+        failed: list[Exception] = []
+
+        def tell() -> None:
+            try:
+                while not over.wait(self.settings.poll):
+                    self._tell(list_exports(self.settings.folder))
+            except Exception as error:  # raised by the caller's thread, of whatever kind
+                failed.append(error)
+
+        thread = threading.Thread(target=tell, name="retrodb-staleness", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
     def _tell(self, exports: list[Export]) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
         current = Manifest.load(self.out)
         published = self._step()
-        newer = [export for export in exports if export.step > (published or 0)]
+        # Of exports that can be published alone: a trainer that waits for another would wait for ever.
+        usable = [export for export in exports if export.step not in self._refused]
+        newer = [export for export in usable if export.step > (published or 0)]
         staleness = Staleness(
             max((export.step for export in newer), default=published or 0) - (published or 0),
             max(0.0, time.time() - newer[0].at) if newer else 0.0,

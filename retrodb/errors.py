@@ -29,6 +29,11 @@ class MismatchError(InputError):
     """Two things that must have been made alike were not: encoder, metric, schema (exit 3)."""
 
 
+class EncoderError(InputError):
+    """An encoder that the database cannot have: no encoder's folder, another tokenizer, vectors that are not finite
+    (exit 3). A refresher that follows a trainer leaves it out; what else is refused ends it."""
+
+
 class UnreachableError(RetrodbError):
     """The storage does not answer or refuses: no such bucket, no credentials, no permission, no network (exit 3)."""
 

@@ -123,7 +123,11 @@ def load_version(storage: Storage, version: int | None) -> Manifest | None:
         raise InputError(f"{storage.url} has no version {version}; there are: {there} (current: {current.version.id}).")
     data = storage.read_json(kept[version].path)
     if data is None:
-        raise DamagedError(f"{storage.describe(kept[version].path)} is missing: version {version} cannot be opened.")
+        raise DamagedError(
+            f"{storage.describe(kept[version].path)} is missing: version {version} cannot be opened. Put it back "
+            f"from a copy of the database; or `retrodb gc {storage.url} --forget` gives it up, and every other version "
+            "that has a document which the current one lacks."
+        )
     return Manifest.parse(data, storage.describe(kept[version].path))
 
 
@@ -302,11 +306,16 @@ def _replaced(kept: Sequence[KeptVersion], number: int) -> list[KeptVersion]:
 
 
 def _forget_killed(storage: Storage, *versions: int) -> None:
-    """Remove what a publication that was killed had begun to write: an object store shows nothing of that."""
+    """Remove what a writer of manifests that was killed had begun to write: an object store shows nothing of that.
+
+    In the reports' folder the copies of the manifest alone: a verification leaves its report there without a lock.
+    """
     if storage.is_local:
-        for folder in {"", *(posixpath.dirname(version_path(version)) for version in versions)}:
+        copies = f"{TEMPORARY_PREFIX}{posixpath.basename(MANIFEST_COPY)}"
+        folders = {posixpath.dirname(version_path(version)): TEMPORARY_PREFIX for version in versions}
+        for folder, begun in {"": TEMPORARY_PREFIX, REPORTS_FOLDER: copies, **folders}.items():
             names = storage.list_files(folder)
-            storage.delete(*[posixpath.join(folder, name) for name in names if name.startswith(TEMPORARY_PREFIX)])
+            storage.delete(*[posixpath.join(folder, name) for name in names if name.startswith(begun)])
 
 
 def _keep_first(storage: Storage, current: Manifest) -> KeptVersion:
@@ -398,6 +407,7 @@ def collect(
             replace(current, versions=chosen.stay, used=_used(storage, current, chosen)).save(storage, current)
         storage.forget_copies(copies)
         storage.delete(*gone)
+        _forget_killed(storage, current.version.id)
         if forget:
             storage.delete_folder(WORK_FOLDER)
         there = {current.version.id, *(entry.version.id for entry in chosen.stay)}

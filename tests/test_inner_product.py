@@ -12,7 +12,7 @@ from support import build_here, manifest_of, retrodb, save_manifest, vectors_of,
 
 import retrodb as library
 from retrodb.corpus.quickstart import quickstart_lines
-from retrodb.errors import DamagedError, InputError, MismatchError, WorkerError
+from retrodb.errors import DamagedError, EncoderError, InputError, MismatchError
 from retrodb.index import build_index_shard, choose_key, load_template, search_group, train_template
 from retrodb.index.merged import merge_index
 from retrodb.neighbours import Exclusion, find_neighbours
@@ -195,7 +195,7 @@ def test_metric_M3_numbers_beyond_float16_are_an_error_never_infinity(ip_db, tin
     from dataclasses import replace
 
     loud = replace(encoder, network=lambda batch: encoder.network(batch) * 1e6)
-    with pytest.raises(WorkerError, match="beyond 65,504, which float16 cannot hold"):
+    with pytest.raises(EncoderError, match="beyond 65,504, which float16 cannot hold"):
         loud.embed(["a text"])
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -40,7 +41,16 @@ import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
-from retrodb.errors import DamagedError, InputError, LockedError, MismatchError, UsageError
+from retrodb.errors import (
+    DamagedError,
+    EncoderError,
+    InputError,
+    LockedError,
+    MismatchError,
+    RecallError,
+    UsageError,
+    WorkerError,
+)
 from retrodb.lock import writer_lock
 from retrodb.manifest import Manifest
 from retrodb.quality.verify import verify_database
@@ -181,6 +191,40 @@ def test_refresh_R6_the_same_encoder_is_nothing_to_do(database: Path, encoders: 
     before = stamps(database)
     assert refreshed(database, encoders[1]) == 2
     assert stamps(database) == before
+
+
+def test_refresh_R6_the_same_encoder_at_another_place_is_found_there_from_then_on(
+    database: Path, topics: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    from retrodb.pipelines.add import add
+    from retrodb.pipelines.swap import swap
+
+    from retrodb.corpus import expand_inputs
+
+    more = tmp_path / "more.jsonl"
+    more.write_text([line for line in quickstart_lines() if 2_000 < len(line) < 8_000][4] + "\n")
+    storage, run, listing = Storage(str(database)), RunSettings(workers=1), expand_inputs([str(more)])
+    home = tmp_path / "home"
+    for number, encoder in ((1, encoders[0]), (2, encoders[1])):
+        if number == 2:
+            refreshed(database, encoder)
+        home = Path(shutil.copytree(encoder, tmp_path / f"home-{number}"))
+        assert refreshed(database, home) == number, "no new version"
+        assert manifest_of(database)["config"]["encoder"] == str(home)
+        assert problems(database) == []
+        before = stamps(database)
+        assert refreshed(database, home) == number
+        assert stamps(database) == before
+    moved = home.rename(tmp_path / "moved")
+    remedy = re.escape(f"`retrodb refresh {database} --encoder PLACE` records that")
+    for act in (lambda: add(storage, listing.files, run, Progress()), lambda: swap(storage, listing, run, Progress())):
+        with pytest.raises(InputError, match=rf"no encoder '{home}'.*{remedy}"):
+            act()
+    ran = retrodb("refresh", database, "--encoder", moved, "--json")
+    assert (ran.json["version"], f"found at {moved} from now on" in ran.err) == (2, True), ran.err
+    assert package.open(str(database)).search(QUERY, k=1), "what embeds queries finds it, too"
+    assert add(storage, listing.files, run, Progress()).version == 3
+    assert problems(database) == []
 
 
 def test_refresh_R7_answers_carry_the_version(database: Path, encoders: list[Path]) -> None:
@@ -447,6 +491,45 @@ def test_collect_R4_what_a_killed_collection_left_goes_with_the_next(database: P
     assert not list((database / "versions/2").rglob("*.npy"))
 
 
+def test_collect_R4_a_version_whose_manifest_is_lost_is_put_back_or_given_up(
+    database: Path, encoders: list[Path]
+) -> None:
+    """Which files it named nobody knows: they stay until either is done."""
+    for encoder in encoders[1:3]:
+        refreshed(database, encoder)
+    storage, path = Storage(str(database)), database / "versions/2/manifest.json"
+    path.rename(path.with_suffix(".aside"))
+    before = stamps(database)
+    remedy = rf"version 2 cannot be opened\. Put it back .*`retrodb gc {re.escape(str(database))} --forget` gives it up"
+    for refused in (lambda: collected(storage), lambda: package.open(str(database), version=2)):
+        with pytest.raises(DamagedError, match=remedy):
+            refused()
+    assert stamps(database) == before
+    path.with_suffix(".aside").rename(path)
+    assert collected(storage).retired == ()
+    path.unlink()
+    assert collected(storage, forget=True).retired == (2,)
+    assert not (database / "versions/2").exists()
+    assert collected(storage).retired == ()
+    assert problems(database) == problems(database, version=1) == []
+
+
+def test_collect_R4_what_a_killed_writer_of_manifests_had_begun_goes(database: Path, encoders: list[Path]) -> None:
+    begun = [database / folder / ".tmp-manifest.json-0123456789ab" for folder in (".", "reports")]
+    others = (
+        database / "reports" / ".tmp-damage.json-0123456789ab"
+    )  # a verification may be writing it: it locks nothing
+    for path in (*begun, others):
+        path.write_bytes(b"{")
+    collected(Storage(str(database)), dry_run=True)
+    assert all(path.exists() for path in begun)
+    collected(Storage(str(database)))
+    assert ([path.exists() for path in begun], others.exists()) == ([False, False], True)
+    begun[1].write_bytes(b"{")
+    refreshed(database, encoders[1])
+    assert not begun[1].exists()
+
+
 def test_a_retired_version_is_refused_in_words_not_mixed(database: Path, encoders: list[Path]) -> None:
     reader = package.open(str(database))
     reader.close()
@@ -621,6 +704,121 @@ def test_watch_R5_an_export_that_is_no_encoder_is_said_and_left_out(
     assert manifest_of(database)["version"]["step"] == 100
 
 
+def spoilt(encoder: Path, folder: Path, weights: str, value: float, row: int | None = None) -> Path:
+    """A copy of an encoder, with a value in place of its weights, or of a row of them."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(encoder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[weights][slice(None) if row is None else row] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+LAST_WEIGHTS = "encoder.layer.0.output.LayerNorm.weight"
+WORDS = "embeddings.word_embeddings.weight"
+THE = 1996
+"""The wordpiece "the": in every topic, and not in what an encoder is tried out with."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "value", "row"),
+    [(LAST_WEIGHTS, np.nan, None), (LAST_WEIGHTS, 1e9, None), (WORDS, np.nan, THE)],
+    ids=["NaN", "beyond float16", "NaN in some chunks"],
+)
+def test_watch_R5_an_export_whose_vectors_are_not_finite_is_left_out_and_an_earlier_one_published(
+    database: Path, encoders: list[Path], tmp_path: Path, weights: str, value: float, row: int | None
+) -> None:
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 100)
+    export(folder, spoilt(encoders[2], tmp_path / "spoilt", weights, value, row), 200)
+    (folder / "done").touch()
+    with pytest.raises(InputError, match=r"the last export cannot be used: .*step-000200.* NaN, or .* beyond 65,504"):
+        watch(database, folder)
+    assert manifest_of(database)["version"]["step"] == 100
+    assert problems(database) == []
+
+
+def test_watch_R5_an_export_below_the_recall_gate_or_of_another_tokenizer_is_left_out(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exports"
+    for step in (100, 200, 300):
+        export(folder, encoders[step // 100], step)
+    (folder / "done").touch()
+    faults = [RecallError("recall@10 is 0.2"), EncoderError("another tokenizer")]
+
+    def faulty(*given: object, **named: object) -> object:
+        from retrodb.pipelines.refresh import refresh
+
+        if faults:
+            raise faults.pop()
+        return refresh(*given, **named)
+
+    monkeypatch.setattr("retrodb.pipelines.watch.refresh", faulty)
+    with pytest.raises(InputError, match="the last export cannot be used: another tokenizer"):
+        watch(database, folder)
+    assert manifest_of(database)["version"]["step"] == 100
+
+
+@pytest.mark.parametrize("fault", ["unfinished", "no device", "damaged", "disk full"])
+def test_watch_R5_a_fault_of_the_database_or_the_machine_ends_it(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    folder, progress, run = tmp_path / "exports", Progress(), RunSettings(workers=1)
+    export(folder, encoders[1], 100)
+    expected: type[Exception] = InputError
+    if fault == "unfinished":
+        manifest = manifest_of(database)
+        save_manifest(database, {**manifest, "stages": {k: v for k, v in manifest["stages"].items() if k != "index"}})
+    elif fault == "no device":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        run = RunSettings(workers=1, device="cuda")
+    elif fault == "damaged":
+        expected = DamagedError
+        (database / manifest_of(database)["tables"]["chunks"]["shards"][0]["path"]).unlink()
+    else:
+        expected = WorkerError
+        monkeypatch.setattr(
+            "retrodb.pipelines.refresh.run_mending", lambda *_: (_ for _ in ()).throw(WorkerError("no space left"))
+        )
+    with pytest.raises(expected) as ended:
+        Watch(Storage(str(database)), WatchSettings(str(folder), poll=0.05), run, progress).run()
+    assert not isinstance(ended.value, EncoderError)
+    assert not any("left out" in line for line in progress.lines)
+
+
+def test_watch_R5_nobody_waits_for_an_export_that_is_left_out(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    folder = tmp_path / "exports"
+    export(folder, spoilt(encoders[1], tmp_path / "spoilt", LAST_WEIGHTS, np.nan), 400)
+    held = []
+
+    def sleep(seconds: float) -> None:
+        held.append((folder / "hold").exists())
+        (folder / "done").touch()
+
+    settings = WatchSettings(str(folder), limit=StalenessLimit(steps=300), on_stale="block", poll=0.01)
+    with pytest.raises(InputError, match="the last export cannot be used"):
+        Watch(Storage(str(database)), settings, RunSettings(workers=1), Progress(), sleep).run()
+    assert held == [False]
+
+
+def test_refresh_R5_to_vectors_that_are_not_finite_is_bad_input(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    for name, weights, row in (("all", LAST_WEIGHTS, None), ("some", WORDS, THE)):
+        encoder = spoilt(encoders[1], tmp_path / name, weights, np.nan, row)
+        ran = retrodb("refresh", database, "--encoder", encoder, "--workers", 1)
+        assert (ran.code, "which float16 cannot hold" in ran.err) == (3, True), ran.err
+    assert manifest_of(database)["version"]["id"] == 1
+
+
 def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
     database: Path, encoders: list[Path], tmp_path: Path
 ) -> None:
@@ -647,6 +845,64 @@ def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
     assert manifest_of(database)["version"]["step"] == 400
 
 
+def test_watch_R5_staleness_is_told_and_the_trainer_held_while_a_version_is_made(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it grows, and then alone."""
+    from retrodb.pipelines.refresh import RefreshOutcome
+
+    folder = tmp_path / "exports"
+    export(folder, encoders[1], 100)
+    seen = []
+
+    def slow(*given: object, **named: object) -> RefreshOutcome:
+        threads = threading.active_count()
+        if not seen:
+            export(folder, encoders[2], 900)  # the trainer goes on meanwhile
+        end = time.monotonic() + 30
+        while not (folder / "hold").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        status = json.loads((folder / "refresher.json").read_text(encoding="utf-8"))
+        seen.append(((folder / "hold").exists(), status["staleness"]["steps"], threads))
+        (folder / "done").touch()
+        manifest = Manifest.load(Storage(str(database)))
+        assert manifest is not None
+        return RefreshOutcome(manifest, (), {})
+
+    monkeypatch.setattr("retrodb.pipelines.watch.refresh", slow)
+    _, said = watch(database, folder, limit=StalenessLimit(steps=300), on_stale="block")
+    assert seen[0][:2] == (True, 900)
+    assert sum("more than --max-staleness" in line for line in said) == 1
+    assert not (folder / "hold").exists()
+    assert threading.active_count() == seen[0][2] - 1, "who told has ended"
+
+
+def test_watch_R5_what_cannot_be_told_while_a_version_is_made_ends_the_watch(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.pipelines import watch as module
+
+    folder, tell = tmp_path / "exports", module.write_status
+    export(folder, encoders[1], 100)
+
+    def full(*given: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            full.called.set()
+            raise OSError("no space left on the device")
+        tell(*given)
+
+    full.called = threading.Event()
+
+    def refresh(*given: object, **named: object) -> object:
+        assert full.called.wait(30)
+        return None
+
+    monkeypatch.setattr(module, "write_status", full)
+    monkeypatch.setattr(module, "refresh", refresh)
+    with pytest.raises(OSError, match="no space left"):
+        watch(database, folder)
+
+
 def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Path, encoders: list[Path]) -> None:
     waits = []
 
@@ -665,6 +921,52 @@ def test_follower_R5_blocks_or_warns_until_a_newer_version_is_there(database: Pa
         assert warning.at(5_000).version == 2
     with pytest.raises(TimeoutError, match="is the refresher running"):
         Follower(str(database), StalenessLimit.parse("1"), "block", timeout=0.0, sleep=lambda _: None).at(9_999)
+
+
+def test_follower_R5_seconds_count_from_when_there_was_something_newer(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that has nothing newer waits for nothing but itself."""
+    clock = [1_000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr("retrodb.refreshing.follower.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    follower = Follower(str(database), StalenessLimit(seconds=60.0), "block", timeout=0.0, sleep=sleep)
+    follower.at(0)
+    clock[0] += 3_600  # the version is old, and nothing is newer
+    assert follower.at(0).version == follower.at(1).version == 1
+    assert follower.staleness(1).seconds == 0.0
+    clock[0] += 59
+    follower.at(2)
+    clock[0] += 2
+    with pytest.raises(TimeoutError, match="is still 3 steps and 62 s behind"):
+        follower.at(3)
+    refreshed(database, encoders[1], step=3)
+    assert follower.at(3).version == 2
+    clock[0] += 3_600
+    assert follower.at(4).version == 2, "the next version's seconds begin anew"
+
+
+def test_follower_R5_that_knows_the_exports_counts_from_the_oldest_one_that_is_newer(
+    database: Path, encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, late = tmp_path / "exports", [0.0]
+    clock = SimpleNamespace(time=lambda: time.time() + late[0], monotonic=time.monotonic)
+    monkeypatch.setattr("retrodb.refreshing.follower.time", clock)
+    follower = Follower(
+        str(database), StalenessLimit(seconds=600.0), "block", timeout=0.0, exports=str(folder), sleep=lambda _: None
+    )
+    follower.at(1)
+    late[0] = 3_600.0
+    assert follower.at(400).version == 1, "it has exported nothing"
+    export(folder, encoders[1], 500)
+    export(folder, encoders[2], 900)
+    with pytest.raises(TimeoutError, match="is the refresher running"):
+        follower.at(901)
+    refreshed(database, encoders[2], step=900)
+    assert (follower.at(901).version, follower.staleness(901)) == (2, Staleness(1, 0.0))
 
 
 def test_the_command_line_of_refresh_refuses_what_cannot_be_meant(database: Path, encoders: list[Path]) -> None:

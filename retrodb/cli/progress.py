@@ -42,7 +42,8 @@ class LineProgress:
         print(f"{self._stage:<{_WIDTH}} {summary} ({rate}, {seconds:.1f} s)", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        # One write: another thread's line may come at the same time.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Nothing is left on the screen."""

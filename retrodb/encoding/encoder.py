@@ -20,7 +20,7 @@ from retrodb.encoding.cards import choose_device, count_cards
 from retrodb.encoding.featuriser import Featuriser, quieten
 from retrodb.encoding.feeding import Batch, Featurised, Network, Place, tokenised, vectors_of
 from retrodb.encoding.source import EncoderFiles, EncoderIdentity, identify, query_prompt
-from retrodb.errors import InputError, MismatchError, WorkerError
+from retrodb.errors import EncoderError, InputError, MismatchError
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +64,7 @@ class Encoder:
         """float16 [n, d]: the stored vectors of ``texts``.
 
         Raises:
-            WorkerError: a vector is not finite in float16.
+            EncoderError: a vector is not finite in float16.
         """
         return self.vectors(self.featurise(texts))
 
@@ -130,12 +130,13 @@ class Encoder:
 
         Raises:
             MismatchError: the vectors are not as wide as the card says.
-            WorkerError: a vector is not finite in float16, or the card has no memory left.
+            EncoderError: a vector is not finite in float16.
+            WorkerError: the card has no memory left.
         """
         vectors = vectors_of(self.network, rows, self.place, self.featuriser.padding_id, self.identity.dimension)
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise WorkerError(
+            raise EncoderError(
                 f"the encoder {self.identity.name!r} gave row {row} a vector with NaN, or with a component beyond "
                 f"{np.finfo(np.float16).max:,.0f}, which float16 cannot hold. Vectors are stored as the encoder gives "
                 "them: scale its last layer, or end it with a Normalize module."

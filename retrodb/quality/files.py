@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 from retrodb.encoding import EncoderIdentity
@@ -90,6 +91,13 @@ def check_manifest(manifest: Manifest, findings: Findings) -> None:
     _check_numbers(manifest, findings)
 
 
+def _published(manifest: Manifest) -> Manifest:
+    """What a version's own manifest says; but where its encoder is to be found may be known better since."""
+    config = {name: value for name, value in manifest.config.items() if name != "encoder"}
+    encoder = {name: value for name, value in manifest.fingerprints.get("encoder", {}).items() if name != "name"}
+    return replace(manifest.own, config=config, fingerprints={**manifest.fingerprints, "encoder": encoder})
+
+
 def check_versions(storage: Storage, manifest: Manifest, findings: Findings) -> dict[str, Shard]:
     """Every version that can be opened has the manifest that was published.
 
@@ -109,7 +117,7 @@ def check_versions(storage: Storage, manifest: Manifest, findings: Findings) -> 
             if storage.sha256(kept.path) != kept.sha256 or found.version.id != kept.version.id:
                 findings.add(kept.path, f"is not the manifest that was published as version {kept.version.id}")
                 continue
-            if found.version.id == current.version.id and found.own != current.own:
+            if found.version.id == current.version.id and _published(found) != _published(current):
                 findings.add(MANIFEST_NAME, f"is not what was published as version {found.version.id} ({kept.path})")
             named |= {s.path: s for shards in found.tables.values() for s in shards}
     own = {shard.path for shards in manifest.tables.values() for shard in shards}

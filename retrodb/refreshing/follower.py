@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from retrodb.database import Database
 from retrodb.manifest import Manifest
+from retrodb.refreshing.exports import list_exports
 from retrodb.refreshing.schedule import Staleness, StalenessLimit
 from retrodb.sizes import count_of
 from retrodb.storage import Storage
@@ -22,10 +23,14 @@ class Follower:
 
     Args:
         url: the database.
-        limit: how stale the version may be at most, in steps between it and the trainer's, and in seconds since the
-            trainer has asked for something newer.
+        limit: how stale the version may be at most: in steps between it and the trainer's, and in seconds since there
+            was something newer to be published.
         on_stale: ``block`` waits for the refresher, ``warn`` says so once a version and goes on.
         timeout: seconds to wait at most; None for ever.
+        exports: the folder that the trainer exports to. Seconds count from the oldest export there that is newer than
+            the version, and none pass before there is one: a trainer never waits for its own next export. None: they
+            count from the first `at` of a later step than the version's, which is when it fell behind as far as can be
+            told; a limit in seconds must then be longer than the trainer takes from one export to the next.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class Follower:
         on_stale: Literal["block", "warn"] = "warn",
         timeout: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        exports: str | None = None,
     ) -> None:
         self._limit = limit or StalenessLimit()
         self._on_stale = on_stale
@@ -42,15 +48,13 @@ class Follower:
         self._sleep = sleep
         self._storage = Storage(url)
         self.database = Database.open(url)
-        self._taken = time.monotonic()
+        self._exports = exports
+        self._behind: float | None = None  # since when
         self._warned: int | None = None
 
     def staleness(self, step: int) -> Staleness:
         """Of the version that is open, at training step ``step``; a version of no step counts from 0."""
-        return Staleness(
-            max(0, step - (self.database.manifest.version.step or 0)),
-            time.monotonic() - self._taken if step > (self.database.manifest.version.step or 0) else 0.0,
-        )
+        return Staleness(max(0, step - self._step), self._seconds(step))
 
     def at(self, step: int) -> Database:
         """The newest version; waits, or warns, where it is staler than it may be at training step ``step``.
@@ -58,7 +62,7 @@ class Follower:
         Raises:
             TimeoutError: it was waited for longer than ``timeout``.
         """
-        self._take_newest()
+        self._take_newest(step)
         started = time.monotonic()
         while self._limit.is_passed(staleness := self.staleness(step)):
             version = self.database.version
@@ -77,11 +81,25 @@ class Follower:
                     f"{staleness.seconds:.0f} s behind after {self._timeout:.0f} s: is the refresher running?"
                 )
             self._sleep(_POLL_SECONDS)
-            self._take_newest()
+            self._take_newest(step)
         return self.database
 
-    def _take_newest(self) -> None:
+    @property
+    def _step(self) -> int:
+        """Of the version that is open."""
+        return self.database.manifest.version.step or 0
+
+    def _seconds(self, step: int) -> float:
+        """Since there was something newer than the version that is open."""
+        if self._exports is not None:
+            newer = [export.at for export in list_exports(self._exports) if export.step > self._step]
+            return max(0.0, time.time() - newer[0]) if newer else 0.0
+        return time.monotonic() - self._behind if self._behind is not None and step > self._step else 0.0
+
+    def _take_newest(self, step: int) -> None:
         found = Manifest.load(self._storage)
         if found is not None and found.version.id != self.database.version:
             self.database = Database.open(self._storage.url)
-            self._taken = time.monotonic()
+            self._behind = None
+        if self._behind is None and step > self._step:
+            self._behind = time.monotonic()
