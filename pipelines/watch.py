@@ -1,6 +1,7 @@
 """``refresh --watch``: follow a trainer's exports, publishing a version whenever one is due (realm.md, R5)."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,10 +85,17 @@ class Watch:
                 self.sleep(self.settings.poll)
 
     def _step(self) -> int | None:
-        """The step that what is published is of: also of an export that is the same encoder still."""
+        """The step that what is published is of: also of an export that is the same encoder still.
+
+        None where that is no export of this folder: another run's steps say nothing of how far this one is.
+        """
         current = Manifest.load(self.out)
-        steps = [step for step in (current.version.step if current else None, self._same) if step is not None]
+        own = current is not None and self._is_of_this_folder(current)
+        steps = [step for step in (current.version.step if current and own else None, self._same) if step is not None]
         return max(steps, default=None)
+
+    def _is_of_this_folder(self, manifest: Manifest) -> bool:
+        return os.path.dirname(str(manifest.config.get("encoder"))) == os.path.abspath(self.settings.folder)
 
     def _due(self, exports: list[Export], last: bool) -> Export | None:
         """The newest export that is to be published now. The very last one is, whatever the schedule says."""

@@ -626,6 +626,21 @@ def watch(database: Path, folder: Path, **settings: object) -> tuple[list[int], 
     return watching.published, progress.lines
 
 
+def test_watch_R5_another_runs_steps_say_nothing_of_this_one(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    """A second training begins at step 0 again, on a database that the first one left at its last."""
+    for run, encoder in (("a", encoders[1]), ("b", encoders[2])):
+        export(tmp_path / run, encoder, 0)
+        export(tmp_path / run, encoders[3] if run == "a" else encoders[4], 900 if run == "a" else 40)
+        (tmp_path / run / "done").touch()
+    assert watch(database, tmp_path / "a")[0] == [2]
+    assert watch(database, tmp_path / "b")[0] == [3]
+    db = package.open(str(database))
+    assert (db.manifest.version.step, db.manifest.config["encoder"]) == (40, str(tmp_path / "b" / "step-000040"))
+    assert watch(database, tmp_path / "b")[0] == [], "and goes on where it is"
+
+
 def test_watch_R5_starts_with_no_export_sleeps_publishes_and_ends_on_the_done_marker(
     database: Path, encoders: list[Path], tmp_path: Path
 ) -> None:
@@ -823,6 +838,7 @@ def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
     database: Path, encoders: list[Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "exports"
+    export(folder, encoders[2], 1)
     export(folder, encoders[1], 400)
     held = []
 
@@ -831,7 +847,7 @@ def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
     settings = WatchSettings(
         str(folder), Schedule.parse("0-:1000"), StalenessLimit.parse("300"), on_stale="block", poll=0.01
     )
-    refreshed(database, encoders[2], step=1)  # published: step 1; the export of step 400 is not due
+    refreshed(database, folder / "step-000001", step=1)  # published: step 1; the export of step 400 is not due
     progress = Progress()
 
     def sleep(seconds: float) -> None:
