@@ -25,6 +25,7 @@ from retrodb.errors import DamagedError
 from retrodb.manifest import (
     DAMAGE_REPORT,
     DEDUP_REPORT,
+    FIRST_VERSION,
     LEAKAGE_REPORT,
     RECALL_REPORT,
     REPORT_PATH,
@@ -44,6 +45,7 @@ from retrodb.manifest import (
 from retrodb.sizes import count_of
 from retrodb.storage import TEMPORARY_PREFIX, Storage
 from retrodb.units import is_complete, tables_of
+from retrodb.versions import facts_of
 
 _PACKAGES: Final = (
     "apache-beam",
@@ -118,6 +120,7 @@ class Builder:
         Raises:
             LockedError: another writer has taken over, and changed what existed.
         """
+        manifest = _telling_facts(manifest)
         manifest.save(self.storage, self.manifest)
         self.manifest = manifest
 
@@ -335,6 +338,15 @@ class Builder:
         learnt = self.manifest.fingerprints.get("tokenizer", {}).get("stored")
         if "chunk" in self.manifest.stages and not learnt and self.storage.owns(TRAINED_TOKENIZER):
             yield TRAINED_TOKENIZER  # but for a later version, which shares the first one's
+
+
+def _telling_facts(manifest: Manifest) -> Manifest:
+    """A first version says what it is as soon as it is finished, and no longer than that; of a later one `publish`
+    does. When it was made it does not say: a build's manifest depends on its inputs and settings alone."""
+    if manifest.version.id != FIRST_VERSION or manifest.versions:
+        return manifest
+    facts = facts_of(manifest) if is_complete(manifest) else {}
+    return replace(manifest, version=replace(manifest.version, facts=facts))
 
 
 @cache

@@ -201,7 +201,8 @@ class Version:
     step: int | None = None
     created: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    """What is true of its vectors: corpus (fingerprint of the text tables), metric, dim, dtype, rows."""
+    """What is true of its vectors: corpus (fingerprint of the text tables), encoder, metric, dim, dtype, rows. Empty
+    while a first build is unfinished."""
 
     @staticmethod
     def parse(entry: Mapping[str, Any]) -> "Version":

@@ -167,6 +167,47 @@ def test_publish_R2_a_version_records_what_it_is(database: Path, encoders: list[
     assert kept[1]["created"] <= kept[2]["created"]
 
 
+def test_build_R2_the_first_version_records_what_it_is_when_it_is_finished(
+    database: Path, topics: Path, encoders: list[Path]
+) -> None:
+    from retrodb.pipelines.swap import swap_back
+
+    first = manifest_of(database)
+    assert first["version"] == {
+        "id": 1,
+        "parent": None,
+        "made_by": "build",
+        "step": None,
+        "created": None,
+        "facts": {
+            "corpus": first["version"]["facts"]["corpus"],
+            "encoder": first["fingerprints"]["encoder"]["fingerprint"],
+            "metric": "l2",
+            "dim": 32,
+            "dtype": "float16",
+            "rows": sum(shard["rows"] for shard in first["tables"]["chunks"]["shards"]),
+        },
+    }
+    before = stamps(database)
+    build_here([topics], database, encoder=str(encoders[0]), shard_bytes="8KiB")
+    assert stamps(database) == before, "the same build again changes nothing"
+    refreshed(database, encoders[1])
+    assert manifest_of(database)["versions"][0]["version"]["facts"] == first["version"]["facts"]
+    swap_back(Storage(str(database)), 1, Progress())
+    assert manifest_of(database)["version"] == first["version"]
+    assert problems(database) == []
+
+
+def test_build_R2_an_unfinished_first_version_records_nothing_of_its_vectors(
+    database: Path, topics: Path, encoders: list[Path]
+) -> None:
+    build_here([topics], database, encoder=str(encoders[1]), shard_bytes="8KiB", until="embed")
+    assert manifest_of(database)["version"]["facts"] == {}
+    build_here([topics], database, encoder=str(encoders[1]), shard_bytes="8KiB")
+    manifest = manifest_of(database)
+    assert manifest["version"]["facts"]["encoder"] == manifest["fingerprints"]["encoder"]["fingerprint"]
+
+
 def test_publish_R2_a_version_without_a_vector_for_each_chunk_is_never_published(
     database: Path, encoders: list[Path]
 ) -> None:
