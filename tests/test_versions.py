@@ -912,15 +912,17 @@ def test_watch_R5_staleness_is_told_and_the_trainer_held_while_a_version_is_made
     export(folder, encoders[1], 100)
     seen = []
 
+    def told() -> int:
+        return int(json.loads((folder / "refresher.json").read_text(encoding="utf-8"))["staleness"]["steps"])
+
     def slow(*given: object, **named: object) -> RefreshOutcome:
         threads = threading.active_count()
         if not seen:
             export(folder, encoders[2], 900)  # the trainer goes on meanwhile
         end = time.monotonic() + 30
-        while not (folder / "hold").exists() and time.monotonic() < end:
+        while not ((folder / "hold").exists() and told() > 300) and time.monotonic() < end:
             time.sleep(0.01)
-        status = json.loads((folder / "refresher.json").read_text(encoding="utf-8"))
-        seen.append(((folder / "hold").exists(), status["staleness"]["steps"], threads))
+        seen.append(((folder / "hold").exists(), told(), threads))
         (folder / "done").touch()
         manifest = Manifest.load(Storage(str(database)))
         assert manifest is not None
