@@ -26,9 +26,8 @@ from retrodb.pipelines.ingredients import Ingredients
 from retrodb.pipelines.lineage import beginning, chained, choice_of, index_groups, is_beginning
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.retrieval_stages import SMALL_QUERIES, SMALL_VECTORS, build_neighbours, search_settings
+from retrodb.pipelines.retrieval_stages import SMALL_VECTORS, Earlier, neighbours_parts, renew_neighbours
 from retrodb.pipelines.runners import Runner, make_runner
-from retrodb.pipelines.searching import SEARCHED
 from retrodb.pipelines.shards import shard_files
 from retrodb.pipelines.tasks import Task
 from retrodb.schemas import ID_SHIFT
@@ -309,27 +308,19 @@ class _Compaction:
 
         Where candidates are re-ranked that is all of them: those that gave way to better ones are not kept.
         """
-        index, choice = builder.manifest.stages["index"], choice_of(self.current)
-        parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
-        if builder.is_current("neighbours", parts):
+        if builder.is_current("neighbours", neighbours_parts(builder)):
             return 0
         if self.config.rerank != "none":
-            build_neighbours(builder)
-            return builder.manifest.rows("neighbours")
-        book = builder.book("neighbours", parts)
-        nprobe = int(self.current.stages["neighbours"].details["nprobe"])
-        settings = replace(search_settings(builder, choice), nprobe=nprobe, together=True)
+            return renew_neighbours(builder, None)
         deleted = self.current.shards("deleted")
-        builder.begin("neighbours", parts)
-        receipts = builder.executor.complete(
-            book,
+        earlier = Earlier(
+            int(self.current.stages["neighbours"].details["nprobe"]),
             compaction.neighbour_tasks(shard_files(builder.manifest), self.current.shards("neighbours")),
-            lambda pipeline, tasks: compaction.neighbours_pipeline(pipeline, book, tasks, settings, deleted),
-            unit="chunks",
-            small=SMALL_QUERIES,
+            lambda pipeline, book, tasks, settings: compaction.neighbours_pipeline(
+                pipeline, book, tasks, settings, deleted
+            ),
         )
-        build_neighbours(builder)
-        return sum(int(receipt.details[SEARCHED]) for receipt in receipts.values())
+        return renew_neighbours(builder, earlier)
 
 
 def _tables(current: Manifest, kept: "_Kept") -> dict[str, tuple[Shard, ...]]:

@@ -22,11 +22,12 @@ from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import (
-    SMALL_QUERIES,
     SMALL_VECTORS,
+    Earlier,
     build_neighbours,
     build_training,
-    search_settings,
+    neighbours_parts,
+    renew_neighbours,
 )
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
 from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, shard_files, validation_chunks
@@ -115,7 +116,9 @@ class TakeNearer(SearchShard):
     it was where nothing is.
 
     Chunks with a neighbour whose document has become a near-duplicate of theirs are searched anew, where those are
-    excluded: ``whole`` are the settings for all of the index.
+    excluded: ``whole`` are the settings for all of the index. So are chunks that something new is nearer to and that
+    name a deleted one: what stands behind the k that they had is not known. To others that name one nothing happens,
+    lest an addition cost what a compaction does: readers pass over it.
     """
 
     def __init__(self, book: ReceiptBook, settings: SearchSettings, whole: SearchSettings) -> None:
@@ -136,40 +139,58 @@ class TakeNearer(SearchShard):
         payload: OldNeighbours = task.payload
         before = from_table(self._storage.read_table(payload.before))
         found = self._found(payload.query.files)
-        merged = nearest_of(before, found, self._settings.metric, self._uids)
-        rows = self._joined(payload.query.files, before)
+        gone = self._gone.of_chunks(before.neighbour_ids)
+        merged = nearest_of(before, found, self._settings.metric, self._uids, gone)
+        nearer = np.isin(merged.neighbour_ids, found.neighbour_ids[found.neighbour_ids >= 0]).any(axis=1)
+        outdated = gone.any(axis=1)
+        rows = np.flatnonzero((outdated & nearer) | self._joined(payload.query.files, before))
+        taken = np.flatnonzero(nearer & ~outdated)
+        if not len(rows) and not len(taken):
+            self._account(task.number, before, payload.before, searched=0)
+            return
+        after = before.put(taken, merged.take(taken))
         if len(rows):
-            merged = merged.put(rows, self._anew._found(payload.query.files, rows))
-        if np.array_equal(merged.neighbour_ids, before.neighbour_ids):
-            self._account(task.number, before, payload.before)
-        else:
-            self._finish(task.number, merged)
+            after = after.put(rows, self._anew._found(payload.query.files, rows))
+        self._finish(task.number, after, searched=len(rows))
 
     def _joined(self, files: ShardFiles, before: Neighbours) -> np.ndarray:
-        """int64 [m]: the rows that name a chunk of what is their own near-duplicate cluster now."""
+        """bool [n]: which rows name a chunk of what is their own near-duplicate cluster now."""
         if self._settings.exclude != "cluster":
-            return np.empty(0, np.int64)
+            return np.zeros(len(before.chunk_ids), dtype=bool)
         document_ids = chunk_columns(self._storage, files)[1]
         own = chunk_clusters(self._storage, files, document_ids)
         found, there = before.neighbour_document_ids, before.neighbour_ids >= 0
         theirs = np.full(found.shape, NO_CLUSTER)
         theirs[there] = self._clusters.of_documents(found[there])
-        return np.flatnonzero(((theirs == own[:, None]) & (theirs != NO_CLUSTER)).any(axis=1))
+        joined: np.ndarray = ((theirs == own[:, None]) & (theirs != NO_CLUSTER)).any(axis=1)
+        return joined
 
 
-def nearest_of(before: Neighbours, found: Neighbours, metric: str, uids: UidSource | None = None) -> Neighbours:
+def nearest_of(
+    before: Neighbours,
+    found: Neighbours,
+    metric: str,
+    uids: UidSource | None = None,
+    gone: np.ndarray | None = None,
+) -> Neighbours:
     """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id.
 
     With ``uids``, of equal blocks the best one alone. Each set has the k best distinct ones of its own part of the
     chunks, so that the k best of both are those of all.
+
+    ``gone``, bool [n, k], are neighbours of ``before`` that were deleted since. They keep their places, so that what
+    is not as near as the last one does not come in; but they stand for no equal, and behind what is as near as they.
     """
+    gone = np.zeros(before.neighbour_ids.shape, dtype=bool) if gone is None else gone
+    gone = np.concatenate([gone, np.zeros(found.neighbour_ids.shape, dtype=bool)], axis=1)
     ids = np.concatenate([before.neighbour_ids, found.neighbour_ids], axis=1)
     documents = np.concatenate([before.neighbour_document_ids, found.neighbour_document_ids], axis=1)
     distances = np.concatenate([before.distances, found.distances], axis=1)
     keys = np.where(ids >= 0, -distances if metric == "ip" else distances, np.inf)
-    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), keys), axis=1)
+    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), gone, keys), axis=1)
     if uids is not None:
-        kept = distinct(np.take_along_axis(ids, order, axis=1), uids)
+        kept = np.take_along_axis(gone, order, axis=1)
+        kept |= distinct(np.take_along_axis(np.where(gone, MISSING, ids), order, axis=1), uids)
         copies = ~np.take_along_axis(kept, np.argsort(order, axis=1), axis=1)
         ids, documents = np.where(copies, MISSING, ids), np.where(copies, MISSING, documents)
         distances = np.where(copies, np.float32(np.nan), distances)
@@ -192,34 +213,30 @@ def extend_neighbours(builder: Builder, current: Manifest) -> int:
     Returns:
         The shards of old chunks that changed.
     """
-    choice = choice_of(current)
-    index = builder.manifest.stages["index"]
-    parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
     before = {shard.number: shard for shard in current.shards("neighbours")}
     if builder.config.rerank != "none":
         build_neighbours(builder)
-    elif not builder.is_current("neighbours", parts):
-        book = builder.book("neighbours", parts)
-        there = set(current.shards("index"))
-        nprobe = int(current.stages["neighbours"].details["nprobe"])
-        whole = replace(search_settings(builder, choice), nprobe=nprobe, together=True)
-        settings = replace(whole, index=tuple(file for file in whole.index if file.path not in there))
+    elif not builder.is_current("neighbours", neighbours_parts(builder)):
         files = shard_files(builder.manifest)
         tasks = [
             Task(n, OldNeighbours(QueryShard(files[n]), shard), weight=shard.rows)
             for n, shard in sorted(before.items())
         ]
-        builder.begin("neighbours", parts)
-        builder.executor.complete(
-            book, tasks, functools.partial(_take_pipeline, book, settings, whole), unit="chunks", small=SMALL_QUERIES
-        )
-        build_neighbours(builder)
+        nprobe = int(current.stages["neighbours"].details["nprobe"])
+        there = frozenset(current.shards("index"))
+        renew_neighbours(builder, Earlier(nprobe, tasks, functools.partial(_take_pipeline, there)))
     return sum(before.get(s.number, s) != s for s in builder.manifest.shards("neighbours"))
 
 
 def _take_pipeline(
-    book: ReceiptBook, settings: SearchSettings, whole: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
+    there: frozenset[Shard],
+    pipeline: beam.Pipeline,
+    book: ReceiptBook,
+    tasks: Sequence[Task],
+    whole: SearchSettings,
 ) -> beam.PCollection:
+    """``there`` are the index shards that the old neighbours were found in."""
+    settings = replace(whole, index=tuple(file for file in whole.index if file.path not in there))
     return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings, whole))
 
 

@@ -19,6 +19,7 @@ from retrodb.neighbours import (
     NO_CLUSTER,
     ClusterSource,
     Exclude,
+    ExcludedPairs,
     Exclusion,
     SameBlock,
     SameCluster,
@@ -47,9 +48,11 @@ class Sample:
     uids: np.ndarray
     vectors: np.ndarray
 
-    def exclusion(self, clusters: ClusterSource, uids: UidSource | None) -> Exclusion:
-        """Of these queries; the sources know the candidates."""
-        exclusion = Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64))
+    def exclusion(
+        self, clusters: ClusterSource, uids: UidSource | None, deleted: ExcludedPairs | None = None
+    ) -> Exclusion:
+        """Of these queries; the sources know the candidates, of which none is ``deleted``."""
+        exclusion = Exclusion(self.first, self.last, np.arange(len(self.chunk_ids), dtype=np.int64), deleted)
         if (self.clusters != NO_CLUSTER).any():
             exclusion = exclusion.also(SameCluster(self.clusters, clusters))
         if uids is not None:
@@ -208,7 +211,9 @@ class TryNprobe(WholeIndexStep):
             truth = self._book.read(TRUTH_NUMBER)
             assert truth is not None, "tuning follows the truth"
             self._index.nprobe = task.payload
-            found = self._find(sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters, self._uids))
+            found = self._find(
+                sample.chunk_ids, sample.vectors, sample.exclusion(self._clusters, self._uids, self._gone)
+            )
             at = min(RECALL_AT, self._settings.k)  # as the rows that are written are measured
             recall = recall_at(found.distances, truth_distances(truth), self._settings.metric, at)
             self._book.write(Receipt(task.number, details={"nprobe": task.payload, "recall": recall}))

@@ -1,9 +1,11 @@
 """The stages from vectors to training shards: what each is made from, its tasks, and what is recorded of it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+import apache_beam as beam
 import numpy as np
 from retrodb.pipelines import index as index_stage
 from retrodb.pipelines import neighbours as neighbours_stage
@@ -15,9 +17,10 @@ from retrodb.pipelines.join import NeighbourSource, join_tasks
 from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.search import search_pipeline, search_waves
-from retrodb.pipelines.searching import SearchSettings, search_tasks
+from retrodb.pipelines.search import forget_search, search_pipeline, search_waves
+from retrodb.pipelines.searching import SEARCHED, SearchSettings, search_tasks
 from retrodb.pipelines.shards import shard_files
+from retrodb.pipelines.tasks import Task
 from retrodb.pipelines.training import training_pipeline
 from retrodb.schemas import ID_SHIFT
 
@@ -36,7 +39,7 @@ from retrodb.index import (
 from retrodb.manifest import LARGEST_NORM, RECALL_REPORT, TEMPLATE_NUMBER, StageState, shard_of
 from retrodb.neighbours import Reranking, from_table
 from retrodb.neighbours.sources import VECTOR_CACHE_BYTES
-from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at
+from retrodb.quality.recall import choose_nprobe, nprobe_ladder, recall_at, recall_remedy
 from retrodb.sizes import count_of
 from retrodb.training.shards import VALIDATION_ROWS
 
@@ -49,6 +52,8 @@ SMALL_VECTORS: Final = 30_000
 SMALL_QUERIES: Final = 6_000
 _SMALL_TUNING_VECTORS: Final = 1 << 22
 _SMALL_JOIN_CHUNKS: Final = 20_000
+_ALL_ANEW: Final = TRUTH_NUMBER - 1
+"""Number of the receipt that says: rows that were there did not reach the gate, and none of them stays."""
 
 
 # -- index -------------------------------------------------------------------------------------------------------------
@@ -165,25 +170,71 @@ def settle_template(
 # -- neighbours --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Neighbours that are there already, of which most rows can stay.
+
+    Attributes:
+        nprobe: what the rows were searched with.
+        tasks: one a query shard that has them.
+        pipeline: of some of the tasks: writes what stays, and what has to be searched anew with the settings given.
+            Receipts say how many chunks that were (`SEARCHED`).
+    """
+
+    nprobe: int
+    tasks: Sequence[Task]
+    pipeline: Callable[[beam.Pipeline, ReceiptBook, Sequence[Task], SearchSettings], object]
+
+
+def neighbours_parts(builder: Builder) -> dict[str, Any]:
+    """What the neighbours are made from now."""
+    manifest = builder.manifest
+    passed_over = {s.path: s.sha256 for s in manifest.shards("deleted") if s not in manifest.left_out}
+    index = manifest.stages["index"].fingerprint
+    return stages.neighbours_parts(index, builder.config, choice_of(manifest), passed_over)
+
+
 def build_neighbours(builder: Builder) -> None:
     """Every chunk's neighbours, and the recall they were found with."""
-    index, choice = builder.manifest.stages["index"], choice_of(builder.manifest)
-    parts = stages.neighbours_parts(index.fingerprint, builder.config, choice)
+    renew_neighbours(builder, None)
+
+
+def renew_neighbours(builder: Builder, earlier: Earlier | None) -> int:
+    """Every chunk's neighbours, and the recall they were found with; what can stays as ``earlier`` has it.
+
+    The nprobe that is recorded is the one that all rows were searched with. So it is tuned first. Earlier rows stay
+    where it has not risen; else, or where what stayed turns out to be below the gate, all are searched with the tuned
+    one, which reaches it: where any nprobe does, this ends well.
+
+    Returns:
+        How many chunks were searched; 0 where there was nothing to do.
+
+    Raises:
+        RecallError: no nprobe reaches the gate.
+    """
+    choice = choice_of(builder.manifest)
+    parts = neighbours_parts(builder)
     damaged = builder.damage.get("neighbours", set())
     current = builder.is_current("neighbours", parts)
     if current:
         builder.mend_report("neighbours", lambda state: write_recall_report(builder, state))
     if current and not damaged:
-        return
+        return 0
     builder.begin("neighbours", parts)
     book = builder.book("neighbours", parts)
     settings = search_settings(builder, choice)
+    stayed = False
     if current:
         settings = replace(settings, nprobe=builder.manifest.stages["neighbours"].details["nprobe"])
         truth = Receipt(TRUTH_NUMBER)
     else:
         truth = settle_truth(builder, book)
         settings = replace(settings, nprobe=tuned_nprobe(builder, book, settings, choice.key))
+        if earlier is not None and earlier.nprobe >= settings.nprobe and book.read(_ALL_ANEW) is None:
+            stayed = True
+            settings = replace(settings, nprobe=earlier.nprobe)
+            take = functools.partial(_take_earlier, earlier, book, settings)
+            builder.executor.complete(book, earlier.tasks, take, unit="chunks", small=SMALL_QUERIES)
     files, chunks = shard_files(builder.manifest), builder.manifest.shards("chunks")
     receipts = builder.run_stage(
         StageWork(
@@ -198,12 +249,16 @@ def build_neighbours(builder: Builder) -> None:
         )
     )
     if receipts is None:
-        return
+        return 0
     if settings.reranking is None:
         details = measured_recall(builder, book, receipts, truth)
     else:
         details = candidates_recall(builder, book, settings)
-    refuse_low_recall(details, builder.config.min_recall, choice.key)
+    if stayed and is_below(details, builder.config.min_recall):
+        forget_search(book, receipts)
+        book.write(Receipt(_ALL_ANEW))  # behind the rest: with it, what has a receipt was searched by the tuned nprobe
+        return renew_neighbours(builder, earlier)
+    refuse_low_recall(builder, details, choice.key)
     details |= {"nprobe": settings.nprobe, "metric": settings.metric}
     details |= {"index": choice.key, "gate": builder.config.min_recall}
     builder.record(
@@ -220,6 +275,13 @@ def build_neighbours(builder: Builder) -> None:
     builder.progress.end(
         found + (f", {count_of(short, 'chunk has', 'chunks have')} fewer than {settings.kept}" if short else "")
     )
+    return sum(int(receipt.details.get(SEARCHED, receipt.counts["queries"])) for receipt in receipts.values())
+
+
+def _take_earlier(
+    earlier: Earlier, book: ReceiptBook, settings: SearchSettings, pipeline: beam.Pipeline, tasks: Sequence[Task]
+) -> object:
+    return earlier.pipeline(pipeline, book, tasks, settings)
 
 
 def write_recall_report(builder: Builder, state: StageState) -> str:
@@ -249,6 +311,7 @@ def search_settings(builder: Builder, choice: KeyChoice) -> SearchSettings:
         blocks=config.unit == "block",
         largest_norm=manifest.stages["index"].details.get(LARGEST_NORM),
         reranking=None if config.rerank == "none" else Reranking(config.rerank, config.neighbours),
+        deleted=manifest.shards("deleted"),
     )
 
 
@@ -266,7 +329,7 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
         book,
         neighbours_stage.truth_tasks(files, chunks),
         lambda pipeline, tasks: neighbours_stage.truth_pipeline(
-            pipeline, book, tasks, builder.config.metric, blocks, builder.manifest.left_out
+            pipeline, book, tasks, builder.config.metric, blocks, builder.manifest.shards("deleted")
         ),
         unit="chunks",
         small=SMALL_VECTORS * 4,
@@ -297,22 +360,34 @@ def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, 
         recalls |= {receipt.details["nprobe"]: receipt.details["recall"] for receipt in receipts.values()}
         if any(recall is None or recall >= builder.config.min_recall for recall in recalls.values()):
             break
-    return choose_nprobe(recalls, builder.config.min_recall, key, builder.config.index_key is not None)
+    requested, made_by = builder.config.index_key is not None, builder.manifest.version.made_by
+    return choose_nprobe(recalls, builder.config.min_recall, key, requested, made_by)
 
 
 def measured_recall(
     builder: Builder, book: ReceiptBook, receipts: Mapping[int, Receipt], truth: Receipt
 ) -> dict[str, Any]:
-    """Recall@10 of the rows that were written, for the sampled queries."""
+    """Recall@10 of the rows that are there, for the sampled queries.
+
+    A row from before a deletion may name what was deleted. Readers pass over that, and the row says no more than what
+    the nearest are that it has left: of so many it is measured.
+    """
+    gone = Deletions.of(builder.storage, builder.manifest)
     sample = Sample.from_bytes(builder.storage.read_bytes(neighbours_stage.sample_path(book)))
     shards = np.array([shard_of(int(chunk_id)) for chunk_id in sample.chunk_ids])
     found = np.full((len(shards), builder.config.neighbours), np.nan, dtype=np.float32)
+    exact = truth_distances(truth)
     for number in np.unique(shards):
         stored = from_table(builder.storage.read_table(receipts[int(number)].shards["neighbours"]))
-        own = shards == number
-        found[own] = stored.distances[np.searchsorted(stored.chunk_ids, sample.chunk_ids[own])]
+        own = np.flatnonzero(shards == number)
+        rows = stored.take(np.searchsorted(stored.chunk_ids, sample.chunk_ids[own]))
+        out = gone.of_chunks(rows.neighbour_ids)
+        distances = np.where(out, np.float32(np.nan), rows.distances)
+        found[own] = np.take_along_axis(distances, np.argsort(out, axis=1, kind="stable"), axis=1)
+        left = np.where(out.any(axis=1), rows.n_valid - out.sum(axis=1), exact.shape[1])
+        exact[own] = np.where(np.arange(exact.shape[1]) < left[:, None], exact[own], np.float32(np.nan))
     at = min(10, builder.config.neighbours)
-    recall = recall_at(found, truth_distances(truth), builder.config.metric, at)
+    recall = recall_at(found, exact, builder.config.metric, at)
     return {"recall_at_10": recall, "recall_at": at, "recall_queries": len(shards)}
 
 
@@ -330,17 +405,24 @@ def candidates_recall(builder: Builder, book: ReceiptBook, settings: SearchSetti
     return {"recall_at_10": recall, "recall_at": min(10, settings.k), "recall_queries": len(sample.chunk_ids)}
 
 
-def refuse_low_recall(details: Mapping[str, Any], gate: float, key: str) -> None:
+def is_below(details: Mapping[str, Any], gate: float) -> bool:
+    """Whether a measured recall does not reach the gate; it does where there was nothing to find."""
+    recall = details["recall_at_10"]
+    return recall is not None and recall < gate
+
+
+def refuse_low_recall(builder: Builder, details: Mapping[str, Any], key: str) -> None:
     """The gate on what was really written.
 
     Raises:
         RecallError: it is below.
     """
-    recall = details["recall_at_10"]
-    if recall is not None and recall < gate:
+    config = builder.config
+    if is_below(details, config.min_recall):
+        remedy = recall_remedy(key, config.index_key is not None, builder.manifest.version.made_by)
         raise RecallError(
-            f"recall@10 of the neighbours is {recall:.4f}, below --min-recall {gate} (index {key}). "
-            "Give more --memory, or --index-key Flat, or lower --min-recall."
+            f"recall@10 of the neighbours is {details['recall_at_10']:.4f}, below the gate of {config.min_recall} "
+            f"(index {key}). {remedy}"
         )
 
 

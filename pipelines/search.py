@@ -70,6 +70,12 @@ def unfinished(book: ReceiptBook, task: Task, exclusion: Exclusion, settings: Se
     return Unfinished.start(len(exclusion), settings.k, first_asks(exclusion, settings.k, settings.searched))
 
 
+def forget_search(book: ReceiptBook, numbers: Iterable[int]) -> None:
+    """Query shards are to be searched again from the start, whatever was found for them."""
+    book.storage.delete(*map(book.path, numbers))
+    book.storage.delete_folder(_rounds(book).folder)
+
+
 def _filled(tasks: Sequence[Task], a_query: int) -> Iterator[list[Task]]:
     """Tasks in waves of `WAVE_BYTES`; a task weighs so many queries of ``a_query`` bytes."""
     wave: list[Task] = []
@@ -210,6 +216,7 @@ class SettleByLooking(LookingUp):
                     settings.k,
                     settings.metric,
                     self._uids,
+                    self._gone,
                 ).to_bytes(),
             )
 
@@ -220,7 +227,7 @@ class AskForChunks(SearchStep):
     def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, tuple[int, bytes]]]:
         piece, data = element
         with self._naming(piece >> ID_SHIFT):
-            for shard, ids in wanted_chunks(Candidates.from_bytes(data)).items():
+            for shard, ids in wanted_chunks(Candidates.from_bytes(data), self._gone).items():
                 yield shard, (piece, ids.astype("<i8").tobytes())
 
 
@@ -251,8 +258,8 @@ class SettleFromAnswers(SearchStep):
             for data in parts["candidates"]:
                 found = Candidates.from_bytes(data)
                 uids = chunks if settings.blocks else None
-                result = settled(found, settings.searched, chunks, chunks, chunks, settings.k, settings.metric, uids)
-                yield piece >> ID_SHIFT, result.to_bytes()
+                arguments = (chunks, chunks, chunks, settings.k, settings.metric, uids, self._gone)
+                yield piece >> ID_SHIFT, settled(found, settings.searched, *arguments).to_bytes()
 
 
 class WriteFound(SearchStep):

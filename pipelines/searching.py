@@ -9,6 +9,7 @@ from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles, block_uids, chunk_clusters, chunk_columns, vectors_of
 from retrodb.pipelines.tasks import StageDoFn, Task, finish
 
+from retrodb.deletions import Deletions
 from retrodb.formats import File
 from retrodb.index import GroupedIndex, IndexFile
 from retrodb.index.engine import Metric
@@ -48,6 +49,8 @@ class SearchSettings:
     ``blocks``: of equal blocks one is a neighbour, and none of the query's own.
     ``largest_norm``: of the indexed vectors, where the metric is the inner product.
     ``reranking``: of the ``k`` that are searched, which are kept; None keeps them as they are.
+    ``deleted``: the shards of the table ``deleted``. What they name is nobody's neighbour, whether the index still has
+    its vectors or was made without them.
     """
 
     index: tuple[IndexFile, ...]
@@ -67,6 +70,7 @@ class SearchSettings:
     blocks: bool = False
     largest_norm: float | None = None
     reranking: Reranking | None = None
+    deleted: tuple[Shard, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -115,10 +119,19 @@ class SearchStep(StageDoFn):
         super().__init__(book)
         self._settings = settings
 
+    def setup(self) -> None:
+        super().setup()
+        self._gone = Deletions.of_shards(self._storage, self._settings.deleted)
+
     def _exclusion(self, files: ShardFiles) -> tuple[Exclusion, np.ndarray, np.ndarray]:
         """Of a query shard, with its chunk ids and document ids."""
         chunk_ids, document_ids = chunk_columns(self._storage, files)
-        return Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude), chunk_ids, document_ids
+        exclusion = Exclusion.of_chunks(chunk_ids, document_ids, self._settings.exclude)
+        return self._of_living(exclusion), chunk_ids, document_ids
+
+    def _of_living(self, exclusion: Exclusion) -> Exclusion:
+        """With what is deleted excluded, before anything is looked up of it."""
+        return exclusion.also(self._gone) if len(self._gone) else exclusion
 
     def _finish(self, number: int, found: Neighbours, searched: int | None = None) -> None:
         """Write a query shard's neighbours, re-ranked if they are to be, and its receipt (`_account`)."""

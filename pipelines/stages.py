@@ -136,8 +136,11 @@ def index_parts(
     return parts if choice.exact else {**parts, "seed": config.seed}
 
 
-def neighbours_parts(index: str, config: BuildConfig, choice: KeyChoice) -> dict[str, Any]:
-    """An approximate index is searched as hard as the recall gate asks."""
+def neighbours_parts(
+    index: str, config: BuildConfig, choice: KeyChoice, deleted: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """An approximate index is searched as hard as the recall gate asks; ``deleted`` are the shards (sha256 by path) of
+    what the index still has vectors of, and the search passed over."""
     parts = {
         "code": _CODE["neighbours"],
         "index": index,
@@ -146,6 +149,8 @@ def neighbours_parts(index: str, config: BuildConfig, choice: KeyChoice) -> dict
     }
     if config.rerank != "none":
         parts |= {"rerank": config.rerank, "rerank_candidates": config.searched_neighbours}
+    if deleted:
+        parts[LEFT_OUT] = dict(deleted)
     return parts if choice.exact else {**parts, "min_recall": config.min_recall, "seed": config.seed}
 
 

@@ -298,8 +298,17 @@ class Manifest:
     @property
     def left_out(self) -> tuple[Shard, ...]:
         """The shards of ``deleted`` that the index was made without."""
-        index = self.stages.get("index")
-        known = index.made_from.get(LEFT_OUT, {}) if index is not None else {}
+        return self._left_out("index")
+
+    @property
+    def passed_over(self) -> tuple[Shard, ...]:
+        """The shards of ``deleted`` that were there when neighbours were last written: of those alone, rows that were
+        written before may name something."""
+        return tuple(sorted({*self.left_out, *self._left_out("neighbours")}))
+
+    def _left_out(self, stage: str) -> tuple[Shard, ...]:
+        state = self.stages.get(stage)
+        known = state.made_from.get(LEFT_OUT, {}) if state is not None else {}
         return tuple(shard for shard in self.shards("deleted") if known.get(shard.path) == shard.sha256)
 
     @property

@@ -20,7 +20,15 @@ import numpy as np
 from retrodb.errors import DamagedError
 from retrodb.index import MISSING, Metric, merge
 from retrodb.neighbours.asking import Ask, Searched, asked_again, exhausted
-from retrodb.neighbours.exclusion import NO_CLUSTER, ClusterSource, Exclusion, SameBlock, SameCluster, UidSource
+from retrodb.neighbours.exclusion import (
+    NO_CLUSTER,
+    ClusterSource,
+    ExcludedPairs,
+    Exclusion,
+    SameBlock,
+    SameCluster,
+    UidSource,
+)
 from retrodb.neighbours.select import select
 from retrodb.neighbours.sources import DocumentSource, VectorSource, by_shard
 from retrodb.neighbours.table import Neighbours
@@ -96,6 +104,10 @@ class Queries(_Arrays):
     def exclusion(self) -> Exclusion:
         """By id; without clusters, which only the candidates' own shards know."""
         return Exclusion(self.first, self.last, np.arange(len(self), dtype=np.int64))
+
+    def without(self, deleted: ExcludedPairs | None) -> Exclusion:
+        """By id, and what is ``deleted``: none of it needs to be looked up."""
+        return self.exclusion if deleted is None else self.exclusion.also(deleted)
 
 
 @dataclass(frozen=True)
@@ -299,10 +311,10 @@ class Chunks(_Arrays):
         return places
 
 
-def wanted_chunks(found: Candidates) -> dict[int, np.ndarray]:
-    """By chunk shard: the ids, int64 ascending, of the candidates that are not excluded by id."""
+def wanted_chunks(found: Candidates, deleted: ExcludedPairs | None = None) -> dict[int, np.ndarray]:
+    """By chunk shard: the ids, int64 ascending, of the candidates that are neither excluded by id nor ``deleted``."""
     queries = Queries.from_bytes(found.queries.tobytes())
-    ids = np.unique(found.ids[queries.exclusion.allowed(found.ids)])
+    ids = np.unique(found.ids[queries.without(deleted).allowed(found.ids)])
     parts: dict[int, np.ndarray] = {}
 
     def take(shard: int, own: np.ndarray) -> np.ndarray:
@@ -322,6 +334,7 @@ def settled(
     k: int,
     metric: Metric,
     uids: UidSource | None = None,
+    deleted: ExcludedPairs | None = None,
 ) -> Unfinished:
     """Choose among merged candidates.
 
@@ -332,10 +345,11 @@ def settled(
         k: neighbours wanted.
         metric: ``l2`` or ``ip``.
         uids: of the candidates, where they are blocks.
+        deleted: which candidates are; nothing is looked up of them.
     """
     queries = Queries.from_bytes(found.queries.tobytes())
     own = queries.vectors.astype(np.float32)
-    exclusion = queries.exclusion
+    exclusion = queries.without(deleted)
     if (queries.clusters != NO_CLUSTER).any():
         exclusion = exclusion.also(SameCluster(queries.clusters, clusters))
     if uids is not None:

@@ -13,6 +13,7 @@ from retrodb.index.engine import ascending
 from retrodb.manifest import TEMPLATE_NUMBER, Shard
 from retrodb.neighbours import NO_CLUSTER
 from retrodb.quality.scene import ChunkIds, Scene, grouped
+from retrodb.schemas import ID_SHIFT
 from retrodb.sizes import count_of
 from retrodb.training.columns import scalars
 
@@ -66,7 +67,7 @@ def read_rows(scene: Scene, shard: Shard) -> NeighbourRows:
 
 def check_neighbours(scene: Scene) -> None:
     """Every neighbours shard against its own chunks, and against the chunks it names."""
-    indexed = _indexed_vectors(scene)
+    living = _living_vectors(scene)
     members = _members(scene) if scene.facts.exclude == "cluster" else {}
     for shard in scene.shards("neighbours"):
         with scene.examining(shard):
@@ -80,7 +81,7 @@ def check_neighbours(scene: Scene) -> None:
             rows = read_rows(scene, shard)
             if _check_rows(scene, shard, rows):
                 _check_joins(scene, shard, rows, own)
-                _check_honest_count(scene, shard, rows, own, indexed, members)
+                _check_honest_count(scene, shard, rows, own, living, members)
             scene.findings.count("neighbours", int(np.count_nonzero(rows.present)))
 
 
@@ -198,6 +199,17 @@ def _indexed_vectors(scene: Scene) -> int | None:
     return sum(shard.rows for shard in shards) if whole and scene.done("index") else None
 
 
+def _living_vectors(scene: Scene) -> int | None:
+    """How many of them are not deleted; None also where a shard that holds something deleted is damaged."""
+    living = _indexed_vectors(scene)
+    for number in np.unique(scene.deleted.document_ids >> ID_SHIFT).tolist():
+        own = scene.ids(number)
+        if own is None or living is None:
+            return None
+        living -= int(np.count_nonzero(own.indexed & ~own.living))
+    return living
+
+
 def _members(scene: Scene) -> Members | None:
     """How many chunks of each cluster may be neighbours; None where a shard of chunks or documents is damaged."""
     counts: Counter[int] = Counter()
@@ -205,31 +217,33 @@ def _members(scene: Scene) -> Members | None:
         own = scene.ids(shard.number)
         if own is None:
             return None
-        clusters, numbers = np.unique(own.clusters[own.indexed], return_counts=True)
+        clusters, numbers = np.unique(own.clusters[own.living], return_counts=True)
         counts.update(dict(zip(clusters.tolist(), numbers.tolist(), strict=True)))
     return counts
 
 
 def _check_honest_count(
-    scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, indexed: int | None, members: Members | None
+    scene: Scene, shard: Shard, rows: NeighbourRows, own: ChunkIds, living: int | None, members: Members | None
 ) -> None:
-    """Fewer than k neighbours only where there are no more (invariant 2)."""
-    if indexed is None or members is None:
+    """Fewer than k neighbours only where there are no more (invariant 2). What a row names of what is deleted counts
+    with what there was when it was written."""
+    if living is None or members is None:
         return
+    named = (rows.present & scene.deleted.of_chunks(rows.ids)).sum(axis=1)
     if scene.facts.exclude == "none":
-        excluded = own.indexed.astype(np.int64)
+        excluded = own.living.astype(np.int64)
     else:
         _, document, sizes = np.unique(own.document_ids, return_inverse=True, return_counts=True)
-        excluded = np.where(own.indexed, sizes[document], 0)
+        excluded = np.where(own.living, sizes[document], 0)
     if scene.facts.exclude == "cluster":
         clusters, place = np.unique(own.clusters, return_inverse=True)
         in_cluster = np.array([members.get(int(cluster), 0) for cluster in clusters], dtype=np.int64)
         excluded = np.where(own.clusters == NO_CLUSTER, excluded, in_cluster[place])
-    allowed = np.minimum(rows.ids.shape[1], indexed - excluded)
+    allowed = np.minimum(rows.ids.shape[1], living - excluded + named)
     least = allowed
     if scene.facts.unit == "block":  # of equal blocks one alone counts, and none of the query's own
         equal = scene.manifest.stages["chunk"].counts.get("duplicate_blocks", 0)
-        least = np.minimum(rows.ids.shape[1], np.maximum(0, indexed - excluded - equal))
+        least = np.minimum(rows.ids.shape[1], np.maximum(0, living - excluded + named - equal))
     scene.findings.refuse(
         shard.path,
         (rows.n_valid > allowed) | (rows.n_valid < least),

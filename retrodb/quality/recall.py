@@ -143,7 +143,9 @@ def nprobe_ladder(n_lists: int) -> list[int]:
     return [1 << power for power in range((n_lists - 1).bit_length())] + [n_lists]
 
 
-def choose_nprobe(recalls: Mapping[int, float | None], gate: float, key: str, requested: bool = False) -> int:
+def choose_nprobe(
+    recalls: Mapping[int, float | None], gate: float, key: str, requested: bool = False, made_by: str = "build"
+) -> int:
     """The cheapest nprobe whose measured recall reaches the gate; never one tuned by this machine's latency.
 
     Args:
@@ -151,19 +153,34 @@ def choose_nprobe(recalls: Mapping[int, float | None], gate: float, key: str, re
         gate: ``--min-recall``.
         key: the index key, for the message.
         requested: whether it follows from ``--index-key``, which no memory changes.
+        made_by: the command that searches.
 
     Raises:
-        RecallError: none reaches it; says the best one and what would.
+        RecallError: none reaches it; says the best one and what would (`recall_remedy`).
     """
     for nprobe in sorted(recalls):
         recall = recalls[nprobe]
         if recall is None or recall >= gate:
             return nprobe
     best = max(sorted(recalls), key=lambda nprobe: recalls[nprobe] or 0.0)
-    lists = re.search(r"IVF\d+", key)  # without a rotation, which may cut dimensions, and with all lists to be probed
-    exhaustive = f"{lists[0]},Flat" if lists and key != f"{lists[0]},Flat" else "Flat"
-    memory = "" if requested else "More --memory lets the index keep finer codes; "
     raise RecallError(
         f"recall@{RECALL_AT} of the index {key} is {recalls[best]:.4f} at best (nprobe {best}), below the gate of "
-        f"{gate:.4f}. {memory}--index-key {exhaustive!r} would reach it; or lower --min-recall."
+        f"{gate:.4f}. {recall_remedy(key, requested, made_by)}"
     )
+
+
+def recall_remedy(key: str, requested: bool, made_by: str) -> str:
+    """What to do about an index whose recall is below the gate, in words; the arguments are those of `choose_nprobe`.
+
+    The index key and the gate are settings of ``retrodb build`` alone: whatever else makes a version keeps them.
+    """
+    lists = re.search(r"IVF\d+", key)  # without a rotation, which may cut dimensions, and with all lists to be probed
+    exhaustive = f"{lists[0]},Flat" if lists and key != f"{lists[0]},Flat" else "Flat"
+    if made_by != "build":
+        return (
+            f"`retrodb {made_by}` keeps the index and the gate that the database was built with, and the current "
+            f"version is as it was: build another with `retrodb build --index-key {exhaustive!r}`, or with a lower "
+            "--min-recall."
+        )
+    memory = "" if requested else "More --memory lets the index keep finer codes; "
+    return f"{memory}--index-key {exhaustive!r} would reach it; or lower --min-recall."

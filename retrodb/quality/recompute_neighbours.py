@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 
+from retrodb.deletions import Deletions
 from retrodb.index.keys import EXACT_KEY
 from retrodb.manifest import Shard
 from retrodb.neighbours import (
@@ -107,9 +108,32 @@ class _SceneUids:
         return other.uids[other.rows(ids)]
 
 
+@dataclass(frozen=True)
+class _Unnamed:
+    """A hook: deleted chunks, but for those that the query's own row names.
+
+    Attributes:
+        deleted: what is deleted.
+        named: int64 [q, k], the rows; -1 where missing.
+    """
+
+    deleted: Deletions
+    named: np.ndarray
+
+    def __call__(self, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        unnamed = self.deleted.of_chunks(candidates)
+        unnamed[unnamed] = (self.named[rows[unnamed]] != candidates[unnamed, None]).all(axis=1)
+        return unnamed
+
+
 def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.ndarray, rows: NeighbourRows) -> None:
     """Rows are the k nearest of all chunks that may be neighbours: by distance, for equally near ones are as good. Or,
-    re-ranked, the k best of these."""
+    re-ranked, the k best of these.
+
+    What is deleted may be named by rows from before, and is then counted with what they were chosen from: nothing else
+    that is left may be nearer than the last they name. Re-ranked rows do not name all that they were chosen from, but
+    are written all at once: they were chosen from what was not deleted then.
+    """
     k, metric = scene.facts.searched or rows.ids.shape[1], scene.facts.metric
     reranked = scene.facts.rerank != "none"
     k += reranked  # one more, to see who is just outside
@@ -118,6 +142,8 @@ def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.nda
     uids = _SceneUids(scene) if scene.facts.unit == "block" else None
     if uids is not None:
         exclusion = exclusion.also(SameBlock(own.uids, np.ones(len(own.uids), dtype=bool), uids))
+    if not reranked and len(scene.deleted):
+        exclusion = exclusion.also(_Unnamed(scene.deleted, np.where(rows.present, rows.ids, -1)))
     asked = np.asarray(queries).astype(np.float32)
     kept = k if uids is None else _EQUAL_BLOCKS * k
     best = None
@@ -126,7 +152,7 @@ def _compare_with_all(scene: Scene, shard: Shard, own: ChunkIds, queries: np.nda
         if other is None or vectors is None:
             scene.findings.note("damaged shards: neighbours were not compared with all chunks")
             return
-        allowed = other.indexed
+        allowed = other.indexed & ~scene.passed_over.of_chunks(other.chunk_ids) if reranked else other.indexed
         some = vectors if allowed.all() else vectors[allowed]
         found = exact_top(asked, exclusion, other.chunk_ids[allowed], some, k=kept, metric=metric)
         best = found if best is None else merge_exact([best, found], kept, metric)

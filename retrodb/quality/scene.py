@@ -5,7 +5,7 @@ file gives one problem, and names itself and no other.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -154,6 +154,7 @@ class ChunkIds:
         validation: bool [n], whether the document is of the validation split.
         indexed: bool [n], whether it may be a neighbour: a training chunk that was not deleted before the index was
             made.
+        living: bool [n], the same, and not deleted since.
         clusters: int64 [n], `NO_CLUSTER` for a cluster of one.
         uids: int64 [n], what tells equal blocks; of chunks the ids themselves.
     """
@@ -162,6 +163,7 @@ class ChunkIds:
     document_ids: np.ndarray
     validation: np.ndarray
     indexed: np.ndarray
+    living: np.ndarray
     clusters: np.ndarray
     uids: np.ndarray
 
@@ -258,13 +260,27 @@ class Scene:
         uids = uid_keys(uid_matrix(table)) if blocks else chunk_ids
         held_out = validation[rows].astype(bool)
         indexed = ~held_out & ~self._left_out.of_documents(document_ids)
-        return ChunkIds(chunk_ids, document_ids, held_out, indexed, clusters_of(owners)[rows], uids)
+        living = indexed & ~self.deleted.of_documents(document_ids)
+        return ChunkIds(chunk_ids, document_ids, held_out, indexed, living, clusters_of(owners)[rows], uids)
 
     @cached_property
     def _left_out(self) -> Deletions:
         """What was deleted before the index was made."""
+        return self._named_by(self.manifest.left_out)
+
+    @cached_property
+    def passed_over(self) -> Deletions:
+        """What was deleted before neighbours were last written."""
+        return self._named_by(self.manifest.passed_over)
+
+    @cached_property
+    def deleted(self) -> Deletions:
+        """All that is deleted."""
+        return self._named_by(self.manifest.shards("deleted"))
+
+    def _named_by(self, shards: Sequence[Shard]) -> Deletions:
         trusted = set(self.shards("deleted"))
-        return Deletions.of_shards(self.storage, [shard for shard in self.manifest.left_out if shard in trusted])
+        return Deletions.of_shards(self.storage, [shard for shard in shards if shard in trusted])
 
     def _load_tokens(self, number: int) -> ChunkTokens:
         chunks = self.shard("chunks", number)
