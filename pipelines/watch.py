@@ -185,7 +185,6 @@ class Watch:
                 f"{staleness.seconds:.0f} s behind the newest export: more than --max-staleness"
             )
         self._warned = passed
-        hold(self.settings.folder, passed and self.settings.on_stale == "block")
         write_status(
             self.settings.folder,
             {
@@ -195,3 +194,5 @@ class Watch:
                 "stale": passed,
             },
         )
+        # After the status: a trainer that is held finds there why.
+        hold(self.settings.folder, passed and self.settings.on_stale == "block")
