@@ -169,8 +169,11 @@ def recall(database: Any, questions: Path, ks: tuple[int, ...], encoder: str | N
 
 
 def zero_shot(experiment: RealmExperiment, one: ZeroShot, corpora: Path, work: Path) -> dict[str, Any]:
-    """Recall of the package's own encoder on a corpus with questions, with an approximate index."""
-    options = {"until": "index", "index_key": one.index_key, "min_recall": 0}
+    """Recall of the package's own encoder on a corpus with questions, with an approximate index.
+
+    Built until its neighbours, by which it is settled how many lists are read: an index alone reads all of them.
+    """
+    options = {"until": "neighbours", "index_key": one.index_key}
     database = build_blocks(one.corpus, corpora, work, f"zero-shot-{one.name}", None, **options)
     questions = write_questions(one.questions, corpora, one.corpus, work, one.name)
     return recall(retrodb.open(str(database)), questions, experiment.zero_shot_ks)
