@@ -13,11 +13,15 @@ from retrodb.schemas import NULL_ID
 from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
 
 import retrodb as package
+from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.errors import InputError, MismatchError, UsageError
+from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
 from retrodb.quality.verify import verify_database
+from retrodb.refreshing.exports import hold
+from retrodb.storage import Storage
 
 SETTINGS = {"dimension": 16, "steps": 4, "cloze_steps": 3, "batch": 4, "export_every": 2, "log_every": 1, "seed": 1}
 
@@ -154,7 +158,7 @@ def test_a_part_that_does_not_learn_stays_bit_for_bit_and_the_other_learns(
     made = trainer(first, tmp_path, tiny_encoder, dimension=32, **{f"train_{part}": False})
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     for _ in range(2):
-        made._step()
+        made._step(made._followed.database)
     changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
     other = "reader" if part == "retriever" else "retriever"
     assert {name.split(".")[0] for name in changed} == {other}
@@ -168,11 +172,114 @@ def test_the_readers_gradient_however_large_takes_nothing_from_the_retrievers_st
     found = []
     for name, settings in (("both", {}), ("alone", {"train_reader": False})):
         made = trainer(first, tmp_path / name, tiny_encoder, dimension=32, clip=1e-3, **settings)
-        made._step()
+        made._step(made._followed.database)
         found.append(made)
     assert found[0].run.log[0]["gradient_norm"]["reader"] > 10 * found[0].run.log[0]["gradient_norm"]["retriever"]
     for one, other in zip(*(made.model.retriever.state_dict().values() for made in found), strict=True):
         assert torch.equal(one, other)
+
+
+# -- beside a refresher ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Interruptions):
+    """Ctrl-C is there as soon as somebody looks, or after so many looks."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.left = after
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        pass
+
+
+def refreshed(database: Path, encoder: Path, step: int | None = None) -> int:
+    """The version that the database has after a refresh by hand."""
+    from retrodb.pipelines.refresh import refresh
+
+    return refresh(Storage(str(database)), str(encoder), RunSettings(workers=1), Progress(), step).version
+
+
+def version_for(made: RealmTrainer) -> int | None:
+    """What a step would be trained on now; None where the trainer would wait."""
+    db = made._followed.newest(made.run.step, Interrupted())
+    return None if db is None else db.version
+
+
+def test_a_version_that_no_export_of_the_run_made_is_waited_out_however_alike_it_is(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    made = trainer(database, tmp_path, tiny_encoder, dimension=32)
+    made._save()
+    made._export()
+    assert version_for(made) is None, "the encoder of the build has the width of the retriever, and is not it"
+    assert version_for(made) is None
+    (said,) = made.progress.lines
+    assert re.search(rf"version 1 of .* is by .*no export of this run.*retrodb refresh {database} --watch", said)
+    assert refreshed(database, tmp_path / "exports" / "step-000000", 0) == 2
+    assert version_for(made) == 2
+    assert refreshed(database, make_tiny_encoder(tmp_path / "by-hand", seed=5)) == 3
+    assert version_for(made) is None
+    assert "version 3 of" in made.progress.lines[-1]
+    assert refreshed(database, tmp_path / "exports" / "step-000000") == 4, "without its step"
+    assert version_for(made) == 4
+
+
+def test_a_second_run_on_one_database_trains_on_its_own_versions(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    for number, seed in enumerate((1, 2)):
+        settings = {"dimension": 32, "seed": seed, "export_every": 4, "max_staleness": 3}
+        made = trainer(database, tmp_path / str(seed), tiny_encoder, **settings)
+        made._save()
+        made._export()
+        assert version_for(made) is None
+        assert refreshed(database, made.exports / "step-000000", 0) == 2 + 2 * number
+        made.train()
+        assert {entry["version"] for entry in made.run.log} == {2 + 2 * number}
+        assert refreshed(database, made.exports / "step-000004", 4) == 3 + 2 * number
+
+
+def test_while_the_refresher_asks_for_it_the_trainer_holds(database: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    made = trainer(database, tmp_path, tiny_encoder)
+    made._save()
+    made._export()
+    refreshed(database, tmp_path / "exports" / "step-000000", 0)
+    hold(str(made.exports), True)
+    assert version_for(made) is None
+    assert "exports/hold is there: the refresher asks for it" in made.progress.lines[-1]
+    hold(str(made.exports), False)
+    assert version_for(made) == 2
+
+
+def test_a_wait_is_said_once_and_ends_with_the_first_interruption_and_a_checkpoint(
+    database: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrodb.learning.following._POLL_SECONDS", 0.0)
+    made = trainer(database, tmp_path, tiny_encoder, steps=8, export_every=4, max_staleness=3)
+    made._save()
+    made._export()
+    refreshed(database, tmp_path / "exports" / "step-000000", 0)
+    monkeypatch.setattr("retrodb.learning.realm.Interruptions", lambda: Interrupted(after=12))
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.run.step == 4, "the fifth step needs a version that is not there"
+    (said,) = [line for line in made.progress.lines if "waiting" in line]
+    assert f"more than 3 steps behind: waiting for the next one: retrodb refresh {database} --watch" in said
+    assert trainer(database, tmp_path, tiny_encoder, steps=8, export_every=4, max_staleness=3).run.step == 4
+
+
+def test_a_staleness_that_no_export_can_keep_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--max-staleness 8 with --export-every 10: .* Give --max-staleness 9 or"):
+        RealmSettings.make({"export_every": 10, "max_staleness": 8})
+    RealmSettings.make({"export_every": 10, "max_staleness": 9})
+    RealmSettings.make({"export_every": 10, "steps": 5, "max_staleness": 4})
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
 from retrodb.errors import InputError, MismatchError, WorkerError
 from retrodb.formats import Committed
+from retrodb.learning.following import FollowedDatabase
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of, trimmed
@@ -49,8 +49,7 @@ from retrodb.model.checkpoint import (
 )
 from retrodb.model.realm import Realm, RealmConfig
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
-from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
-from retrodb.refreshing.exports import check_exports_folder
+from retrodb.refreshing import DONE_MARKER, StalenessLimit
 from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
@@ -58,7 +57,6 @@ from retrodb.storage import Storage
 CHECKPOINT: Final = "realm.json"
 _FORMAT: Final = "retrodb-realm"
 _PROGRAM: Final = "retrodb realm"
-_POLL_SECONDS: Final = 0.5
 
 
 class RealmSettings(BaseModel):
@@ -94,6 +92,13 @@ class RealmSettings(BaseModel):
             raise ValueError("neither the retriever nor the reader trains: nothing is left to learn")
         if not self.train_retriever and self.max_staleness is not None:
             raise ValueError("a retriever that does not learn is never stale: leave --max-staleness out")
+        reached = min(self.export_every, self.steps) - 1
+        if self.max_staleness is not None and self.max_staleness < reached:
+            raise ValueError(
+                f"--max-staleness {self.max_staleness} with --export-every {self.export_every}: the last step before "
+                f"an export is {reached} steps from the one before, so that the trainer would wait for ever for what "
+                f"it has not exported. Give --max-staleness {reached} or more, or a smaller --export-every"
+            )
         return self
 
     @staticmethod
@@ -130,13 +135,11 @@ class RealmTrainer:
 
     def __init__(self, database: str, out: str, exports: str, settings: RealmSettings, progress: Progress) -> None:
         self.settings, self.progress = settings, progress
-        check_exports_folder(exports)
-        self.exports = Path(exports)
         self.storage = Storage(out)
         self._encoder = resolve_encoder(settings.start)
-        limit = StalenessLimit(settings.max_staleness)
-        self._follower = Follower(database, limit, "block")
-        first = self._follower.database
+        self._followed = FollowedDatabase(database, exports, StalenessLimit(settings.max_staleness), progress)
+        self.exports = self._followed.exports
+        first = self._followed.database
         first.storage.refuse_inside(self.storage.url)
         next(iter(first.queries(batch=1)), None)  # refuses a database without masked queries
         first.candidates(np.zeros((0, first.encoder_identity.dimension), np.float32))  # and one of chunks
@@ -167,11 +170,11 @@ class RealmTrainer:
                 self._save()
             if self.run.step % self.settings.export_every == 0:
                 self._export()  # where it was killed between the two, this is what it had not come to
-            self._await_first_version(interruptions)
             self.progress.begin("train", self.settings.steps, self.run.step, "steps")
             while self.run.step < self.settings.steps:
-                self._step()
-                self.progress.advance(self.run.step)
+                if (db := self._followed.newest(self.run.step, interruptions)) is not None:
+                    self._step(db)
+                    self.progress.advance(self.run.step)
                 finished = self.run.step == self.settings.steps
                 if self.run.step % self.settings.export_every == 0 or finished or interruptions.asked:
                     self._save()
@@ -186,7 +189,7 @@ class RealmTrainer:
         """The Inverse Cloze Task: a retriever that knows nothing gets no gradient worth having (section 3.4)."""
         settings = self.settings
         ends = _sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
-        batches = cloze_batches(self._follower.database, settings.cloze_batch, settings.seed, ends)
+        batches = cloze_batches(self._followed.database, settings.cloze_batch, settings.seed, ends)
         self.progress.begin("cloze", settings.cloze_steps, 0, "steps")
         accuracy = 0.0
         for step in range(settings.cloze_steps):
@@ -207,23 +210,9 @@ class RealmTrainer:
         )
         self._optimiser.state.clear()
 
-    def _await_first_version(self, interruptions: Interruptions) -> None:
-        """Until a version by an export of this run is published: vectors of another width cannot be searched."""
-        told = False
-        while (db := self._follower.at(0)).encoder_identity.dimension != self.settings.dimension:
-            if not told:
-                self.progress.note(
-                    f"waiting for a version by this retriever: retrodb refresh {db.storage.url} --watch {self.exports}"
-                )
-                told = True
-            time.sleep(_POLL_SECONDS)
-            if interruptions.asked:
-                raise KeyboardInterrupt
-
-    def _step(self) -> None:
+    def _step(self, db: Database) -> None:
         settings, model = self.settings, self.model
         begun = time.monotonic()
-        db = self._follower.at(self.run.step)
         queries = self._next_queries(db)
         rate = self._set_rate(self.run.step, settings.steps)
         with torch.no_grad():
@@ -258,7 +247,7 @@ class RealmTrainer:
             entry = {
                 "step": self.run.step,
                 "version": db.version,
-                "staleness": self._follower.staleness(self.run.step).as_json(),
+                "staleness": self._followed.staleness(self.run.step).as_json(),
                 "loss": float(loss.detach()),
                 "learning_rate": rate,
                 "gradient_norm": norms,
