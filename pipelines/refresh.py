@@ -17,9 +17,8 @@ from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import make_runner
 from retrodb.pipelines.stages import STAGE_TABLES
 
-from retrodb.chunking import OWN_TOKENIZER
+from retrodb.chunking import refuse_other_tokenizer
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.errors import MismatchError
 from retrodb.manifest import (
     MANIFEST_NAME,
     STAGES,
@@ -61,6 +60,7 @@ def refresh(
 
     Raises:
         InputError: there is no finished database, or the encoder does not exist or does not fit it.
+        MismatchError: it has another tokenizer than the one of the encoder that cut the chunks.
         DamagedError: a shard of the text is damaged.
         LockedError: another process is building it.
         RecallError: the new index stays below the recall gate; the current version stays.
@@ -77,7 +77,9 @@ def refresh(
         if _is_same(current, ingredients):
             progress.note(f"version {current.version.id} has this encoder already: nothing to do")
             return RefreshOutcome(current, (), {})
-        _refuse_other_tokenizer(current, config, ingredients)
+        if ingredients.tokenizer is not None:
+            recorded_tokenizer, found = current.fingerprints["tokenizer"], ingredients.tokenizer.fingerprint
+            refuse_other_tokenizer(recorded_tokenizer, found, repr(config.encoder), "Build another database for it.")
         refuse_damaged(out, current, [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]])
         view = VersionStorage(out.url, next_version(current))
         start = _text_alone(current, view.version, step)
@@ -93,22 +95,6 @@ def refresh(
 
 def _is_same(current: Manifest, ingredients: Ingredients) -> bool:
     return ingredients.settled_encoder(current).fingerprint == current.fingerprints["encoder"]["fingerprint"]
-
-
-def _refuse_other_tokenizer(current: Manifest, config: BuildConfig, ingredients: Ingredients) -> None:
-    """Chunks that the encoder's own tokenizer cut are read by it as they are.
-
-    Raises:
-        MismatchError: the new encoder has another one.
-    """
-    if config.tokenizer != OWN_TOKENIZER or ingredients.tokenizer is None:
-        return
-    recorded, found = current.fingerprints["tokenizer"]["fingerprint"], ingredients.tokenizer.fingerprint
-    if recorded != found:
-        raise MismatchError(
-            f"the chunks were cut by their encoder's own tokenizer ({recorded[:16]}); {config.encoder!r} has another "
-            f"({found[:16]}). Build another database for it."
-        )
 
 
 def _text_alone(current: Manifest, number: int, step: int | None) -> Manifest:

@@ -1,20 +1,24 @@
 """REALM's pre-training: a trainer and a refresher that share a database, and what a step is made of."""
 
 import json
+import math
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from retrodb.schemas import NULL_ID
 from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
+from transformers import BertConfig, BertModel
 
 import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.database import Database
 from retrodb.errors import InputError, MismatchError, UsageError
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
@@ -275,6 +279,78 @@ def test_a_wait_is_said_once_and_ends_with_the_first_interruption_and_a_checkpoi
     assert trainer(database, tmp_path, tiny_encoder, steps=8, export_every=4, max_staleness=3).run.step == 4
 
 
+def test_exports_of_another_run_are_refused_and_those_of_its_own_go_on(
+    first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    settings = {"dimension": 32, "steps": 3}
+    made = trainer(first, tmp_path, tiny_encoder, **settings)
+    made._save()
+    made._export()
+    (made.exports / "done").touch()
+    with pytest.raises(MismatchError, match=r"exports holds step-000000, done of another run: this run begins.*Name"):
+        RealmTrainer(str(first), str(tmp_path / "other"), str(made.exports), made.settings, Progress())
+    assert trainer(first, tmp_path, tiny_encoder, **settings).run.step == 0, "its own"
+    shutil.copytree(made.exports / "step-000000", made.exports / "step-000002")
+    with pytest.raises(MismatchError, match=r"holds step-000002 of another run: this run's checkpoint is of step 0"):
+        trainer(first, tmp_path, tiny_encoder, **settings)
+    shutil.rmtree(made.exports)
+    other = trainer(first, tmp_path / "2", tiny_encoder, **settings, seed=2)
+    other.model.export(made.exports / "step-000000", other._encoder)
+    with pytest.raises(MismatchError, match="holds step-000000 of another run"):
+        trainer(first, tmp_path, tiny_encoder, **settings)
+
+
+def test_a_run_that_goes_on_takes_its_done_away_and_exports_what_its_last_checkpoint_had_not_come_to(
+    first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"dimension": 32, "steps": 3}  # of which the last is no multiple of --export-every
+    monkeypatch.setattr("retrodb.learning.realm.Interruptions", Interrupted)
+    made = trainer(first, tmp_path, tiny_encoder, **settings)
+    made._save()
+    made._export()
+    (made.exports / "done").touch()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(first, tmp_path, tiny_encoder, **settings).train()
+    assert not (made.exports / "done").exists()
+    for _ in range(3):
+        made._step(made._followed.database)
+    made._save()  # and killed
+    trainer(first, tmp_path, tiny_encoder, **settings).train()
+    assert sorted(path.name for path in made.exports.iterdir()) == ["done", "step-000000", "step-000003"]
+
+
+def test_the_log_has_null_where_no_query_has_a_candidate_and_leaves_out_those_that_have_none(
+    first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32)
+    db = made._followed.database
+    whole = db.candidates
+
+    def without(rows: slice) -> None:
+        def found(*args: Any, **kwargs: Any) -> Any:
+            batch = whole(*args, **kwargs)
+            batch.ids[rows, 1:] = -1
+            batch.n_valid[rows] = 0
+            return batch
+
+        monkeypatch.setattr(db, "candidates", found)
+
+    without(slice(None))
+    made._step(db)
+    assert (made.run.log[-1]["utility"], made.run.log[-1]["best_utility"]) == (None, None)
+    json.dumps(made.run.log, allow_nan=False)
+    without(slice(1, None))
+    made._step(db)
+    assert -100 < made.run.log[-1]["utility"] <= made.run.log[-1]["best_utility"]
+
+
+def test_a_short_warm_start_says_how_good_it_is(first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("retrodb.learning.realm.cloze_accuracy", lambda queries, blocks: 0.5)
+    made = trainer(first, tmp_path, tiny_encoder)
+    made._warm_up(Interrupted(after=99))
+    assert made.progress.lines[-1] == "3 steps, the own block first in 50% of the last"
+
+
 def test_a_staleness_that_no_export_can_keep_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--max-staleness 8 with --export-every 10: .* Give --max-staleness 9 or"):
         RealmSettings.make({"export_every": 10, "max_staleness": 8})
@@ -356,7 +432,7 @@ def test_the_commands_of_the_guide_run(
 
 
 def test_what_cannot_be_trained_on_is_refused_in_words(
-    first: Path, built: Path, tiny_encoder: Path, tmp_path: Path
+    first: Path, built: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="no masked queries yet"):
         trainer(built, tmp_path, tiny_encoder)
@@ -368,6 +444,24 @@ def test_what_cannot_be_trained_on_is_refused_in_words(
         RealmSettings.make({"train_retriever": False, "max_staleness": 3})
     with pytest.raises(UsageError, match="--exclude"):
         RealmSettings.make({"exclude": "everything"})
+    with pytest.raises(UsageError, match="--learning-rate inf"):
+        RealmSettings.make({"learning_rate": math.inf})
+    foreign = make_tiny_encoder(tmp_path / "foreign")
+    tokenizer = foreign / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8").replace("##ing", "##gni"), encoding="utf-8")
+    with pytest.raises(MismatchError, match=r"own tokenizer .*; --start .*foreign' has another .*Start from a BERT of"):
+        trainer(first, tmp_path, tiny_encoder, start=str(foreign))
+    short = tmp_path / "short"
+    shutil.copytree(tiny_encoder, short)
+    BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128)
+    ).save_pretrained(short)
+    with pytest.raises(InputError, match="up to 64 wordpieces and a question 96: the reader takes 128 together"):
+        trainer(first, tmp_path, tiny_encoder, start=str(short))
+    monkeypatch.setattr(Database, "metric", "l2")
+    with pytest.raises(MismatchError, match="compares by l2: a retriever learns inner products"):
+        trainer(first, tmp_path, tiny_encoder)
+    monkeypatch.undo()
     made = trainer(first, tmp_path, tiny_encoder)
     made._save()
     trainer(first, tmp_path, tiny_encoder)

@@ -11,10 +11,11 @@ from typing import Final
 
 from retrodb.database import Database
 from retrodb.encoding import EncoderFiles, identify
-from retrodb.errors import InputError
+from retrodb.errors import InputError, MismatchError
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.run import Progress
-from retrodb.refreshing import HOLD_MARKER, Export, Follower, Staleness, StalenessLimit, list_exports
+from retrodb.model.realm import Realm
+from retrodb.refreshing import DONE_MARKER, HOLD_MARKER, Export, Follower, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder
 from retrodb.sizes import count_of
 
@@ -41,6 +42,38 @@ class FollowedDatabase:
         self._follower = Follower(url)  # without a limit it never waits: what is waited for is decided here, all of it
         self._own: tuple[int, bool] | None = None
         self._said: set[str] = set()
+
+    def refuse_exports_of_others(self, step: int | None, model: Realm) -> None:
+        """Refuse a folder in which another run has left something: the refresher would publish that as this run's.
+
+        A run that begins finds the folder empty. One that goes on has saved each step before it exported it, so that
+        nothing there is of a later step, and what is of the very step holds the weights of the checkpoint.
+
+        Args:
+            step: of the run's checkpoint; None where the run begins.
+            model: as the checkpoint has it.
+
+        Raises:
+            MismatchError: names what is there.
+        """
+        there = list_exports(str(self.exports))
+        if step is None:
+            foreign = [Path(export.path).name for export in there]
+            if (self.exports / DONE_MARKER).exists():
+                foreign.append(DONE_MARKER)
+            this = "this run begins"
+        else:
+            foreign = [
+                Path(export.path).name
+                for export in there
+                if export.step > step or (export.step == step and not model.is_exported_as(Path(export.path)))
+            ]
+            this = f"this run's checkpoint is of step {step:,}"
+        if foreign:
+            raise MismatchError(
+                f"{self.exports} holds {', '.join(foreign[:3])}{', ..' if len(foreign) > 3 else ''} of another run: "
+                f"{this}. Name another --exports, or the --out of that run to go on with it."
+            )
 
     @property
     def database(self) -> Database:
