@@ -18,7 +18,7 @@ from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import make_runner
 from retrodb.pipelines.stages import STAGE_TABLES
 
-from retrodb.chunking import OWN_TOKENIZER
+from retrodb.chunking import refuse_other_tokenizer
 from retrodb.config import BuildConfig, RunSettings
 from retrodb.errors import EncoderError, InputError
 from retrodb.manifest import (
@@ -80,7 +80,10 @@ def refresh(
             ingredients = resolve(config, run)
         if _is_same(current, ingredients):
             return RefreshOutcome(_found_at(out, current, config.encoder, ingredients, progress), (), {})
-        _refuse_other_tokenizer(current, config, ingredients)
+        if ingredients.tokenizer is not None:
+            cut_by, found = current.fingerprints["tokenizer"], ingredients.tokenizer.fingerprint
+            with _for_the_encoders_sake():
+                refuse_other_tokenizer(cut_by, found, repr(config.encoder), "Build another database for it.")
         refuse_damaged(out, current, [table for stage in TEXT_STAGES for table in STAGE_TABLES[stage]])
         view = VersionStorage(out.url, next_version(current))
         start = _text_alone(current, view.version, step)
@@ -130,22 +133,6 @@ def _found_at(out: Storage, current: Manifest, place: str, ingredients: Ingredie
     found.save(out, current)
     progress.note(f"version {current.version.id} has this encoder already: found at {place} from now on")
     return found
-
-
-def _refuse_other_tokenizer(current: Manifest, config: BuildConfig, ingredients: Ingredients) -> None:
-    """Chunks that the encoder's own tokenizer cut are read by it as they are.
-
-    Raises:
-        EncoderError: the new encoder has another one.
-    """
-    if config.tokenizer != OWN_TOKENIZER or ingredients.tokenizer is None:
-        return
-    recorded, found = current.fingerprints["tokenizer"]["fingerprint"], ingredients.tokenizer.fingerprint
-    if recorded != found:
-        raise EncoderError(
-            f"the chunks were cut by their encoder's own tokenizer ({recorded[:16]}); {config.encoder!r} has another "
-            f"({found[:16]}). Build another database for it."
-        )
 
 
 def _text_alone(current: Manifest, number: int, step: int | None) -> Manifest:

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from retrodb.pipelines.living import delete
 from support import Progress, build_here, make_tiny_encoder, retrodb, stamps, write_jsonl
 
 import retrodb as package
+from retrodb.corpus.selection import Selection
 from retrodb.encoding import identify, resolve_encoder
 from retrodb.encoding.encoder import Encoder
 from retrodb.errors import DamagedError, InputError, MismatchError, UsageError
@@ -22,6 +25,7 @@ from retrodb.learning.realm import RealmSettings, RealmTrainer
 from retrodb.model.realm import Realm, Texts
 from retrodb.model.realm.query import QueryEncoder
 from retrodb.model.realm.span_reader import LONGEST_ANSWER, matches
+from retrodb.storage import Storage
 
 PLACES = ("Ankara", "Bogota", "Cairo", "Dakar", "Evora", "Fez")
 OLD = ("Anna Berg", "Boris Kahn", "Clara Diaz", "David Roth", "Emma Lund", "Felix Moor")
@@ -210,7 +214,23 @@ def test_questions_without_an_answer_in_reach_teach_nothing_and_break_nothing(
     first = weights(made.model)
     made.train()
     assert [entry["loss"] for entry in made.log] == [0.0] * 4
+    assert made.progress.lines[-1] == "4 steps, nothing was learnt: no answer stood in the 20 blocks of its question"
     assert all(torch.equal(value, first[name]) for name, value in made.model.state_dict().items())
+
+
+def test_where_nothing_can_be_retrieved_answers_are_empty(
+    databases: dict[str, Path], asked: Path, tmp_path: Path
+) -> None:
+    trainer(databases["old"], asked, tmp_path / "qa", steps=1).train()
+    shutil.copytree(databases["old"], tmp_path / "db")
+    delete(Storage(str(tmp_path / "db")), Selection(keys=PLACES), Progress())
+    db = package.open(str(tmp_path / "db"))
+    under_way = Answering(db, FineTuned(str(tmp_path / "qa")), QuestionSet(str(asked)), Progress())
+    for one in under_way.predictions():
+        assert (one.answer, one.chunk_id, one.key, one.log_probability) == ("", None, None, None)
+        assert not any(one.exact.values())
+        assert not any(one.retrieved.values())
+    assert under_way.result.exact["answers old"].value == 0.0
 
 
 # -- what outlives a process -------------------------------------------------------------------------------------------
@@ -375,6 +395,16 @@ def test_what_cannot_be_learnt_from_is_refused_in_words(
         trainer(tmp_path / "chunks", asked, out)
     with pytest.raises(InputError, match="lies inside the database"):
         trainer(databases["old"], asked, databases["old"] / "qa")
+    foreign = make_tiny_encoder(tmp_path / "foreign")
+    tokenizer = foreign / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8").replace("##ing", "##gni"), encoding="utf-8")
+    with pytest.raises(MismatchError, match=r"--start .*foreign' has another .*The reader could not read them"):
+        trainer(databases["old"], asked, out, start=str(foreign))
+    write_jsonl(tmp_path / "ckpt" / "realm.json", [{"format": "retrodb-realm", "tokenizer": "0" * 64}])
+    with pytest.raises(MismatchError, match=r"--start .*ckpt' has another \(0000000000000000\)"):
+        trainer(databases["old"], asked, out, start=str(tmp_path / "ckpt"))
+    with pytest.raises(UsageError, match="--clip inf"):
+        OpenQaSettings.make({"clip": math.inf})
     with pytest.raises(UsageError, match="--blocks 0"):
         OpenQaSettings.make({"blocks": 0})
     assert not out.exists()

@@ -1,23 +1,31 @@
 """REALM's pre-training: a trainer and a refresher that share a database, and what a step is made of."""
 
 import json
+import math
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from retrodb.schemas import NULL_ID
 from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
+from transformers import BertConfig, BertModel
 
 import retrodb as package
+from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
+from retrodb.database import Database
 from retrodb.errors import InputError, MismatchError, UsageError
+from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
 from retrodb.quality.verify import verify_database
+from retrodb.refreshing.exports import hold
+from retrodb.storage import Storage
 
 SETTINGS = {"dimension": 16, "steps": 4, "cloze_steps": 3, "batch": 4, "export_every": 2, "log_every": 1, "seed": 1}
 
@@ -154,7 +162,7 @@ def test_a_part_that_does_not_learn_stays_bit_for_bit_and_the_other_learns(
     made = trainer(first, tmp_path, tiny_encoder, dimension=32, **{f"train_{part}": False})
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     for _ in range(2):
-        made._step()
+        made._step(made._followed.database)
     changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
     other = "reader" if part == "retriever" else "retriever"
     assert {name.split(".")[0] for name in changed} == {other}
@@ -168,11 +176,186 @@ def test_the_readers_gradient_however_large_takes_nothing_from_the_retrievers_st
     found = []
     for name, settings in (("both", {}), ("alone", {"train_reader": False})):
         made = trainer(first, tmp_path / name, tiny_encoder, dimension=32, clip=1e-3, **settings)
-        made._step()
+        made._step(made._followed.database)
         found.append(made)
     assert found[0].run.log[0]["gradient_norm"]["reader"] > 10 * found[0].run.log[0]["gradient_norm"]["retriever"]
     for one, other in zip(*(made.model.retriever.state_dict().values() for made in found), strict=True):
         assert torch.equal(one, other)
+
+
+# -- beside a refresher ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Interruptions):
+    """Ctrl-C is there as soon as somebody looks, or after so many looks."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.left = after
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        pass
+
+
+def refreshed(database: Path, encoder: Path, step: int | None = None) -> int:
+    """The version that the database has after a refresh by hand."""
+    from retrodb.pipelines.refresh import refresh
+
+    return refresh(Storage(str(database)), str(encoder), RunSettings(workers=1), Progress(), step).version
+
+
+def version_for(made: RealmTrainer) -> int | None:
+    """What a step would be trained on now; None where the trainer would wait."""
+    db = made._followed.newest(made.run.step, Interrupted())
+    return None if db is None else db.version
+
+
+def test_a_version_that_no_export_of_the_run_made_is_waited_out_however_alike_it_is(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    made = trainer(database, tmp_path, tiny_encoder, dimension=32)
+    made._save()
+    made._export()
+    assert version_for(made) is None, "the encoder of the build has the width of the retriever, and is not it"
+    assert version_for(made) is None
+    (said,) = made.progress.lines
+    assert re.search(rf"version 1 of .* is by .*no export of this run.*retrodb refresh {database} --watch", said)
+    assert refreshed(database, tmp_path / "exports" / "step-000000", 0) == 2
+    assert version_for(made) == 2
+    assert refreshed(database, make_tiny_encoder(tmp_path / "by-hand", seed=5)) == 3
+    assert version_for(made) is None
+    assert "version 3 of" in made.progress.lines[-1]
+    assert refreshed(database, tmp_path / "exports" / "step-000000") == 4, "without its step"
+    assert version_for(made) == 4
+
+
+def test_a_second_run_on_one_database_trains_on_its_own_versions(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    for number, seed in enumerate((1, 2)):
+        settings = {"dimension": 32, "seed": seed, "export_every": 4, "max_staleness": 3}
+        made = trainer(database, tmp_path / str(seed), tiny_encoder, **settings)
+        made._save()
+        made._export()
+        assert version_for(made) is None
+        assert refreshed(database, made.exports / "step-000000", 0) == 2 + 2 * number
+        made.train()
+        assert {entry["version"] for entry in made.run.log} == {2 + 2 * number}
+        assert refreshed(database, made.exports / "step-000004", 4) == 3 + 2 * number
+
+
+def test_while_the_refresher_asks_for_it_the_trainer_holds(database: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    made = trainer(database, tmp_path, tiny_encoder)
+    made._save()
+    made._export()
+    refreshed(database, tmp_path / "exports" / "step-000000", 0)
+    hold(str(made.exports), True)
+    assert version_for(made) is None
+    assert "exports/hold is there: the refresher asks for it" in made.progress.lines[-1]
+    hold(str(made.exports), False)
+    assert version_for(made) == 2
+
+
+def test_a_wait_is_said_once_and_ends_with_the_first_interruption_and_a_checkpoint(
+    database: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrodb.learning.following._POLL_SECONDS", 0.0)
+    made = trainer(database, tmp_path, tiny_encoder, steps=8, export_every=4, max_staleness=3)
+    made._save()
+    made._export()
+    refreshed(database, tmp_path / "exports" / "step-000000", 0)
+    monkeypatch.setattr("retrodb.learning.realm.Interruptions", lambda: Interrupted(after=12))
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.run.step == 4, "the fifth step needs a version that is not there"
+    (said,) = [line for line in made.progress.lines if "waiting" in line]
+    assert f"more than 3 steps behind: waiting for the next one: retrodb refresh {database} --watch" in said
+    assert trainer(database, tmp_path, tiny_encoder, steps=8, export_every=4, max_staleness=3).run.step == 4
+
+
+def test_exports_of_another_run_are_refused_and_those_of_its_own_go_on(
+    first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    settings = {"dimension": 32, "steps": 3}
+    made = trainer(first, tmp_path, tiny_encoder, **settings)
+    made._save()
+    made._export()
+    (made.exports / "done").touch()
+    with pytest.raises(MismatchError, match=r"exports holds step-000000, done of another run: this run begins.*Name"):
+        RealmTrainer(str(first), str(tmp_path / "other"), str(made.exports), made.settings, Progress())
+    assert trainer(first, tmp_path, tiny_encoder, **settings).run.step == 0, "its own"
+    shutil.copytree(made.exports / "step-000000", made.exports / "step-000002")
+    with pytest.raises(MismatchError, match=r"holds step-000002 of another run: this run's checkpoint is of step 0"):
+        trainer(first, tmp_path, tiny_encoder, **settings)
+    shutil.rmtree(made.exports)
+    other = trainer(first, tmp_path / "2", tiny_encoder, **settings, seed=2)
+    other.model.export(made.exports / "step-000000", other._encoder)
+    with pytest.raises(MismatchError, match="holds step-000000 of another run"):
+        trainer(first, tmp_path, tiny_encoder, **settings)
+
+
+def test_a_run_that_goes_on_takes_its_done_away_and_exports_what_its_last_checkpoint_had_not_come_to(
+    first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"dimension": 32, "steps": 3}  # of which the last is no multiple of --export-every
+    monkeypatch.setattr("retrodb.learning.realm.Interruptions", Interrupted)
+    made = trainer(first, tmp_path, tiny_encoder, **settings)
+    made._save()
+    made._export()
+    (made.exports / "done").touch()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(first, tmp_path, tiny_encoder, **settings).train()
+    assert not (made.exports / "done").exists()
+    for _ in range(3):
+        made._step(made._followed.database)
+    made._save()  # and killed
+    trainer(first, tmp_path, tiny_encoder, **settings).train()
+    assert sorted(path.name for path in made.exports.iterdir()) == ["done", "step-000000", "step-000003"]
+
+
+def test_the_log_has_null_where_no_query_has_a_candidate_and_leaves_out_those_that_have_none(
+    first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32)
+    db = made._followed.database
+    whole = db.candidates
+
+    def without(rows: slice) -> None:
+        def found(*args: Any, **kwargs: Any) -> Any:
+            batch = whole(*args, **kwargs)
+            batch.ids[rows, 1:] = -1
+            batch.n_valid[rows] = 0
+            return batch
+
+        monkeypatch.setattr(db, "candidates", found)
+
+    without(slice(None))
+    made._step(db)
+    assert (made.run.log[-1]["utility"], made.run.log[-1]["best_utility"]) == (None, None)
+    json.dumps(made.run.log, allow_nan=False)
+    without(slice(1, None))
+    made._step(db)
+    assert -100 < made.run.log[-1]["utility"] <= made.run.log[-1]["best_utility"]
+
+
+def test_a_short_warm_start_says_how_good_it_is(first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("retrodb.learning.realm.cloze_accuracy", lambda queries, blocks: 0.5)
+    made = trainer(first, tmp_path, tiny_encoder)
+    made._warm_up(Interrupted(after=99))
+    assert made.progress.lines[-1] == "3 steps, the own block first in 50% of the last"
+
+
+def test_a_staleness_that_no_export_can_keep_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--max-staleness 8 with --export-every 10: .* Give --max-staleness 9 or"):
+        RealmSettings.make({"export_every": 10, "max_staleness": 8})
+    RealmSettings.make({"export_every": 10, "max_staleness": 9})
+    RealmSettings.make({"export_every": 10, "steps": 5, "max_staleness": 4})
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -249,7 +432,7 @@ def test_the_commands_of_the_guide_run(
 
 
 def test_what_cannot_be_trained_on_is_refused_in_words(
-    first: Path, built: Path, tiny_encoder: Path, tmp_path: Path
+    first: Path, built: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="no masked queries yet"):
         trainer(built, tmp_path, tiny_encoder)
@@ -261,6 +444,24 @@ def test_what_cannot_be_trained_on_is_refused_in_words(
         RealmSettings.make({"train_retriever": False, "max_staleness": 3})
     with pytest.raises(UsageError, match="--exclude"):
         RealmSettings.make({"exclude": "everything"})
+    with pytest.raises(UsageError, match="--learning-rate inf"):
+        RealmSettings.make({"learning_rate": math.inf})
+    foreign = make_tiny_encoder(tmp_path / "foreign")
+    tokenizer = foreign / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8").replace("##ing", "##gni"), encoding="utf-8")
+    with pytest.raises(MismatchError, match=r"own tokenizer .*; --start .*foreign' has another .*Start from a BERT of"):
+        trainer(first, tmp_path, tiny_encoder, start=str(foreign))
+    short = tmp_path / "short"
+    shutil.copytree(tiny_encoder, short)
+    BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128)
+    ).save_pretrained(short)
+    with pytest.raises(InputError, match="up to 64 wordpieces and a question 96: the reader takes 128 together"):
+        trainer(first, tmp_path, tiny_encoder, start=str(short))
+    monkeypatch.setattr(Database, "metric", "l2")
+    with pytest.raises(MismatchError, match="compares by l2: a retriever learns inner products"):
+        trainer(first, tmp_path, tiny_encoder)
+    monkeypatch.undo()
     made = trainer(first, tmp_path, tiny_encoder)
     made._save()
     trainer(first, tmp_path, tiny_encoder)

@@ -41,10 +41,11 @@ def compare(parts: Sequence[Part], condition: str, reference: str, value: Callab
 
 
 def third(name: str, at: int) -> Callable[[Part], float]:
-    """The mean of a logged quantity over the first (0), second or last (2) third of a run's steps."""
+    """The mean of a logged quantity over the first (0), second or last (2) third of a run's steps that have it."""
 
     def value(part: Part) -> float:
-        return float(np.mean([entry[name] for entry in np.array_split(np.array(part["log"], dtype=object), 3)[at]]))
+        entries = np.array_split(np.array(part["log"], dtype=object), 3)[at]
+        return float(np.mean([entry[name] for entry in entries if entry[name] is not None]))
 
     return value
 

@@ -74,10 +74,10 @@ def pretrain(
     return found
 
 
-def _compact(entry: dict[str, Any]) -> dict[str, float]:
+def _compact(entry: dict[str, Any]) -> dict[str, float | None]:
     names = ("step", "loss", "null_prior", "utility", "best_utility", "answer_in_candidates", "seconds")
     return {
-        **{name: round(entry[name], 6) for name in names},
+        **{name: None if entry[name] is None else round(entry[name], 6) for name in names},
         "retriever_gradient": round(entry["gradient_norm"]["retriever"], 6),
         "reader_gradient": round(entry["gradient_norm"]["reader"], 6),
         "staleness": entry["staleness"]["steps"],

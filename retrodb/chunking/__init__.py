@@ -7,7 +7,13 @@ a character. `chunks` cuts one shard's documents into rows of the ``chunks`` tab
 """
 
 from retrodb.chunking.chunks import chunk_documents, token_type_for
-from retrodb.chunking.tokenizer import DEFAULT_TOKENIZER, OWN_TOKENIZER, ChunkTokenizer, load_tokenizer
+from retrodb.chunking.tokenizer import (
+    DEFAULT_TOKENIZER,
+    OWN_TOKENIZER,
+    ChunkTokenizer,
+    load_tokenizer,
+    refuse_other_tokenizer,
+)
 
 __all__ = [
     "DEFAULT_TOKENIZER",
@@ -15,5 +21,6 @@ __all__ = [
     "ChunkTokenizer",
     "chunk_documents",
     "load_tokenizer",
+    "refuse_other_tokenizer",
     "token_type_for",
 ]

@@ -8,7 +8,7 @@ Tokenizers never add special tokens here, and never read them out of the text: `
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -337,6 +337,26 @@ def load_tokenizer(spec: str) -> ChunkTokenizer:
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     return tokenizer_from_json(path.read_bytes(), spec)
+
+
+def refuse_other_tokenizer(recorded: Mapping[str, Any], found: str, what: str, remedy: str) -> None:
+    """Refuse token ids to a model of another tokenizer, where they are the encoder's own and are read as they are.
+
+    Args:
+        recorded: the fingerprints of a database's tokenizer, as its manifest has them.
+        found: the fingerprint of the model's.
+        what: the model, as a message begins with it.
+        remedy: what to do, as a message ends with it.
+
+    Raises:
+        MismatchError: names both fingerprints.
+    """
+    own = recorded["fingerprint"]
+    if recorded["name"] == OWN_TOKENIZER and own != found:
+        raise MismatchError(
+            f"the chunks were cut by their encoder's own tokenizer ({own[:16]}); {what} has another ({found[:16]}). "
+            f"{remedy}"
+        )
 
 
 def _from_hub(spec: str) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from retrodb.chunking import refuse_other_tokenizer
 from retrodb.database import Database
 from retrodb.encoding import EncoderFiles, resolve_encoder
 from retrodb.errors import InputError, MismatchError, WorkerError
@@ -41,7 +42,7 @@ from retrodb.model.checkpoint import (
     write_step,
 )
 from retrodb.model.realm import RealmConfig
-from retrodb.model.realm.bert import bert_card, load_bert, special_tokens
+from retrodb.model.realm.bert import bert_card, load_bert, special_tokens, tokenizer_fingerprint
 from retrodb.model.realm.open_qa import OpenQa, OpenQaConfig
 from retrodb.model.realm.query import QueryEncoder
 from retrodb.model.realm.span_reader import matches
@@ -70,7 +71,7 @@ class OpenQaSettings(BaseModel):
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     save_every: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     log_every: int = Field(default=10, ge=1)
@@ -136,7 +137,10 @@ class OpenQaTrainer:
         """The reader from its start; the query side is the database's own encoder, whatever the start is."""
         start = self.settings.start
         query = QueryEncoder.start(files, self.db.encoder_identity)
-        if start is not None and Storage(start).read_json(REALM_CHECKPOINT) is not None:
+        checkpoint = None if start is None else Storage(start).read_json(REALM_CHECKPOINT)
+        if start is not None and checkpoint is not None:
+            if "tokenizer" in checkpoint:  # earlier versions did not record it
+                self._refuse_other_tokenizer(str(checkpoint["tokenizer"]))
             realm = load_realm(start)
             own = realm.retriever.projection.weight
             theirs = query.state_dict().get("projection.weight")
@@ -147,10 +151,20 @@ class OpenQaTrainer:
                 )
             return self._joined(query, realm.reader.bert, realm.config)
         own_start = files if start is None else resolve_encoder(start)
+        if own_start is not files:
+            self._refuse_other_tokenizer(tokenizer_fingerprint(own_start))
         dimension = self.db.encoder_identity.dimension
         special = special_tokens(own_start)
         config = RealmConfig(bert=bert_card(own_start), dimension=dimension, pooling="cls", **special)
         return self._joined(query, load_bert(own_start), config)
+
+    def _refuse_other_tokenizer(self, found: str) -> None:
+        refuse_other_tokenizer(
+            self.db.manifest.fingerprints["tokenizer"],
+            found,
+            f"--start {self.settings.start!r}",
+            "The reader could not read them: start it from a model of that tokenizer.",
+        )
 
     def _joined(self, query: QueryEncoder, bert: torch.nn.Module, reader: RealmConfig) -> OpenQa:
         told = (reader.cls, reader.sep, int(reader.bert["vocab_size"]))
@@ -186,9 +200,18 @@ class OpenQaTrainer:
                     self._save()
                 if interruptions.asked and not finished:
                     raise KeyboardInterrupt
-            last = self.log[-1] if self.log else {"loss": math.nan}
-            self.progress.end(f"{count_of(self.step, 'step')}, loss {last['loss']:.3f}")
+            self.progress.end(f"{count_of(self.step, 'step')}, {self._came_to}")
         return self.step
+
+    @property
+    def _came_to(self) -> str:
+        """The last loss there was: a step whose questions have no answer in reach has none, and says 0."""
+        if not self._optimiser.state:  # it never made a step
+            return (
+                f"nothing was learnt: no answer stood in the {count_of(self.settings.blocks, 'block')} of its question"
+            )
+        last = next((entry["loss"] for entry in reversed(self.log) if entry["answer_in_blocks"]), None)
+        return "loss unknown: no logged step had an answer in reach" if last is None else f"loss {last:.3f}"
 
     def _next(self) -> list[int]:
         """The questions of this step: passes over all of them, each in an order of its own; the step says which."""

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer
 
 from retrodb.database import Database
-from retrodb.errors import DamagedError, InputError, MismatchError
+from retrodb.errors import DamagedError, InputError
 from retrodb.evaluation.questions import Question, QuestionSet
-from retrodb.learning.realm_batches import texts_of, trimmed
+from retrodb.learning.realm_batches import check_blocks, texts_of, trimmed
 from retrodb.model.realm.config import QUERY_TOKENS
 from retrodb.model.realm.open_qa import OpenQa, Retrieved
 from retrodb.model.realm.packing import Texts
@@ -75,16 +75,9 @@ def check_answerable(db: Database, model: OpenQa) -> None:
     """
     if unit_of(db.manifest.config) != "block":
         raise InputError(f"{db.storage.url} is a database of chunks: answers are read from blocks (--unit block).")
-    if db.metric != "ip":
-        raise MismatchError(f"{db.storage.url} compares by {db.metric}: answers need inner products (--metric ip).")
     if not db.manifest.rows("chunks"):
         raise InputError(f"{db.storage.url} has no block to read an answer from.")
-    budget, positions = int(db.manifest.config["chunk_tokens"]), int(model.reader.bert.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
-    if budget + QUERY_TOKENS > positions:
-        raise InputError(
-            f"a block of {db.storage.url} has up to {budget} wordpieces and a question {QUERY_TOKENS}: the reader "
-            f"takes {positions} together. Build it with --chunk-tokens {positions - QUERY_TOKENS}."
-        )
+    check_blocks(db, model.reader.bert)
 
 
 def retrieve(db: Database, vectors: np.ndarray, blocks: int) -> tuple[CandidateBatch, Retrieved]:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -22,13 +21,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
+from retrodb.chunking import refuse_other_tokenizer
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
 from retrodb.errors import InputError, MismatchError, WorkerError
 from retrodb.formats import Committed
+from retrodb.learning.following import FollowedDatabase
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
-from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of, trimmed
+from retrodb.learning.realm_batches import check_blocks, cloze_batches, holds_answer, masked_batch, texts_of, trimmed
 from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
 from retrodb.learning.settings import from_flags
@@ -48,9 +49,9 @@ from retrodb.model.checkpoint import (
     write_step,
 )
 from retrodb.model.realm import Realm, RealmConfig
+from retrodb.model.realm.bert import tokenizer_fingerprint
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
-from retrodb.refreshing import DONE_MARKER, Follower, StalenessLimit
-from retrodb.refreshing.exports import check_exports_folder
+from retrodb.refreshing import DONE_MARKER, StalenessLimit
 from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
@@ -58,7 +59,6 @@ from retrodb.storage import Storage
 CHECKPOINT: Final = "realm.json"
 _FORMAT: Final = "retrodb-realm"
 _PROGRAM: Final = "retrodb realm"
-_POLL_SECONDS: Final = 0.5
 
 
 class RealmSettings(BaseModel):
@@ -75,9 +75,9 @@ class RealmSettings(BaseModel):
     batch: int = Field(default=8, ge=1)
     candidates: int = Field(default=8, ge=2)
     exclude: Literal["self", "document", "neardup"] = "self"
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=50, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     export_every: int = Field(default=100, ge=1)
     max_staleness: int | None = Field(default=None, ge=0)
@@ -94,6 +94,13 @@ class RealmSettings(BaseModel):
             raise ValueError("neither the retriever nor the reader trains: nothing is left to learn")
         if not self.train_retriever and self.max_staleness is not None:
             raise ValueError("a retriever that does not learn is never stale: leave --max-staleness out")
+        reached = min(self.export_every, self.steps) - 1
+        if self.max_staleness is not None and self.max_staleness < reached:
+            raise ValueError(
+                f"--max-staleness {self.max_staleness} with --export-every {self.export_every}: the last step before "
+                f"an export is {reached} steps from the one before, so that the trainer would wait for ever for what "
+                f"it has not exported. Give --max-staleness {reached} or more, or a smaller --export-every"
+            )
         return self
 
     @staticmethod
@@ -123,32 +130,40 @@ class RealmTrainer:
         progress: is told how it gets on.
 
     Raises:
-        InputError: the database is none of blocks, or has no masked queries; the start is no BERT; or the exports'
-            folder is a file or a URL.
-        MismatchError: ``out`` holds another run.
+        InputError: the database is none of blocks, or has no masked queries; the start is no BERT, or reads too few
+            tokens for a query beside a block; or the exports' folder is a file or a URL.
+        MismatchError: ``out`` or ``exports`` holds another run; the database does not compare by inner products; or the
+            start has another tokenizer than the blocks.
     """
 
     def __init__(self, database: str, out: str, exports: str, settings: RealmSettings, progress: Progress) -> None:
         self.settings, self.progress = settings, progress
-        check_exports_folder(exports)
-        self.exports = Path(exports)
         self.storage = Storage(out)
         self._encoder = resolve_encoder(settings.start)
-        limit = StalenessLimit(settings.max_staleness)
-        self._follower = Follower(database, limit, "block")
-        first = self._follower.database
+        self._followed = FollowedDatabase(database, exports, StalenessLimit(settings.max_staleness), progress)
+        self.exports = self._followed.exports
+        first = self._followed.database
         first.storage.refuse_inside(self.storage.url)
         next(iter(first.queries(batch=1)), None)  # refuses a database without masked queries
         first.candidates(np.zeros((0, first.encoder_identity.dimension), np.float32))  # and one of chunks
+        self._tokenizer = tokenizer_fingerprint(self._encoder)
+        refuse_other_tokenizer(
+            first.manifest.fingerprints["tokenizer"],
+            self._tokenizer,
+            f"--start {settings.start!r}",
+            f"Start from a BERT of that tokenizer, or build another database with --encoder {settings.start}.",
+        )
         self.run = _Run()
         self._queries: Iterator[QueryBatch] | None = None
         self.model = Realm.start(settings.start, settings.dimension, settings.seed)
+        check_blocks(first, self.model.reader.bert)
         self._optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self._saved: int | None = None
         """The step of the checkpoint that there is."""
         self._go_on()
+        self._followed.refuse_exports_of_others(self._saved, self.model)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -165,13 +180,14 @@ class RealmTrainer:
             if self._saved is None:
                 self._warm_up(interruptions)
                 self._save()
-            if self.run.step % self.settings.export_every == 0:
-                self._export()  # where it was killed between the two, this is what it had not come to
-            self._await_first_version(interruptions)
+            if self.run.step < self.settings.steps:
+                (self.exports / DONE_MARKER).unlink(missing_ok=True)  # it would end the refresher before the run
+            self._export()  # each checkpoint has one: where it was killed between the two, it had not come to it
             self.progress.begin("train", self.settings.steps, self.run.step, "steps")
             while self.run.step < self.settings.steps:
-                self._step()
-                self.progress.advance(self.run.step)
+                if (db := self._followed.newest(self.run.step, interruptions)) is not None:
+                    self._step(db)
+                    self.progress.advance(self.run.step)
                 finished = self.run.step == self.settings.steps
                 if self.run.step % self.settings.export_every == 0 or finished or interruptions.asked:
                     self._save()
@@ -186,7 +202,7 @@ class RealmTrainer:
         """The Inverse Cloze Task: a retriever that knows nothing gets no gradient worth having (section 3.4)."""
         settings = self.settings
         ends = _sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
-        batches = cloze_batches(self._follower.database, settings.cloze_batch, settings.seed, ends)
+        batches = cloze_batches(self._followed.database, settings.cloze_batch, settings.seed, ends)
         self.progress.begin("cloze", settings.cloze_steps, 0, "steps")
         accuracy = 0.0
         for step in range(settings.cloze_steps):
@@ -198,7 +214,8 @@ class RealmTrainer:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.retriever.parameters(), settings.clip)
             self._optimiser.step()
-            accuracy = 0.9 * accuracy + 0.1 * cloze_accuracy(asked.detach(), blocks.detach()) if step else 0.0
+            found = cloze_accuracy(asked.detach(), blocks.detach())
+            accuracy = found if step == 0 else 0.9 * accuracy + 0.1 * found
             self.progress.advance(step + 1)
             if interruptions.asked:
                 raise KeyboardInterrupt  # a warm start of minutes is begun anew
@@ -207,23 +224,9 @@ class RealmTrainer:
         )
         self._optimiser.state.clear()
 
-    def _await_first_version(self, interruptions: Interruptions) -> None:
-        """Until a version by an export of this run is published: vectors of another width cannot be searched."""
-        told = False
-        while (db := self._follower.at(0)).encoder_identity.dimension != self.settings.dimension:
-            if not told:
-                self.progress.note(
-                    f"waiting for a version by this retriever: retrodb refresh {db.storage.url} --watch {self.exports}"
-                )
-                told = True
-            time.sleep(_POLL_SECONDS)
-            if interruptions.asked:
-                raise KeyboardInterrupt
-
-    def _step(self) -> None:
+    def _step(self, db: Database) -> None:
         settings, model = self.settings, self.model
         begun = time.monotonic()
-        db = self._follower.at(self.run.step)
         queries = self._next_queries(db)
         rate = self._set_rate(self.run.step, settings.steps)
         with torch.no_grad():
@@ -255,16 +258,18 @@ class RealmTrainer:
         if self.run.step % settings.log_every == 0 or self.run.step == settings.steps:
             holds = holds_answer(queries, found)[:, 1:]
             utility = marginal.utility[:, 1:]
+            there = ~utility.isnan()
+            best = utility.masked_fill(~there, -math.inf).max(-1).values[there.any(-1)]
             entry = {
                 "step": self.run.step,
                 "version": db.version,
-                "staleness": self._follower.staleness(self.run.step).as_json(),
+                "staleness": self._followed.staleness(self.run.step).as_json(),
                 "loss": float(loss.detach()),
                 "learning_rate": rate,
                 "gradient_norm": norms,
                 "null_prior": float(marginal.prior[:, 0].mean()),
-                "utility": float(utility.nanmean()),
-                "best_utility": float(utility.nan_to_num(-math.inf).max(-1).values.clamp(min=-1e3).mean()),
+                "utility": _mean(utility[there]),
+                "best_utility": _mean(best),
                 "answer_in_candidates": float(holds.any(-1).mean()),
                 "candidates": float(found.n_valid.mean()),
                 "seconds": round(time.monotonic() - begun, 4),
@@ -320,6 +325,7 @@ class RealmTrainer:
             "format": _FORMAT,
             "settings": self.settings.model_dump(mode="json"),
             "model": self.model.config.model_dump(mode="json"),
+            "tokenizer": self._tokenizer,
             "files": files_json(write_step(self.storage, self.run.step, contents)),
             "step": self.run.step,
             "epoch": self.run.epoch,
@@ -349,6 +355,11 @@ class RealmTrainer:
             self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
         self._saved = self.run.step
         self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    """None of nothing: JSON has no NaN."""
+    return float(values.mean()) if len(values) else None
 
 
 def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> None:

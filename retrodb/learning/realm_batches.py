@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from retrodb.database import Database
-from retrodb.errors import InputError
+from retrodb.errors import InputError, MismatchError
 from retrodb.model.realm.cloze import KEPT_SHARE
 from retrodb.model.realm.config import QUERY_TOKENS
 from retrodb.model.realm.packing import Texts
@@ -16,6 +16,31 @@ from retrodb.neighbours.candidates import CandidateBatch
 from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.training.columns import lists, scalars
+
+
+def check_blocks(db: Database, reader: torch.nn.Module) -> None:
+    """Refuse blocks that a model cannot be trained on.
+
+    Args:
+        db: a database of blocks.
+        reader: the BERT that reads ``[CLS] query [SEP] body [SEP]``; a block's budget counts special tokens already.
+
+    Raises:
+        MismatchError: they are not compared by inner products, which is what is trained.
+        InputError: one may be longer than the reader takes beside a query.
+    """
+    url = db.storage.url
+    if db.metric != "ip":
+        raise MismatchError(
+            f"{url} compares by {db.metric}: a retriever learns inner products. Build it with --metric ip."
+        )
+    budget = int(db.manifest.config["chunk_tokens"])
+    positions = int(reader.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
+    if budget + QUERY_TOKENS > positions:
+        raise InputError(
+            f"a block of {url} has up to {budget} wordpieces and a question {QUERY_TOKENS}: the reader "
+            f"takes {positions} together. Build it with --chunk-tokens {positions - QUERY_TOKENS}."
+        )
 
 
 def texts_of(tokens: npt.NDArray, lengths: npt.NDArray) -> Texts:

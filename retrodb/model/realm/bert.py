@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from retrodb.chunking import load_tokenizer
 from retrodb.encoding import EncoderFiles
 from retrodb.encoding.featuriser import quieten
 from retrodb.errors import InputError
@@ -61,14 +62,23 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["cls", "me
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
+def _tokenizer_json(files: EncoderFiles) -> str:
+    path = files.transformer / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"the encoder {files.name!r} has no tokenizer.json.")
+    return str(path)
+
+
+def tokenizer_fingerprint(files: EncoderFiles) -> str:
+    """As a database records the tokenizer of its encoder. Raises InputError: there is none."""
+    return load_tokenizer(_tokenizer_json(files)).fingerprint
+
+
 def special_tokens(files: EncoderFiles) -> dict[str, int]:
     """The ids of [CLS], [SEP] and [MASK] as ``cls``, ``sep``, ``mask``. Raises InputError: there is none of these."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
-    path = files.transformer / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"the encoder {files.name!r} has no tokenizer.json.")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(_tokenizer_json(files))
     found = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "mask")}
     if missing := sorted(name for name, number in found.items() if number is None):
         raise InputError(f"the tokenizer of {files.name!r} has no [{missing[0].upper()}] token: REALM needs it.")

@@ -103,6 +103,9 @@ class OpenQa(nn.Module):
         """The span of largest p(z | x) p(s | z, x)."""
         scores, spans = self(asked, questions, found)
         width, longest = spans.shape[2:]
+        if not width:  # no body has a token: nothing was retrieved for any question
+            nothing = torch.zeros(len(asked), dtype=torch.int64, device=asked.device)
+            return BestSpans(nothing, nothing, nothing, torch.full(nothing.shape, -torch.inf, device=asked.device))
         prior = scores.float().masked_fill(~found.valid, -torch.inf).log_softmax(-1)
         normal = spans.flatten(2).logsumexp(-1)
         joint = prior[:, :, None] + spans.flatten(2) - normal[:, :, None]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from retrodb.encoding import EncoderFiles, resolve_encoder
@@ -139,6 +140,14 @@ class Realm(nn.Module):
         weight = self.retriever.projection.weight.detach().cpu().contiguous()
         save_file({"linear.weight": weight}, writing / "2_Dense" / "model.safetensors")
         writing.rename(folder)
+
+    def is_exported_as(self, folder: Path) -> bool:
+        """Whether an encoder's folder is an export of this very retriever, as its projection tells, bit for bit."""
+        try:
+            weight = load_file(folder / "2_Dense" / "model.safetensors")["linear.weight"]
+        except (OSError, SafetensorError, KeyError):
+            return False
+        return torch.equal(weight, self.retriever.projection.weight.detach().cpu())
 
 
 def _write_json(path: Path, value: Any) -> None:
