@@ -10,6 +10,7 @@ import pytest
 import torch
 from retrodb.pipelines.living import delete
 from support import Progress, build_here, make_tiny_encoder, retrodb, stamps, write_jsonl
+from tokenizers import Tokenizer
 
 import retrodb as package
 from retrodb.corpus.selection import Selection
@@ -442,5 +443,10 @@ def test_an_answer_has_the_characters_of_the_text(tiny_encoder: Path) -> None:
     size = len(wordpieces.ids(["42,972,878"])[0])
     assert wordpieces.span(body, first, size, ids[first : first + size]) == "42,972,878"
     assert wordpieces.span("something else", first, size, ids[first : first + size]) == "42, 972, 878"
+    cut = Tokenizer.from_file(str(tiny_encoder / "tokenizer.json"))
+    cut.no_padding()
+    cut.encode_special_tokens = True  # as blocks are cut
+    ids = cut.encode("it says [SEP] there", add_special_tokens=False).ids
+    assert wordpieces.span("it says [SEP] there", 2, len(ids) - 3, ids[2:-1]) == "[SEP]"
     with pytest.raises(DamagedError, match="here is no tokenizer.json"):
         Wordpieces(b"{}", "here")

@@ -45,7 +45,11 @@ class Wordpieces:
         Where tokenising the body alone does not give the ``expected`` tokens there (a sentence was split inside a
         word), it is what these decode to.
         """
-        found = self._tokenizer.encode(body, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = True  # as blocks were cut: what looks like one is text
+        try:
+            found = self._tokenizer.encode(body, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = False
         if found.ids[start : start + length] != list(expected):
             return str(self._tokenizer.decode(list(expected)))
         return body[found.offsets[start][0] : found.offsets[start + length - 1][1]]
