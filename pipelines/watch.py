@@ -98,10 +98,14 @@ class Watch:
         return os.path.dirname(str(manifest.config.get("encoder"))) == os.path.abspath(self.settings.folder)
 
     def _due(self, exports: list[Export], last: bool) -> Export | None:
-        """The newest export that is to be published now. The very last one is, whatever the schedule says."""
+        """The newest export that is to be published now.
+
+        Whatever the schedule says, the very last one is; and the newest where the trainer is held until one is.
+        """
         published = self._step()
         newer = [e for e in exports if (published is None or e.step > published) and e.step not in self._refused]
-        if last and newer:
+        held = self.settings.on_stale == "block" and self.settings.limit.is_passed(self._staleness(exports))
+        if newer and (last or held):
             return newer[-1]
         return next((e for e in reversed(newer) if self.settings.schedule.is_due(e.step, published)), None)
 
@@ -167,17 +171,20 @@ class Watch:
         if failed:
             raise failed[0]
 
+    def _staleness(self, exports: list[Export]) -> Staleness:
+        """Of what is published, against exports that can be: who waits for another would wait for ever."""
+        published = self._step() or 0
+        newer = [e for e in exports if e.step > published and e.step not in self._refused]
+        return Staleness(
+            max((export.step for export in newer), default=published) - published,
+            max(0.0, time.time() - newer[0].at) if newer else 0.0,
+        )
+
     def _tell(self, exports: list[Export]) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
         current = Manifest.load(self.out)
         published = self._step()
-        # Of exports that can be published alone: a trainer that waits for another would wait for ever.
-        usable = [export for export in exports if export.step not in self._refused]
-        newer = [export for export in usable if export.step > (published or 0)]
-        staleness = Staleness(
-            max((export.step for export in newer), default=published or 0) - (published or 0),
-            max(0.0, time.time() - newer[0].at) if newer else 0.0,
-        )
+        staleness = self._staleness(exports)
         passed = self.settings.limit.is_passed(staleness)
         if passed and not self._warned:
             self.progress.note(

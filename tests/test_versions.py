@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import fsspec
 import numpy as np
@@ -875,28 +876,29 @@ def test_refresh_R5_to_vectors_that_are_not_finite_is_bad_input(
     assert manifest_of(database)["version"]["id"] == 1
 
 
-def test_watch_R5_more_than_max_staleness_is_said_or_holds_the_trainer(
-    database: Path, encoders: list[Path], tmp_path: Path
+@pytest.mark.parametrize("on_stale", ["warn", "block"])
+def test_watch_R5_more_than_max_staleness_is_said_or_published_out_of_turn_for_the_trainer_that_is_held(
+    database: Path, encoders: list[Path], tmp_path: Path, on_stale: Literal["warn", "block"]
 ) -> None:
     folder = tmp_path / "exports"
     export(folder, encoders[2], 1)
     export(folder, encoders[1], 400)
-    held = []
+    before_done = []
 
     from retrodb.pipelines.watch import Watch, WatchSettings
 
     settings = WatchSettings(
-        str(folder), Schedule.parse("0-:1000"), StalenessLimit.parse("300"), on_stale="block", poll=0.01
+        str(folder), Schedule.parse("0-:1000"), StalenessLimit.parse("300"), on_stale=on_stale, poll=0.01
     )
     refreshed(database, folder / "step-000001", step=1)  # published: step 1; the export of step 400 is not due
     progress = Progress()
 
     def sleep(seconds: float) -> None:
-        held.append((folder / "hold").exists())
+        before_done.append((manifest_of(database)["version"]["step"], (folder / "hold").exists()))
         (folder / "done").touch()
 
     Watch(Storage(str(database)), settings, RunSettings(workers=1), progress, sleep).run()
-    assert held == [True]
+    assert before_done == [(400 if on_stale == "block" else 1, False)], "a trainer that is held exports nothing more"
     assert any("399 steps" in line and "more than --max-staleness" in line for line in progress.lines)
     assert not (folder / "hold").exists(), "published at the end, and nobody has to wait"
     assert manifest_of(database)["version"]["step"] == 400
