@@ -14,7 +14,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -131,46 +131,53 @@ def load_version(storage: Storage, version: int | None) -> Manifest | None:
     return Manifest.parse(data, storage.describe(kept[version].path))
 
 
-def pin(storage: Storage, manifest: Manifest) -> IO[bytes] | None:
+class Pin:
+    """A lock on a version, until it is closed or nobody has it any more.
+
+    Raises:
+        BlockingIOError: another process, or another one of this process, holds it otherwise.
+        OSError: what is to be locked is not there, or cannot be locked.
+    """
+
+    def __init__(self, path: str, how: int) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDONLY)
+        fcntl.flock(self._descriptor, how | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Let go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never open
+            self.close()
+
+
+def pin(storage: Storage, manifest: Manifest) -> Pin | None:
     """Hold a version, so that `collect` leaves it, for as long as the answer is open; None where that cannot be.
 
-    A shared ``flock`` on the version's manifest: it needs no write permission, and ends with the process.
+    A shared ``flock``: it needs no write permission, and ends with the process.
     """
     if not storage.is_local:
         return None
-    own = version_path(manifest.version.id)
-    file = _shared(storage, own)
-    if file is not None or manifest.versions:
-        return file
-    # A first version has no manifest of its own before there is a second one, and then that is this very file.
-    file = _shared(storage, MANIFEST_NAME)
-    if (published := _shared(storage, own)) is not None:  # meanwhile: what was opened may be the second one's
-        if file is not None:
-            file.close()
-        return published
-    return file
-
-
-def _shared(storage: Storage, path: str) -> IO[bytes] | None:
-    """A file, open and locked together with other readers; None where it is not there or cannot be locked."""
     try:
-        file = open(storage.path(path), "rb")  # noqa: SIM115 - open for as long as the reader is
+        return Pin(_pinned_path(storage, manifest.version.id), fcntl.LOCK_SH)
     except OSError:
         return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+
+
+def _pinned_path(storage: Storage, version: int) -> str:
+    """A version's own manifest; for the first one, whose manifest is written anew by whoever draws spans or builds on,
+    the database's folder."""
+    return storage.url if version == FIRST_VERSION else storage.path(version_path(version))
 
 
 def _is_pinned(storage: Storage, version: int) -> bool:
     if not storage.is_local:
         return False
     try:
-        with open(storage.path(version_path(version)), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Pin(_pinned_path(storage, version), fcntl.LOCK_EX).close()
     except BlockingIOError:
         return True
     except OSError:
@@ -319,15 +326,9 @@ def _forget_killed(storage: Storage, *versions: int) -> None:
 
 
 def _keep_first(storage: Storage, current: Manifest) -> KeptVersion:
-    """Give the first version a manifest of its own: the same file, so that whoever holds it holds the version."""
+    """Give the first version a manifest of its own, as the current one is about to be another's."""
     place = version_path(current.version.id)
     data = current.own.as_bytes()
-    if storage.is_local:
-        storage.delete(place)  # of a publication that was killed here
-        target = storage.path(place)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with contextlib.suppress(OSError):  # no hard links here: a copy is what readers from now on hold
-            os.link(storage.path(MANIFEST_NAME), target)
     # What was there before the pointer was looked at is no other writer's publication, or the exchange fails.
     there = storage.read_if_there(place)
     if storage.read_if_there(MANIFEST_NAME) != current.as_bytes():

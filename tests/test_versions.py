@@ -450,6 +450,24 @@ def test_collect_R4_the_newest_three_and_those_in_use_stay(database: Path, encod
     assert collected(storage) == type(done)((), (), 0, 0), "a second time there is nothing to do"
 
 
+def test_collect_R4_a_reader_of_the_first_version_holds_it_though_its_manifest_is_written_anew(
+    database: Path, encoders: list[Path]
+) -> None:
+    """As by spans that are drawn, or by an encoder that moved."""
+    reader = package.open(str(database))
+    moved = shutil.copytree(encoders[0], database.parent / "moved")
+    refreshed(database, moved)
+    assert manifest_of(database)["config"]["encoder"] == str(moved)
+    before = answers(reader)
+    for encoder in encoders[1:]:
+        refreshed(database, encoder)
+    assert collected(Storage(str(database))).in_use == (1,)
+    del reader.__dict__["_searcher"]
+    assert answers(reader) == before
+    reader.close()
+    assert collected(Storage(str(database))).retired == (1,)
+
+
 def test_collect_R4_a_reader_that_is_dropped_holds_its_version_no_longer(database: Path, encoders: list[Path]) -> None:
     """Also one that nobody closed, as a follower's of the version before: at once, whenever the collector comes."""
     gc.disable()
