@@ -59,7 +59,7 @@ def databases(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     settings = {"unit": "block", "metric": "ip", "encoder": str(tiny_encoder), "chunk_tokens": 48, "dedup": "off"}
     for name, mayors in (("old", OLD), ("new", NEW)):
         inputs = write_jsonl(folder / f"{name}.jsonl", documents(mayors))
-        build_here([inputs], folder / name, until="index", **settings)
+        build_here([inputs], folder / name, **settings)
     return {name: folder / name for name in ("old", "new")}
 
 
