@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
+
 BUCKET = "corpora"
 LOOPBACK = "127.0.0.1"
 
@@ -75,6 +77,9 @@ def running(protocol: str, log: Path) -> Iterator[ObjectStore]:
         assert process.stdout is not None
         assert process.stdin is not None
         port = int(process.stdout.readline())
+        # Filesystems are kept by what they were asked with, which the endpoint in the environment is no part of: they
+        # would go on asking a store that this process ran before.
+        fsspec.get_filesystem_class(protocol).clear_instance_cache()
         try:
             yield ObjectStore(protocol, port, log, {**keys, **endpoint(protocol, port)})
         finally:
