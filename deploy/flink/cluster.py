@@ -11,6 +11,7 @@ again when it ends, as Kubernetes would. All ports are of the loopback interface
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -165,7 +166,7 @@ def is_ours(pid: int, folder: str) -> bool:
 
 
 def fetch_jars() -> None:
-    """The jars of the cluster and the job server, fetched once for all clusters.
+    """The jars of the cluster and the job server, fetched once for all clusters: of two that start, one waits.
 
     Raises:
         SystemExit: there is no Maven, or it fails.
@@ -175,13 +176,21 @@ def fetch_jars() -> None:
         return
     if shutil.which("mvn") is None:
         raise SystemExit("flink: no mvn on the PATH. Install Maven 3, which fetches the jars.")
+    LIB.parent.mkdir(parents=True, exist_ok=True)
+    with LIB.with_name("lib.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            _fetch_jars()
+            complete.touch()
+
+
+def _fetch_jars() -> None:
     print(f"fetching the jars of Flink and Beam's job server to {LIB} (160 MB)", flush=True)
     command = ["mvn", "-B", "-q", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies"]
     done = subprocess.run([*command, f"-DoutputDirectory={LIB}"], check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"flink: Maven could not fetch the jars: {(done.stdout + done.stderr).strip()[-1500:]}")
     write_server_jar()
-    complete.touch()
 
 
 def write_server_jar() -> None:
