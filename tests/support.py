@@ -165,10 +165,10 @@ def build_here(inputs: Iterable[object], out: Path, **settings: Any) -> Any:
 
 
 def collected(storage: Any, **settings: Any) -> Any:
-    """`retrodb.versions.collect` by a writer of this process."""
+    """`retrodb.retiring.collect` by a writer of this process."""
     from retrodb.pipelines.holding import held
 
-    from retrodb.versions import collect
+    from retrodb.retiring import collect
 
     with held(storage, Progress()) as current:
         return collect(storage, current, **settings)

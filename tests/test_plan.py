@@ -205,7 +205,8 @@ def test_a_worker_of_each_stage_holds_what_the_plan_says(quickstart_corpus, tmp_
     plan = plan_build(Assumed(counts["tokens"], encoder_size("all-MiniLM-L6-v2"), shard_bytes=32_000))
     found = {stage: plan.value("memory per worker", name) / peaks[stage] for stage, name in PLANNED_AS.items()}
     assert 0.9 < found.pop("embed") < 1.6, peaks  # what torch holds differs by processor: the most is planned
-    assert {stage: ratio for stage, ratio in found.items() if not 1 - WITHIN < ratio < 1 + WITHIN} == {}, peaks
+    # What an idle worker holds is most of the others, and differs by what of its libraries' pages are touched.
+    assert {stage: ratio for stage, ratio in found.items() if not 0.7 < ratio < 1.3} == {}, peaks
 
 
 def _lines(source: str, path: Path) -> Path:
