@@ -9,7 +9,8 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -125,16 +126,7 @@ class ObjectStore:
         By a condition that the store itself checks (S3: ``If-None-Match: *``; GCS: ``ifGenerationMatch=0``). A store
         that ignores it overwrites: read back who has it.
         """
-        with self._naming("write", path), self._bucket_needed():
-            try:
-                self._filesystem.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if _is_refused(error):
-                    return False
-                raise
-        return True
+        return self._if_allowed(path, lambda: self._filesystem.pipe_file(path, data, mode="create"), FileExistsError)
 
     def stamp(self, path: str) -> str | None:
         """What an object has that differs once it is written anew: S3's ETag, GCS' generation. None where there is no
@@ -152,10 +144,15 @@ class ObjectStore:
         By a condition that the store itself checks (S3: ``If-Match``; GCS: ``ifGenerationMatch``). A store that ignores
         it, or has no stamps, overwrites.
         """
+        write = partial(self._write_instead, path, data, stamp)
+        return self._if_allowed(path, write, FileExistsError, FileNotFoundError)
+
+    def _if_allowed(self, path: str, write: Callable[[], object], *refusals: type[OSError]) -> bool:
+        """Write on a condition that the store checks, and say whether it held; ``refusals`` say that it did not."""
         with self._naming("write", path), self._bucket_needed():
             try:
-                self._write_instead(path, data, stamp)
-            except (FileExistsError, FileNotFoundError):
+                write()
+            except refusals:
                 return False
             except OSError as error:
                 if _is_refused(error):
