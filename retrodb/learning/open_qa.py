@@ -21,8 +21,7 @@ from retrodb.evaluation.questions import QuestionSet
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.open_qa_batches import Asked, TrainingQuestions, Wordpieces, check_answerable, order_of, retrieve
 from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
-from retrodb.learning.realm import CHECKPOINT as REALM_CHECKPOINT
-from retrodb.learning.realm import load_realm
+from retrodb.learning.realm import load_realm, realm_tokenizer
 from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
 from retrodb.learning.settings import from_flags
@@ -137,10 +136,8 @@ class OpenQaTrainer:
         """The reader from its start; the query side is the database's own encoder, whatever the start is."""
         start = self.settings.start
         query = QueryEncoder.start(files, self.db.encoder_identity)
-        checkpoint = None if start is None else Storage(start).read_json(REALM_CHECKPOINT)
-        if start is not None and checkpoint is not None:
-            if "tokenizer" in checkpoint:  # earlier versions did not record it
-                self._refuse_other_tokenizer(str(checkpoint["tokenizer"]))
+        if start is not None and (tokenizer := realm_tokenizer(start)) is not None:
+            self._refuse_other_tokenizer(tokenizer)
             realm = load_realm(start)
             own = realm.retriever.projection.weight
             theirs = query.state_dict().get("projection.weight")

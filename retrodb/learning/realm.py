@@ -366,6 +366,21 @@ def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> Non
     load_weights(model, read_tensors(storage, files, WEIGHTS), storage.url)
 
 
+def realm_tokenizer(url: str) -> str | None:
+    """The fingerprint of the tokenizer that a checkpoint's model reads; None where there is no checkpoint.
+
+    Raises:
+        InputError: it is another program's.
+        DamagedError: it does not say.
+    """
+    storage = Storage(url)
+    found = read_document(storage, CHECKPOINT, _FORMAT, _PROGRAM)
+    if found is None:
+        return None
+    with well_formed(storage, CHECKPOINT):
+        return str(found["tokenizer"])
+
+
 def load_realm(url: str) -> Realm:
     """The model of a checkpoint, ready to evaluate.
 
