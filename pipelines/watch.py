@@ -17,9 +17,9 @@ from retrodb.errors import EncoderError, InputError, LockedError, RecallError
 from retrodb.manifest import Manifest
 from retrodb.refreshing import Export, Schedule, Staleness, StalenessLimit, list_exports
 from retrodb.refreshing.exports import check_exports_folder, hold, is_done, write_status
+from retrodb.retiring import KEPT_VERSIONS, collect
 from retrodb.sizes import count_of
 from retrodb.storage import Storage
-from retrodb.versions import KEPT_VERSIONS, collect
 
 POLL_SECONDS: Final = 2.0
 

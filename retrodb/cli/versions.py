@@ -96,8 +96,8 @@ def gc(
     """Retire old versions, never one in use, and remove files that no version names."""
     from retrodb.cli.progress import make_progress  # noqa: PLC0415
     from retrodb.pipelines.holding import held  # noqa: PLC0415
+    from retrodb.retiring import collect  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
-    from retrodb.versions import collect  # noqa: PLC0415
 
     storage = Storage(database)
     run = run_settings(wait=wait)
