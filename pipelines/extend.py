@@ -7,7 +7,7 @@ stays as it was.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
@@ -16,7 +16,7 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.block_duplicates import TABLE, find_block_duplicates
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
-from retrodb.pipelines.index import IndexSettings
+from retrodb.pipelines.index import IndexSettings, indexed_part
 from retrodb.pipelines.leakage import WORST_PAIRS
 from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -30,18 +30,28 @@ from retrodb.pipelines.retrieval_stages import (
     renew_neighbours,
 )
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
-from retrodb.pipelines.shards import ShardFiles, chunk_clusters, chunk_columns, shard_files, validation_chunks
+from retrodb.pipelines.shards import (
+    ShardFiles,
+    chunk_clusters,
+    chunk_columns,
+    shard_files,
+    validation_chunks,
+    vectors_of,
+)
 from retrodb.pipelines.tasks import DealOut, Task
 
-from retrodb.index import MISSING, bytes_per_vector, group_shards
+from retrodb.index import HeldIndex, bytes_per_vector, group_shards
 from retrodb.manifest import LARGEST_NORM, LEFT_OUT, TEMPLATE_NUMBER, Manifest, Shard
-from retrodb.neighbours import NO_CLUSTER, UidSource, from_table
-from retrodb.neighbours.select import distinct
+from retrodb.neighbours import NO_CLUSTER, CandidateSource, from_table
+from retrodb.neighbours.joining import nearest_of, within_reach
 from retrodb.neighbours.table import Neighbours
 from retrodb.quality.leakage import histograms, worst_rows
 from retrodb.sizes import count_of
 from retrodb.training.columns import lists, scalars
 from retrodb.training.shards import VALIDATION_ROWS
+
+HELD_BYTES: Final = 16 << 20
+"""Vectors of what is new, as float32, that a worker holds to compare them with all that was there."""
 
 
 def extend_block_duplicates(builder: Builder) -> None:
@@ -112,8 +122,12 @@ class OldNeighbours:
 
 
 class TakeNearer(SearchShard):
-    """Task (a query shard that was there) -> its neighbours, with what is nearer of the new index shards; the shard as
-    it was where nothing is.
+    """Task (a query shard that was there) -> its neighbours, with what is nearer of what is ``new``; the shard as it
+    was where nothing is.
+
+    A chunk that has all its neighbours is only asked about where the nearest of the new vectors could be among them:
+    of a small addition, nearly none. As long as the new vectors take little memory (`HELD_BYTES`) they are compared as
+    they are stored, whatever the index is; else by its new shards, which tell that of exact codes alone.
 
     Chunks with a neighbour whose document has become a near-duplicate of theirs are searched anew, where those are
     excluded: ``whole`` are the settings for all of the index. So are chunks that something new is nearer to and that
@@ -121,13 +135,25 @@ class TakeNearer(SearchShard):
     lest an addition cost what a compaction does: readers pass over it.
     """
 
-    def __init__(self, book: ReceiptBook, settings: SearchSettings, whole: SearchSettings) -> None:
+    def __init__(
+        self, book: ReceiptBook, settings: SearchSettings, whole: SearchSettings, new: Sequence[ShardFiles]
+    ) -> None:
         super().__init__(book, settings)
         self._anew = SearchShard(book, whole)
+        self._new = tuple(new)
 
     def setup(self) -> None:
         super().setup()
         self._anew.setup()
+        settings = self._settings
+        self._held: HeldIndex | None = None
+        if settings.searched.ntotal * 4 * settings.dimension <= HELD_BYTES:
+            parts = (indexed_part(self._storage, files) for files in self._new)
+            self._held = HeldIndex(parts, settings.dimension, settings.metric)
+
+    @property
+    def _source(self) -> CandidateSource:
+        return self._index if self._held is None else self._held
 
     def process(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
@@ -137,21 +163,24 @@ class TakeNearer(SearchShard):
 
     def _take(self, task: Task) -> None:
         payload: OldNeighbours = task.payload
+        files = payload.query.files
         before = from_table(self._storage.read_table(payload.before))
-        found = self._found(payload.query.files)
-        gone = self._gone.of_chunks(before.neighbour_ids)
-        merged = nearest_of(before, found, self._settings.metric, self._uids, gone)
+        vectors = vectors_of(self._storage, files, len(before.chunk_ids))
+        asked = within_reach(before, vectors, self._source, self._settings.metric)
+        some, found = before.take(asked), self._found(files, asked)
+        gone = self._gone.of_chunks(some.neighbour_ids)
+        merged = nearest_of(some, found, self._settings.metric, self._uids, gone)
         nearer = np.isin(merged.neighbour_ids, found.neighbour_ids[found.neighbour_ids >= 0]).any(axis=1)
         outdated = gone.any(axis=1)
-        rows = np.flatnonzero((outdated & nearer) | self._joined(payload.query.files, before))
-        taken = np.flatnonzero(nearer & ~outdated)
-        if not len(rows) and not len(taken):
+        taken = nearer & ~outdated
+        anew = np.union1d(asked[nearer & outdated], np.flatnonzero(self._joined(files, before)))
+        if not taken.any() and not len(anew):
             self._account(task.number, before, payload.before, searched=0)
             return
-        after = before.put(taken, merged.take(taken))
-        if len(rows):
-            after = after.put(rows, self._anew._found(payload.query.files, rows))
-        self._finish(task.number, after, searched=len(rows))
+        after = before.put(asked[taken], merged.take(taken))
+        if len(anew):
+            after = after.put(anew, self._anew._found(files, anew))
+        self._finish(task.number, after, searched=len(anew))
 
     def _joined(self, files: ShardFiles, before: Neighbours) -> np.ndarray:
         """bool [n]: which rows name a chunk of what is their own near-duplicate cluster now."""
@@ -164,45 +193,6 @@ class TakeNearer(SearchShard):
         theirs[there] = self._clusters.of_documents(found[there])
         joined: np.ndarray = ((theirs == own[:, None]) & (theirs != NO_CLUSTER)).any(axis=1)
         return joined
-
-
-def nearest_of(
-    before: Neighbours,
-    found: Neighbours,
-    metric: str,
-    uids: UidSource | None = None,
-    gone: np.ndarray | None = None,
-) -> Neighbours:
-    """The k best of two sets of neighbours of the same queries that have none in common; ties by ascending id.
-
-    With ``uids``, of equal blocks the best one alone. Each set has the k best distinct ones of its own part of the
-    chunks, so that the k best of both are those of all.
-
-    ``gone``, bool [n, k], are neighbours of ``before`` that were deleted since. They keep their places, so that what
-    is not as near as the last one does not come in; but they stand for no equal, and behind what is as near as they.
-    """
-    gone = np.zeros(before.neighbour_ids.shape, dtype=bool) if gone is None else gone
-    gone = np.concatenate([gone, np.zeros(found.neighbour_ids.shape, dtype=bool)], axis=1)
-    ids = np.concatenate([before.neighbour_ids, found.neighbour_ids], axis=1)
-    documents = np.concatenate([before.neighbour_document_ids, found.neighbour_document_ids], axis=1)
-    distances = np.concatenate([before.distances, found.distances], axis=1)
-    keys = np.where(ids >= 0, -distances if metric == "ip" else distances, np.inf)
-    order = np.lexsort((np.where(ids >= 0, ids, np.iinfo(np.int64).max), gone, keys), axis=1)
-    if uids is not None:
-        kept = np.take_along_axis(gone, order, axis=1)
-        kept |= distinct(np.take_along_axis(np.where(gone, MISSING, ids), order, axis=1), uids)
-        copies = ~np.take_along_axis(kept, np.argsort(order, axis=1), axis=1)
-        ids, documents = np.where(copies, MISSING, ids), np.where(copies, MISSING, documents)
-        distances = np.where(copies, np.float32(np.nan), distances)
-        order = np.take_along_axis(order, np.argsort(~kept, axis=1, kind="stable"), axis=1)
-    order = order[:, : before.k]
-
-    def taken(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, order, axis=1)
-
-    nearest = taken(ids)
-    n_valid = (nearest >= 0).sum(axis=1).astype(np.int16)
-    return Neighbours(before.chunk_ids, nearest, taken(documents), taken(distances), n_valid)
 
 
 def extend_neighbours(builder: Builder, current: Manifest) -> int:
@@ -223,21 +213,24 @@ def extend_neighbours(builder: Builder, current: Manifest) -> int:
             for n, shard in sorted(before.items())
         ]
         nprobe = int(current.stages["neighbours"].details["nprobe"])
+        new = tuple(files[n] for n in sorted(files.keys() - before.keys()))
         there = frozenset(current.shards("index"))
-        renew_neighbours(builder, Earlier(nprobe, tasks, functools.partial(_take_pipeline, there)))
+        renew_neighbours(builder, Earlier(nprobe, tasks, functools.partial(_take_pipeline, there, new)))
     return sum(before.get(s.number, s) != s for s in builder.manifest.shards("neighbours"))
 
 
 def _take_pipeline(
     there: frozenset[Shard],
+    new: Sequence[ShardFiles],
     pipeline: beam.Pipeline,
     book: ReceiptBook,
     tasks: Sequence[Task],
     whole: SearchSettings,
 ) -> beam.PCollection:
-    """``there`` are the index shards that the old neighbours were found in."""
+    """``there`` are the index shards that the old neighbours were found in, ``new`` the shards whose chunks are not
+    in them."""
     settings = replace(whole, index=tuple(file for file in whole.index if file.path not in there))
-    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings, whole))
+    return pipeline | DealOut(tasks) | "take nearer" >> beam.ParDo(TakeNearer(book, settings, whole, new))
 
 
 # -- what follows from neighbours --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from retrodb.index.engine import Metric
 from retrodb.manifest import Shard, shard_path
 from retrodb.neighbours import (
     NO_CLUSTER,
+    CandidateSource,
     Exclude,
     Exclusion,
     Neighbours,
@@ -184,12 +185,17 @@ class WholeIndexStep(LookingUp):
             largest_norm=settings.largest_norm,
         )
 
+    @property
+    def _source(self) -> CandidateSource:
+        """What is asked for candidates."""
+        return self._index
+
     def _find(self, chunk_ids: np.ndarray, vectors: np.ndarray, exclusion: Exclusion) -> Neighbours:
         return find_neighbours(
             chunk_ids,
             vectors,
             exclusion,
-            self._index,
+            self._source,
             vectors=self._vectors,
             documents=self._documents,
             k=self._settings.k,

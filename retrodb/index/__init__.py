@@ -16,7 +16,7 @@ from the stored vectors, and orders them.
 
 from retrodb.index.engine import Metric, has_exact_codes
 from retrodb.index.keys import EXACT_BELOW, KeyChoice, choose_key
-from retrodb.index.search import MISSING, GroupedIndex, IndexFile, merge, open_index_file, search_group
+from retrodb.index.search import MISSING, GroupedIndex, HeldIndex, IndexFile, merge, open_index_file, search_group
 from retrodb.index.shards import (
     build_index_shard,
     bytes_per_vector,
@@ -31,6 +31,7 @@ __all__ = [
     "EXACT_BELOW",
     "MISSING",
     "GroupedIndex",
+    "HeldIndex",
     "IndexFile",
     "KeyChoice",
     "Metric",

@@ -1,7 +1,7 @@
 """Searching index shards: one group at a time, merged by distance. What is found equals a search of one big index."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from retrodb.errors import DamagedError
 from retrodb.formats import File, path_of
-from retrodb.index.engine import Metric, ascending, faiss_threads, ivf_of, untyped, worst
-from retrodb.index.shards import load_index_shard
+from retrodb.index.engine import Metric, ascending, faiss_metric, faiss_threads, ivf_of, untyped, worst
+from retrodb.index.shards import largest_norm, load_index_shard
 from retrodb.storage import Storage
 
 MISSING: Final = -1
@@ -201,3 +201,30 @@ class GroupedIndex:
     def __reduce__(self) -> tuple[object, ...]:
         arguments = (self.storage, self.files, self.dimension, self.metric, self.nprobe, self.n_lists)
         return GroupedIndex, (*arguments, self.raw_is_exact, self.cache_bytes, self.largest_norm)
+
+
+class HeldIndex:
+    """Some vectors as an exact `CandidateSource` in memory.
+
+    Attributes:
+        ntotal: how many.
+        largest_norm: of them.
+    """
+
+    nprobe: Final = 1
+    n_lists: Final = 1
+    raw_is_exact: Final = True
+
+    def __init__(self, parts: Iterable[tuple[np.ndarray, np.ndarray]], dimension: int, metric: Metric) -> None:
+        """Of ``parts``: chunk ids int64 [n] and vectors float16 [n, d]."""
+        self._index = faiss.IndexIDMap(untyped.IndexFlat(dimension, faiss_metric(metric)))
+        self.largest_norm = 0.0
+        for chunk_ids, vectors in parts:
+            self.largest_norm = max(self.largest_norm, largest_norm(vectors))
+            if len(chunk_ids):
+                self._index.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), chunk_ids)
+        self.ntotal = int(self._index.ntotal)
+
+    def search(self, queries: np.ndarray, candidates: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search_group`."""
+        return search_group(self._index, queries, candidates, nprobe)

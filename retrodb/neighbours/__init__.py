@@ -8,7 +8,8 @@ the k-th can have been left out, or the index is exhausted; then the row says ho
 
 `select` is the step in the middle, for a shuffle that searches groups of index shards on different workers and
 merges. `rerank` keeps of more neighbours those whose tokens have most in common with the query's. `Neighbours` holds
-the result as arrays; `to_table` and `from_table` convert it to and from rows.
+the result as arrays; `to_table` and `from_table` convert it to and from rows. `retrodb.neighbours.joining` is for
+vectors that join others: whom they may come near, and who is nearest then.
 """
 
 from retrodb.neighbours.asking import Ask, SearchedIndex, initial_candidates

@@ -137,12 +137,10 @@ def select(
     keys = np.where(ids >= 0, ascending(raw, metric), np.float32(np.inf))
     groups = None if uids is None else _groups(ids, allowed, uids)
     kth = _kth_allowed(keys, allowed if groups is None else allowed & _firsts(groups, allowed), k)
-    if metric == "l2":
-        limit = kth + _float_error(queries, _reach(queries, kth))
-    elif largest_norm is not None:
-        limit = kth + _product_error(queries, np.full(len(queries), largest_norm, np.float32))
-    else:
-        limit = kth + _product_error(queries, 4 * _largest_norms(ids, allowed, vectors))
+    largest: np.ndarray | float = 0.0
+    if metric == "ip":
+        largest = 4 * _largest_norms(ids, allowed, vectors) if largest_norm is None else largest_norm
+    limit = raw_limit(queries, kth, metric, largest)
     last = keys[:, -1] if keys.shape[1] else np.full(len(keys), np.inf, np.float32)
     satisfied = exhausted | (np.isfinite(kth) & (last > limit))
     wanted = allowed & satisfied[:, None]
@@ -197,29 +195,28 @@ def _kth_allowed(keys: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
     return np.where(reached[:, -1], keys[np.arange(len(keys)), position], np.float32(np.inf)).astype(np.float32)
 
 
-def _float_error(queries: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """By how much two raw distances may be misordered, float32 [q]: the error bound of a dot product, twice.
+def raw_limit(queries: np.ndarray, kth: np.ndarray, metric: Metric, norms: np.ndarray | float) -> np.ndarray:
+    """Up to where a raw distance may be that of a vector as near as the k-th: the error bound of a dot product, twice.
 
-    faiss computes ||q||^2 + ||c||^2 - 2qc, whose error grows with the norms, not with the distance.
+    faiss computes ``l2`` as ||q||^2 + ||c||^2 - 2qc, whose error grows with the norms, not with the distance. Inner
+    products it computes as such: their error grows with both norms.
 
     Args:
         queries: float32 [q, d].
-        norms: float32 [q], a bound on ||c||.
+        kth: float32 [q], the k-th best, turned so that smaller is nearer (`ascending`); +inf where there is none.
+        metric: ``l2`` or ``ip``.
+        norms: a bound on ||c||, float32 [q] or one for all, for ``ip``; for ``l2`` the k-th distance gives one.
+
+    Returns:
+        float32 [q], turned alike.
     """
-    scale = np.add.reduce(queries * queries, axis=1) + norms**2
-    return ((queries.shape[1] + 8) * _ROUNDING * scale).astype(np.float32)
-
-
-def _product_error(queries: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """The same for inner products, which faiss computes as such: their error grows with both norms, float32 [q]."""
-    own = np.sqrt(np.add.reduce(queries * queries, axis=1))
-    return ((queries.shape[1] + 8) * _ROUNDING * own * norms).astype(np.float32)
-
-
-def _reach(queries: np.ndarray, kth: np.ndarray) -> np.ndarray:
-    """The norm that a vector as near as the k-th can have, float32 [q]: ||q|| + sqrt(distance)."""
-    distance = np.maximum(np.where(np.isfinite(kth), kth, 0), 0)
-    return np.sqrt(np.add.reduce(queries * queries, axis=1)) + np.sqrt(distance)
+    squared = np.add.reduce(queries * queries, axis=1)
+    if metric == "l2":
+        distance = np.maximum(np.where(np.isfinite(kth), kth, 0), 0)
+        scale = squared + (np.sqrt(squared) + np.sqrt(distance)) ** 2
+    else:
+        scale = np.sqrt(squared) * np.asarray(norms, dtype=np.float32)
+    return (kth + (queries.shape[1] + 8) * _ROUNDING * scale).astype(np.float32)
 
 
 def _largest_norms(ids: np.ndarray, allowed: np.ndarray, vectors: VectorSource) -> np.ndarray:
