@@ -9,21 +9,21 @@ not the one that happens to be first on the PATH, and with one thread in every n
 
 import argparse
 import logging
-import multiprocessing
 import os
 import threading
 from concurrent import futures
 from typing import Any, Final
 
+from retrodb.pipelines.forking import ForkServer
 from retrodb.pipelines.threads import ONE_THREAD
 
-_LOADED: Final = [
-    "apache_beam.runners.worker.sdk_worker_main",
+_LOADED: Final = (
+    "apache_beam.runners.worker.sdk_worker",
     "retrodb.pipelines.text_stages",
     "retrodb.pipelines.retrieval_stages",
     "retrodb.pipelines.report_stage",
     "retrodb.encoding.encoder",
-]
+)
 _ATTEMPTS: Final = 3
 
 
@@ -32,14 +32,14 @@ def serve(port: int, address: str = "localhost") -> None:
     import grpc  # noqa: PLC0415 - after the limits are set
     from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc  # noqa: PLC0415
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LOADED)
+    workers = ForkServer(_LOADED)
+    workers.begin()
 
     class Pool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         """Beam's external worker pool, service of the Fn API."""
 
         def StartWorker(self, request: Any, _: Any) -> Any:  # noqa: N802 - the service's name
-            given = (context, request.control_endpoint.url, request.worker_id)
+            given = (workers, request.control_endpoint.url, request.worker_id)
             threading.Thread(target=_keep, args=given, name=f"worker {request.worker_id}", daemon=True).start()
             return beam_fn_api_pb2.StartWorkerResponse()
 
@@ -48,7 +48,6 @@ def serve(port: int, address: str = "localhost") -> None:
             TaskManager, and two of them may share a pool (Beam's own pool then ends the other one's worker)."""
             return beam_fn_api_pb2.StopWorkerResponse()
 
-    context.Process(target=_nothing).start()  # the process that workers start from loads everything now
     server = grpc.server(futures.ThreadPoolExecutor(16))
     beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(Pool(), server)
     if server.add_insecure_port(f"{address}:{port}") == 0:
@@ -58,27 +57,14 @@ def serve(port: int, address: str = "localhost") -> None:
     threading.Event().wait()
 
 
-def _nothing() -> None:
-    """The first worker, which has nothing to do."""
-
-
-def _keep(context: Any, control: str, worker_id: str) -> None:
+def _keep(workers: ForkServer, control: str, worker_id: str) -> None:
     """Start a worker, and another one where it is killed: the runner waits minutes for one that never connected. Where
     it had connected, the runner starts the job over with other workers, and this one finds nobody to serve."""
     for _ in range(_ATTEMPTS):
-        worker = context.Process(target=_work, args=(control, worker_id), daemon=True)
-        worker.start()
-        worker.join()
-        if worker.exitcode is None or worker.exitcode >= 0:
+        code = workers.start(control, worker_id).wait()
+        if code >= 0:
             return
-        logging.getLogger(__name__).warning("worker %s was ended by signal %d", worker_id, -worker.exitcode)
-
-
-def _work(control: str, worker_id: str) -> None:
-    """One worker: serves the runner at ``control`` until it says so or is gone."""
-    from apache_beam.runners.worker.sdk_worker import SdkHarness  # noqa: PLC0415 - loaded already
-
-    SdkHarness(control, worker_id=worker_id).run()
+        logging.getLogger(__name__).warning("worker %s was ended by signal %d", worker_id, -code)
 
 
 def main() -> None:

@@ -107,3 +107,9 @@ def topics_db(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from models import build_topics
 
     return made_once("topics", lambda folder: build_topics(folder, tiny_encoder), tmp_path_factory) / "db"
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find the modules beside this one."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from retrodb.pipelines.forking import WORKER_MODULE
 from support import (
     DATA_TABLES,
     Progress,
@@ -254,7 +255,7 @@ def worker_processes(leader: int) -> list[psutil.Process]:
     found = []
     for process in group_of(leader):
         try:
-            if "retrodb.pipelines.worker" in process.cmdline():
+            if WORKER_MODULE in process.cmdline() and process.ppid() != leader:  # the driver's own child forks them
                 found.append(process)
         except psutil.Error:
             continue

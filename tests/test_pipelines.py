@@ -53,12 +53,6 @@ def test_beam_counters_carry_the_numbers_of_the_receipts(tmp_path, corpus_files)
     assert counters["documents.rows"] == 40
 
 
-@pytest.fixture
-def importable(monkeypatch):
-    """Worker processes find the modules beside this one."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_workers_error_reaches_the_driver_as_it_was_raised(tmp_path, importable, processes):
@@ -88,7 +82,6 @@ def test_workers_that_are_told_to_end_one_after_the_other_are_not_taken_for_dead
 
     monkeypatch.setattr(GrpcWorkerHandler, "close", slowly)
     monkeypatch.setattr(local, "_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(local, "_CENSUS_SECONDS", 0.1)
     book, tasks, _ = corpus_stage(tmp_path, corpus_files)
     assert run_local(lambda pipeline: corpus_pipeline(pipeline, book, tasks, FieldNames()), processes=2)["in"] == 42
 

@@ -4,18 +4,18 @@ The runner is named explicitly (``DirectRunner`` would try to download Prism).
 """
 
 import os
-import shlex
-import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import apache_beam as beam
-import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import SubprocessSDKEnvironment
+from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
+from apache_beam.transforms.environments import Environment, python_sdk_capabilities
+from retrodb.pipelines.forking import ForkedWorker, ForkServer
 from retrodb.pipelines.runners.base import (
     Job,
     JobRecord,
@@ -30,14 +30,15 @@ from retrodb.pipelines.threads import DRIVER_VARIABLE, ONE_THREAD, environment
 from retrodb.planning import Cost, Effort
 
 _POLL_SECONDS: Final = 0.25
-_CENSUS_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 3.0
-_SILENT_SECONDS: Final = 60.0
-"""A worker that was told to end is missed as well, for as long as the others take to end after it: on a busy machine,
-several seconds each."""
-_WAITING_THREAD: Final = "run_worker"
-"""Beam's thread that waits for a worker process, and raises where its exit code is not 0."""
-_WORKER_MODULE: Final = "retrodb.pipelines.worker"
+_FORKED_URN: Final = "retrodb:environment:forked:v1"
+_LOADED: Final = (
+    "apache_beam.runners.worker.sdk_worker",
+    "retrodb.pipelines.text_stages",
+    "retrodb.pipelines.retrieval_stages",
+    "retrodb.pipelines.report_stage",
+)
+"""What all workers need. Torch is not among it, which those that embed load: it would be in the memory of all."""
 
 _View = TypeVar("_View", bound=PipelineOptions)
 
@@ -88,17 +89,18 @@ def run_local(build: Callable[[beam.Pipeline], object], processes: int, tick: Ti
         RetrodbError: what a worker raised, or WorkerError when one died.
     """
     quieten()
+    crew = _Crew()
+    _crews[crew.name] = crew
     with environment({**ONE_THREAD, "PYTHONWARNINGS": "ignore", DRIVER_VARIABLE: str(os.getpid())}):
-        census = _Census(processes)
-        threading.excepthook = census.hear
-        outcome = _Outcome(build, processes)
+        outcome = _Outcome(build, processes, crew)
         thread = threading.Thread(target=outcome.run, name="retrodb-pipeline", daemon=True)
         thread.start()
         try:
-            _watch(thread, outcome, census, tick)
+            _watch(thread, outcome, crew, tick)
         finally:
-            if thread.is_alive() or outcome.error is not None:
-                kill_workers()
+            if processes > 1 and (thread.is_alive() or outcome.error is not None):
+                _SERVER.close()  # what the workers had not committed does not exist
+            del _crews[crew.name]
     if outcome.error is not None:
         raise as_retrodb_error(outcome.error) from outcome.error
     return outcome.counters
@@ -118,9 +120,10 @@ class _Options(PipelineOptions):
 class _Outcome:
     """A pipeline run in a thread of its own, so that the caller can watch, and be interrupted."""
 
-    def __init__(self, build: Callable[[beam.Pipeline], object], processes: int) -> None:
+    def __init__(self, build: Callable[[beam.Pipeline], object], processes: int, crew: "_Crew") -> None:
         self._build = build
         self._processes = processes
+        self._crew = crew
         self.counters: dict[str, int] = {}
         self.error: BaseException | None = None
 
@@ -129,12 +132,9 @@ class _Outcome:
             ["--direct_running_mode=in_memory", f"--direct_num_workers={self._processes}"],
             default_sdk_harness_log_level="CRITICAL",
         )
-        sdk = None
-        if self._processes > 1:
-            command = f"exec {shlex.quote(sys.executable)} -m {_WORKER_MODULE}"
-            sdk = SubprocessSDKEnvironment.from_command_string(command)
+        forked = _Forked(self._crew.name, python_sdk_capabilities()) if self._processes > 1 else None
         try:
-            pipeline = beam.Pipeline(runner=FnApiRunner(default_environment=sdk), options=options)
+            pipeline = beam.Pipeline(runner=FnApiRunner(default_environment=forked), options=options)
             self._build(pipeline)
             result = pipeline.run()
             result.wait_until_finish()
@@ -143,67 +143,76 @@ class _Outcome:
             self.error = error
 
 
-def _watch(thread: threading.Thread, outcome: _Outcome, census: "_Census", tick: Callable[[], None]) -> None:
+def _watch(thread: threading.Thread, outcome: _Outcome, crew: "_Crew", tick: Callable[[], None]) -> None:
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
         tick()
-        if thread.is_alive() and (error := census.casualty()) is not None:
+        if thread.is_alive() and (error := crew.casualty()) is not None:
             outcome.error = error
             return
 
 
-class _Census:
-    """Notices a worker process that is gone while its pipeline still runs: the runner itself would wait for ever.
+class _Crew:
+    """The worker processes of one job, and whether one of them has died.
 
-    Workers are told to end one after the other, and the pipeline runs until the last one has. One that was told leaves
-    with exit code 0; of any other Beam's thread for it raises, which is heard here.
+    The runner itself would wait for a dead one for ever. One that it has told to end leaves with exit code 0.
     """
 
-    def __init__(self, processes: int) -> None:
-        self._processes = processes
-        self._started = False
-        self._failed = False
-        self._missing_since: float | None = None
-        self._next = 0.0
+    def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
+        self._workers: list[ForkedWorker] = []
+        self._died_at: float | None = None
 
-    def hear(self, args: threading.ExceptHookArgs) -> None:
-        """The hook for what threads raise: nothing is shown."""
-        if args.thread is not None and args.thread.name == _WAITING_THREAD:
-            self._failed = True
+    def start(self, control: str, worker_id: str) -> ForkedWorker:
+        worker = _SERVER.start(control, worker_id)
+        self._workers.append(worker)
+        return worker
 
     def casualty(self) -> WorkerDiedError | None:
-        """An error when a worker has been missing for a while, and was not told to end."""
+        """An error when a worker has been dead for a while: an error of the job that it died of is the better one."""
+        dead = sum(worker.code not in (None, 0) for worker in self._workers)
+        if not dead:
+            return None
         now = time.monotonic()
-        if self._processes == 1 or now < self._next:
+        self._died_at = self._died_at or now
+        if now - self._died_at <= _GRACE_SECONDS:
             return None
-        self._next = now + _CENSUS_SECONDS
-        alive = len(local_workers())
-        self._started = self._started or alive > 0
-        missing = self._processes - alive if self._started else 0
-        self._missing_since = (self._missing_since or now) if missing > 0 else None
-        grace = _GRACE_SECONDS if self._failed else _SILENT_SECONDS
-        if self._missing_since is None or now - self._missing_since <= grace:
-            return None
-        return WorkerDiedError(f"a worker process died ({missing} of {self._processes}): killed, or out of memory?")
+        return WorkerDiedError(f"a worker process died ({dead} of {len(self._workers)}): killed, or out of memory?")
 
 
-def local_workers() -> list[psutil.Process]:
-    """The running worker processes of this driver."""
-    workers = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and any(_WORKER_MODULE in part for part in child.cmdline()):
-                workers.append(child)
-        except psutil.Error:
-            continue
-    return workers
+_SERVER: Final = ForkServer(_LOADED, quiet=True)
+_crews: Final[dict[str, _Crew]] = {}
 
 
-def kill_workers() -> None:
-    """End the worker processes at once: what they had not committed does not exist."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(_WORKER_MODULE in part for part in process.cmdline()):
-                process.kill()
-        except psutil.Error:
-            continue
+@Environment.register_urn(_FORKED_URN, bytes)
+class _Forked(Environment):
+    """Beam's description of where the workers of a job run: a crew's name."""
+
+    def __init__(self, crew: str, capabilities: Any = (), artifacts: Any = (), resource_hints: Any = None) -> None:
+        super().__init__(capabilities, artifacts, resource_hints)
+        self._crew = crew
+
+    def to_runner_api_parameter(self, context: Any) -> tuple[str, bytes]:
+        return _FORKED_URN, self._crew.encode()
+
+    @staticmethod
+    def from_runner_api_parameter(
+        payload: bytes, capabilities: Any, artifacts: Any, resource_hints: Any, context: Any
+    ) -> "_Forked":
+        return _Forked(payload.decode(), capabilities, artifacts, resource_hints)
+
+
+@WorkerHandler.register_environment(_FORKED_URN, bytes)
+class _ForkedHandler(GrpcWorkerHandler):
+    """Beam's hold of one worker of a crew."""
+
+    def __init__(self, crew: bytes, state: Any, provision_info: Any, grpc_server: Any) -> None:
+        super().__init__(state, provision_info, grpc_server)
+        self._crew = _crews[crew.decode()]
+
+    def start_worker(self) -> None:
+        self._worker = self._crew.start(self.control_address, self.worker_id)
+
+    def stop_worker(self) -> None:
+        """It ends by itself once its control channel is closed."""
+        self._worker.wait()

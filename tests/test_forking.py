@@ -1,0 +1,105 @@
+"""Worker processes, forked from one that has imported what they need."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import apache_beam as beam
+import psutil
+import pytest
+from failing_work import Die, TellWhere
+from retrodb.pipelines.forking import ForkServer
+from retrodb.pipelines.runners import WorkerDiedError, local, run_local
+
+NOBODY = "localhost:1"
+"""A control service that does not answer: a worker waits for it."""
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    server = ForkServer(["apache_beam.runners.worker.sdk_worker"], quiet=True)
+    yield server
+    server.close()
+
+
+def the_server() -> psutil.Process:
+    found = [child for child in psutil.Process().children() if "retrodb.pipelines.worker" in child.cmdline()]
+    return found[-1]
+
+
+def native_threads(process: psutil.Process) -> set[str]:
+    """Of a process, but for the first: jemalloc, which Arrow brings, sees to forks by itself."""
+    own = [thread.id for thread in process.threads() if thread.id != process.pid]
+    return {Path(f"/proc/{process.pid}/task/{number}/comm").read_text().strip() for number in own}
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_says_by_which_signal_and_the_others_go_on(server):
+    workers = [server.start(NOBODY, f"worker_{number}") for number in range(2)]
+    until(lambda: len(the_server().children()) == 2)
+    assert native_threads(the_server()) <= {"jemalloc_bg_thd"}, "a fork copies no thread, nor what another one holds"
+    the_server().children()[0].terminate()
+    until(lambda: any(worker.code is not None for worker in workers))
+    assert sorted((worker.code for worker in workers), key=str) == [-15, None]
+    server.close()
+    assert [worker.wait() for worker in workers] in ([-15, -9], [-9, -15])
+
+
+@pytest.mark.slow
+def test_workers_live_no_longer_than_the_process_they_come_from_and_the_next_comes_from_another(server):
+    worker = server.start(NOBODY, "worker_0")
+    until(lambda: the_server().children())
+    first, orphan = the_server(), the_server().children()[0]
+    first.kill()
+    assert worker.wait() == -9
+    until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
+    again = server.start(NOBODY, "worker_1")
+    until(lambda: the_server().pid != first.pid and the_server().children())
+    assert again.code is None
+
+
+@pytest.mark.slow
+def test_a_variable_that_libraries_read_once_makes_another_process_and_other_ones_do_not(server, monkeypatch):
+    server.start(NOBODY, "worker_0")
+    first = the_server().pid
+    monkeypatch.setenv("RETRODB_OF_A_TEST", "1")
+    server.start(NOBODY, "worker_1")
+    assert the_server().pid == first
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    server.start(NOBODY, "worker_2")
+    assert the_server().pid != first
+
+
+@pytest.mark.slow
+def test_each_job_has_the_folder_and_the_variables_of_its_driver_and_workers_of_its_own(
+    tmp_path, monkeypatch, importable
+):
+    told = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setenv("RETRODB_OF_A_TEST", name)
+        path = str(tmp_path / f"{name}.txt")
+        run_local(lambda pipeline, path=path: pipeline | beam.Create([path]) | beam.ParDo(TellWhere()), processes=2)
+        pid, *rest = Path(path).read_text(encoding="utf-8").split()
+        assert rest == [str(tmp_path / name), name, "1"]
+        told.append(int(pid))
+    assert len({*told, os.getpid()}) == 3
+
+
+@pytest.mark.slow
+def test_a_job_whose_worker_dies_ends_with_a_word_and_the_next_one_runs(tmp_path, monkeypatch, importable):
+    monkeypatch.setattr(local, "_GRACE_SECONDS", 0.2)
+    with pytest.raises(WorkerDiedError, match=r"a worker process died \(1 of 2\): killed, or out of memory\?"):
+        run_local(lambda pipeline: pipeline | beam.Create([1]) | beam.ParDo(Die()), processes=2)
+    path = str(tmp_path / "told.txt")
+    run_local(lambda pipeline: pipeline | beam.Create([path]) | beam.ParDo(TellWhere()), processes=2)
+    assert Path(path).exists()
