@@ -36,6 +36,26 @@ class WatchSettings:
     keep: int = KEPT_VERSIONS
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """What is published, against what the trainer has exported, at one look.
+
+    Attributes:
+        version: the published one; None where there is no database.
+        step: that it is of, also of an export that is the same encoder still. None where that is no export of this
+            folder: another run's steps say nothing of how far this one is.
+        exports: all, by step.
+        newer: those behind ``step`` that can be used.
+        staleness: against these: who waits for another would wait for ever.
+    """
+
+    version: int | None
+    step: int | None
+    exports: list[Export]
+    newer: list[Export]
+    staleness: Staleness
+
+
 @dataclass
 class Watch:
     """One refresher: what it publishes, until the trainer is done.
@@ -71,43 +91,45 @@ class Watch:
         """
         while True:
             done = is_done(self.settings.folder)  # before the exports: what it names last is there by then
-            exports = list_exports(self.settings.folder)
-            self._tell(exports)
-            export = self._due(exports, last=done)
+            standing = self._look()
+            self._tell(standing)
+            export = self._due(standing, last=done)
             if export is not None:
                 self._publish(export)
             elif done:
                 hold(self.settings.folder, False)
-                if exports and exports[-1].step in self._refused:
-                    raise InputError(f"the last export cannot be used: {self._refused[exports[-1].step]}")
+                if standing.exports and (refused := self._refused.get(standing.exports[-1].step)) is not None:
+                    raise InputError(f"the last export cannot be used: {refused}")
                 return
             else:
                 self.sleep(self.settings.poll)
 
-    def _step(self) -> int | None:
-        """The step that what is published is of: also of an export that is the same encoder still.
-
-        None where that is no export of this folder: another run's steps say nothing of how far this one is.
-        """
-        current = Manifest.load(self.out)
-        own = current is not None and self._is_of_this_folder(current)
-        steps = [step for step in (current.version.step if current and own else None, self._same) if step is not None]
-        return max(steps, default=None)
+    def _look(self) -> _Standing:
+        """How it stands now."""
+        current, exports = Manifest.load(self.out), list_exports(self.settings.folder)
+        own = current.version.step if current is not None and self._is_of_this_folder(current) else None
+        step = max((step for step in (own, self._same) if step is not None), default=None)
+        newer = [e for e in exports if (step is None or e.step > step) and e.step not in self._refused]
+        behind = [export for export in newer if export.step > (step or 0)]
+        staleness = Staleness(
+            behind[-1].step - (step or 0) if behind else 0,
+            max(0.0, time.time() - behind[0].at) if behind else 0.0,
+        )
+        return _Standing(None if current is None else current.version.id, step, exports, newer, staleness)
 
     def _is_of_this_folder(self, manifest: Manifest) -> bool:
         return os.path.dirname(str(manifest.config.get("encoder"))) == os.path.abspath(self.settings.folder)
 
-    def _due(self, exports: list[Export], last: bool) -> Export | None:
+    def _due(self, standing: _Standing, last: bool) -> Export | None:
         """The newest export that is to be published now.
 
         Whatever the schedule says, the very last one is; and the newest where the trainer is held until one is.
         """
-        published = self._step()
-        newer = [e for e in exports if (published is None or e.step > published) and e.step not in self._refused]
-        held = self.settings.on_stale == "block" and self.settings.limit.is_passed(self._staleness(exports))
-        if newer and (last or held):
-            return newer[-1]
-        return next((e for e in reversed(newer) if self.settings.schedule.is_due(e.step, published)), None)
+        held = self.settings.on_stale == "block" and self.settings.limit.is_passed(standing.staleness)
+        if standing.newer and (last or held):
+            return standing.newer[-1]
+        due = (e for e in reversed(standing.newer) if self.settings.schedule.is_due(e.step, standing.step))
+        return next(due, None)
 
     def _publish(self, export: Export) -> None:
         if self._locked_out is None:
@@ -157,7 +179,7 @@ class Watch:
         def tell() -> None:
             try:
                 while not over.wait(self.settings.poll):
-                    self._tell(list_exports(self.settings.folder))
+                    self._tell(self._look())
             except Exception as error:  # raised by the caller's thread, of whatever kind
                 failed.append(error)
 
@@ -171,32 +193,22 @@ class Watch:
         if failed:
             raise failed[0]
 
-    def _staleness(self, exports: list[Export]) -> Staleness:
-        """Of what is published, against exports that can be: who waits for another would wait for ever."""
-        published = self._step() or 0
-        newer = [e for e in exports if e.step > published and e.step not in self._refused]
-        return Staleness(
-            max((export.step for export in newer), default=published) - published,
-            max(0.0, time.time() - newer[0].at) if newer else 0.0,
-        )
-
-    def _tell(self, exports: list[Export]) -> None:
+    def _tell(self, standing: _Standing) -> None:
         """Leave word of what is published and how stale it is; ask the trainer to wait where it is too stale."""
-        current = Manifest.load(self.out)
-        published = self._step()
-        staleness = self._staleness(exports)
+        staleness = standing.staleness
         passed = self.settings.limit.is_passed(staleness)
         if passed and not self._warned:
+            of = "" if standing.step is None else f" (step {standing.step})"
             self.progress.note(
-                f"the published version (step {published}) is {count_of(staleness.steps, 'step')} and "
+                f"the published version{of} is {count_of(staleness.steps, 'step')} and "
                 f"{staleness.seconds:.0f} s behind the newest export: more than --max-staleness"
             )
         self._warned = passed
         write_status(
             self.settings.folder,
             {
-                "version": current.version.id if current is not None else None,
-                "step": published,
+                "version": standing.version,
+                "step": standing.step,
                 "staleness": staleness.as_json(),
                 "stale": passed,
             },
