@@ -395,8 +395,10 @@ class Manifest:
         Raises:
             InputError: it is not a retrodb manifest.
             MismatchError: it was written by a later schema version.
-            DamagedError: it is one, but malformed.
+            DamagedError: it is one, but malformed; or an object with nothing in it, which is nobody's.
         """
+        if data == {}:
+            raise DamagedError(f"{where} is empty.")
         if not isinstance(data, dict) or not isinstance(data.get("format"), dict):
             raise InputError(f"{where} is not a retrodb manifest.")
         if data["format"].get("name") != FORMAT_NAME:

@@ -55,7 +55,7 @@ def test_a_later_schema_is_refused(manifest):
         Manifest.parse(data, "manifest.json")
 
 
-@pytest.mark.parametrize("data", [None, [], {}, {"format": "x"}, {"format": {"name": "other"}}])
+@pytest.mark.parametrize("data", [None, [], {"format": "x"}, {"format": {"name": "other"}}])
 def test_anything_else_is_no_manifest(data):
     with pytest.raises(InputError, match="not a retrodb manifest"):
         Manifest.parse(data, "manifest.json")
@@ -188,7 +188,8 @@ def test_whatever_is_saved_is_whole(config):
 
 
 OTHER = b'{"name": "my web app"}'
-WHOLE, OLDER, FLIPPED, TORN, LATER, MISSING = "whole", "older", "flipped", "torn", "later", "missing"
+WHOLE, OLDER, FLIPPED, TORN, EMPTIED = "whole", "older", "flipped", "torn", "emptied"
+LATER, MISSING = "later", "missing"
 
 
 def put(storage, name, manifest, state):
@@ -199,6 +200,7 @@ def put(storage, name, manifest, state):
         OLDER: Manifest().as_bytes(),
         FLIPPED: whole.replace(b'"seed": 0', b'"seed": 1'),
         TORN: whole[: len(whole) // 2],
+        EMPTIED: b"{}",
         LATER: whole.replace(b'"schema_version": ', b'"schema_version": 9'),
         OTHER: OTHER,
     }
@@ -209,9 +211,13 @@ def put(storage, name, manifest, state):
 
 RECOVERED = [
     *((WHOLE, copy, WHOLE) for copy in (WHOLE, OLDER, FLIPPED, TORN, LATER, OTHER, MISSING)),
-    *((damaged, WHOLE, WHOLE) for damaged in (FLIPPED, TORN, MISSING)),
+    *((damaged, WHOLE, WHOLE) for damaged in (FLIPPED, TORN, EMPTIED, MISSING)),
     *((damaged, OLDER, OLDER) for damaged in (FLIPPED, TORN, MISSING)),
-    *((damaged, copy, DamagedError) for damaged in (FLIPPED, TORN) for copy in (FLIPPED, TORN, OTHER, MISSING)),
+    *(
+        (damaged, copy, DamagedError)
+        for damaged in (FLIPPED, TORN, EMPTIED)
+        for copy in (FLIPPED, TORN, OTHER, MISSING)
+    ),
     *((MISSING, copy, DamagedError) for copy in (FLIPPED, TORN)),
     *((damaged, LATER, MismatchError) for damaged in (FLIPPED, TORN, MISSING)),
     *((LATER, copy, MismatchError) for copy in (WHOLE, FLIPPED, MISSING)),
