@@ -7,6 +7,7 @@ program that retrodb is used from, which may have threads, and may be a script.
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -95,6 +96,7 @@ class _Serving:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._seen = _seen(os.environ)
+        self._numbers = itertools.count()
         self._workers: dict[int, ForkedWorker] = {}
         self._lock = threading.Lock()
         self._over = False
@@ -112,9 +114,9 @@ class _Serving:
     def start(self, control: str, worker_id: str) -> ForkedWorker:
         worker = ForkedWorker()
         with self._lock:
-            number = len(self._workers)
+            number = next(self._numbers)
             self._workers[number] = worker
-            given = {"folder": os.getcwd(), "environment": dict(os.environ)}
+            given = {"folder": _folder(), "environment": dict(os.environ)}
             line = json.dumps({"number": number, "control": control, "id": worker_id, **given})
             try:
                 self._requests.write(line.encode() + b"\n")
@@ -140,11 +142,17 @@ class _Serving:
         with contextlib.suppress(OSError, ValueError):
             for line in answers:
                 answer = json.loads(line)
-                self._workers[answer["number"]].end(answer["code"])
+                self._workers.pop(answer["number"]).end(answer["code"])
         self._over = True
         for worker in list(self._workers.values()):
-            if worker.code is None:
-                worker.end(_KILLED)
+            worker.end(_KILLED)
+
+
+def _folder() -> str | None:
+    """The working folder; None where it was removed: a fork has what is left of it."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.getcwd()
+    return None
 
 
 def _seen(environment: Mapping[str, str]) -> dict[str, str]:

@@ -88,12 +88,15 @@ class _Server:
                 signal.signal(number, signal.SIG_DFL)
             os.close(self._woken)
             os.close(self._wake)
-            with open(os.devnull, "rb") as nothing:
+            with open(os.devnull, "r+b") as nothing:
                 os.dup2(nothing.fileno(), _REQUESTS)
-            os.dup2(_SCREEN, _ANSWERS)
+                os.dup2(nothing.fileno(), _ANSWERS)
+                with contextlib.suppress(OSError):  # there may be no screen
+                    os.dup2(_SCREEN, _ANSWERS)
             os.environ.clear()
             os.environ.update(request["environment"])
-            os.chdir(request["folder"])
+            if request["folder"] is not None:
+                os.chdir(request["folder"])
             threading.Thread(target=_end_with, args=(os.getppid(),), name="retrodb-watchdog", daemon=True).start()
             if self._quiet:
                 # Beam prints tracebacks here, also when the driver is gone. What failed reaches the driver, which
