@@ -15,7 +15,7 @@ from retrodb.sizes import count_of
 Questions = Annotated[
     str, typer.Argument(metavar="QUESTIONS", help="JSONL (.gz, .zst), any fsspec URL; fields are found by name.")
 ]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU. [the cores]")]
+Threads = Annotated[Optional[int], typer.Option(min=1, max=4096, help="Threads of the CPU. [the cores]")]
 
 
 def finetune_qa(
@@ -73,7 +73,9 @@ def answer(
     database: Database,
     questions: Questions,
     model: Annotated[str, typer.Option("--model", metavar="CKPT", help="What finetune-qa made.")],
-    blocks: Annotated[Optional[int], typer.Option(min=1, help="Retrieved blocks that are read. [as trained]")] = None,
+    blocks: Annotated[
+        Optional[int], typer.Option(min=1, max=65536, help="Retrieved blocks that are read. [as trained]")
+    ] = None,
     predictions: Annotated[
         Optional[str], typer.Option("--predictions", metavar="FILE", help="Write each answer as a line of JSON.")
     ] = None,
