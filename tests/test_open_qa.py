@@ -378,9 +378,10 @@ def test_the_commands_finetune_and_answer_with_either_database(
     for wrong, code, said in (
         (databases["old"] / "manifest.json", 3, "lies inside the database"),
         (tmp_path, 2, "is a folder: name the file in it"),
+        (asked / "predictions.jsonl", 3, "cannot make the folder"),
     ):
         ran = retrodb("answer", databases["old"], asked, "--model", learnt, "--predictions", wrong)
-        assert (ran.code, said in ran.err) == (code, True), ran.err
+        assert (ran.code, said in ran.err, "answer  " in ran.err) == (code, True, False), ran.err
     assert (databases["old"] / "manifest.json").read_bytes() == before
 
 

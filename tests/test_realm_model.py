@@ -339,6 +339,10 @@ def test_what_is_no_bert_is_refused_in_words(tiny_encoder: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps({**card, "model_type": "roberta"}), encoding="utf-8")
     with pytest.raises(InputError, match="is a 'roberta': REALM starts from a BERT"):
         Realm.start(str(folder))
+    for content in (json.dumps({**card, "num_hidden_layers": "a"}), "[]"):
+        (folder / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="has no readable config.json: "):
+            Realm.start(str(folder))
     with pytest.raises(InputError):
         Realm.start(str(tmp_path / "missing"))
 

@@ -20,7 +20,7 @@ import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
-from retrodb.errors import InputError, MismatchError, UsageError, WorkerError
+from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm, sentence_ends
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
@@ -389,6 +389,29 @@ def test_one_who_waited_for_the_lock_goes_on_from_what_the_other_left(
     assert other.train().step == 2
     assert stamps(tmp_path / "ckpt") == left
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step": -1}, "realm.json is malformed.*step -1 of 4"),
+        ({"step": 10**9}, "realm.json is malformed.*step 1000000000 of 4"),
+        ({"batches": -5}, "realm.json is malformed.*batch -5"),
+        ({"model": {"dimension": 10**12}}, r"retriever.projection.weight has the shape \(16, 32\), and should have"),
+        ({"model": {"bert": {"num_hidden_layers": "a"}}}, "realm.json is malformed.*num_hidden_layers"),
+    ],
+)
+def test_a_checkpoint_whose_document_was_changed_is_damaged_in_words(
+    changed: dict[str, Any], said: str, first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {**old, **{k: merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}}
+
+    trainer(first, tmp_path, tiny_encoder)._save()
+    document = tmp_path / "ckpt" / "realm.json"
+    document.write_text(json.dumps(merged(json.loads(document.read_text("utf-8")), changed)), encoding="utf-8")
+    with pytest.raises(DamagedError, match=said):
+        load_realm(str(tmp_path / "ckpt")) if "model" in changed else trainer(first, tmp_path, tiny_encoder)
 
 
 @pytest.mark.parametrize("name", ["open-qa.json", "checkpoint.json", "thesis.tex"])

@@ -92,6 +92,7 @@ def answer(
     from retrodb.evaluation.open_qa import Answering  # noqa: PLC0415
     from retrodb.evaluation.questions import QuestionSet  # noqa: PLC0415
     from retrodb.learning.open_qa import FineTuned  # noqa: PLC0415 - imports torch
+    from retrodb.remote import absolute_url  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
     db = open_database(database, version=version)
@@ -99,13 +100,15 @@ def answer(
         db.storage.refuse_inside(predictions, "predictions")
         if predictions.endswith("/") or Path(predictions).is_dir():
             raise UsageError(f"--predictions {predictions} is a folder: name the file in it, as answers.jsonl.")
+        folder, _, name = absolute_url(predictions).rpartition("/")
+        place = Storage(folder or "/")
+        place.make_root()  # before what may take hours, not after it
     with contextlib.closing(make_progress()) as progress:
         under_way = Answering(db, FineTuned(model), QuestionSet(questions), progress, blocks)
         found = list(under_way.predictions())
     if predictions is not None:
-        folder, _, name = predictions.rpartition("/")
         lines = b"".join(json.dumps(one.as_json(), ensure_ascii=False).encode() + b"\n" for one in found)
-        Storage(folder or ".").commit_bytes(name, lines)
+        place.commit_bytes(name, lines)
     result = under_way.result
     if as_json:
         echo_json({**result.as_json(), "predictions": predictions})

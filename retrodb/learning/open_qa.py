@@ -29,6 +29,7 @@ from retrodb.model.checkpoint import (
     STATE,
     WEIGHTS,
     check_free,
+    check_weights,
     files_json,
     forget_other_steps,
     load_weights,
@@ -315,6 +316,8 @@ class OpenQaTrainer:
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
             self.log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
             self.step = self._saved = int(found["step"])
+            if not 0 <= self.step <= self.settings.steps:
+                raise ValueError(f"step {self.step} of {self.settings.steps}")
         self.progress.note(f"going on from step {self.step:,} of {self.storage.url}")
 
 
@@ -339,8 +342,11 @@ class FineTuned:
             raise InputError(f"{storage.url} is no checkpoint of retrodb finetune-qa: it has no {CHECKPOINT}.")
         with well_formed(storage, CHECKPOINT):
             files = parse_files(found["files"])
-            self.model = OpenQa.blank(OpenQaConfig(**found["model"]))
-            load_weights(self.model, read_tensors(storage, files, WEIGHTS), storage.url)
+            config, weights = OpenQaConfig(**found["model"]), read_tensors(storage, files, WEIGHTS)
+            with torch.device("meta"):  # sizes that are not those of the weights must not take the memory they ask for
+                check_weights(OpenQa.blank(config), weights, storage.url)
+            self.model = OpenQa.blank(config)
+            load_weights(self.model, weights, storage.url)
             self.wordpieces = Wordpieces(read_file(storage, files, TOKENIZER), storage.url)
             self.blocks = int(found["run"]["blocks"])
             self.encoder = str(found["run"]["database"]["encoder"])

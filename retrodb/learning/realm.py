@@ -12,7 +12,7 @@ how often a candidate holds the answer.
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -26,7 +26,6 @@ from retrodb.chunking import refuse_other_tokenizer
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
 from retrodb.errors import InputError, MismatchError
-from retrodb.formats import Committed
 from retrodb.learning.following import FollowedDatabase
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.optimiser import as_queries, gradient_norm, load_state, refuse_divergence, state_tensors
@@ -39,6 +38,7 @@ from retrodb.model.checkpoint import (
     STATE,
     WEIGHTS,
     check_free,
+    check_weights,
     files_json,
     forget_other_steps,
     load_weights,
@@ -372,10 +372,12 @@ class RealmTrainer:
             )
         with well_formed(self.storage, CHECKPOINT):
             files = parse_files(found["files"])
-            _load(self.storage, files, self.model)
+            load_weights(self.model, read_tensors(self.storage, files, WEIGHTS), self.storage.url)
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
             log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
             self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
+            if not 0 <= self.run.step <= self.settings.steps or min(self.run.epoch, self.run.batches) < 0:
+                raise ValueError(f"step {self.run.step} of {self.settings.steps}, batch {self.run.batches}")
         self._saved = self.run.step
         self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
 
@@ -383,10 +385,6 @@ class RealmTrainer:
 def _mean(values: torch.Tensor) -> float | None:
     """None of nothing: JSON has no NaN."""
     return float(values.mean()) if len(values) else None
-
-
-def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> None:
-    load_weights(model, read_tensors(storage, files, WEIGHTS), storage.url)
 
 
 def realm_tokenizer(url: str) -> str | None:
@@ -416,8 +414,11 @@ def load_realm(url: str) -> Realm:
     if found is None:
         raise InputError(f"{storage.url} is no checkpoint of retrodb realm: it has no {CHECKPOINT}.")
     with well_formed(storage, CHECKPOINT):
-        model = Realm.blank(RealmConfig(**found["model"]))
-        _load(storage, parse_files(found["files"]), model)
+        config, weights = RealmConfig(**found["model"]), read_tensors(storage, parse_files(found["files"]), WEIGHTS)
+        with torch.device("meta"):  # sizes that are not those of the weights must not take the memory they ask for
+            check_weights(Realm.blank(config), weights, storage.url)
+        model = Realm.blank(config)
+        load_weights(model, weights, storage.url)
     return model.eval()
 
 
