@@ -43,7 +43,10 @@ class SpanReader(nn.Module):
         body = hidden[rows, (packed.second[:, None] + starts).clamp(max=hidden.shape[1] - 1)]
         # No token that has a gradient is indexed twice: threads would add its parts in any order, and a run would not
         # be what its seed says.
-        ending = nn.functional.pad(body @ of_end.T, (0, 0, 0, LONGEST_ANSWER - 1)).unfold(1, LONGEST_ANSWER, 1)
+        padded = nn.functional.pad(
+            body @ of_end.T, (0, 0, 0, LONGEST_ANSWER)
+        )  # one window too many, for no body at all
+        ending = padded.unfold(1, LONGEST_ANSWER, 1)[:, :width]
         entered = (body @ of_start.T + enter.bias)[:, :, None] + ending.transpose(2, 3)
         scores = torch.full(inside.shape, -torch.inf, device=device)
         scores[inside] = self.mlp[1:](entered[inside])[:, 0].float()
