@@ -179,7 +179,7 @@ def spans() -> pa.Schema:
         [
             ("span_id", pa.int64(), "shard << 32 | row"),
             ("document_id", pa.int64(), "the document it stands in"),
-            ("chunk_id", pa.int64(), "the chunk or block with the larger part of its sentence; null if none has any"),
+            ("chunk_id", pa.int64(), "the chunk or block with the larger part of it; null if none has any"),
             ("sentence_start", pa.int64(), "first UTF-8 byte of its sentence in the document's text"),
             ("sentence_end", pa.int64(), "one past the last"),
             ("start", pa.int64(), "first UTF-8 byte of the span in the document's text"),
@@ -199,7 +199,12 @@ def queries(max_tokens: int, max_masked: int, token_type: str) -> pa.Schema:
             ("query_id", pa.int64(), "shard << 32 | row"),
             ("span_id", pa.int64(), "the span that is masked; null where the mask is random"),
             ("document_id", pa.int64(), "the document it stands in"),
-            ("chunk_id", pa.int64(), "the chunk or block with the larger part of the sentence; null if none has any"),
+            (
+                "chunk_id",
+                pa.int64(),
+                "the chunk or block with the larger part of the masked span; where tokens are masked at random, of the "
+                "query; null if none has any",
+            ),
             ("split", pa.string(), "train or validation, as its document"),
             ("sentence_start", pa.int64(), "first UTF-8 byte of the sentence in the document's text"),
             ("sentence_end", pa.int64(), "one past the last"),

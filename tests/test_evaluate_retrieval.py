@@ -166,6 +166,7 @@ def test_evaluation_V1_command_keeps_a_report_that_no_build_and_no_verification_
     assert kept == {key: value for key, value in ran.json.items() if key != "report"}
     assert kept["questions"]["asked"] == 40
     assert kept["k"] == [1, 3]
+    assert kept["version"] == 1, "R7: answers carry the version id"
     before = stamps(database)
     assert retrodb("evaluate-retrieval", database, inputs[1], "--k", "1,3").out.count("recall@3") == 2
     assert verify_database(open_database(str(database))).paths == []

@@ -16,7 +16,7 @@ import retrodb as package
 from retrodb.corpus.selection import Selection
 from retrodb.encoding import identify, resolve_encoder
 from retrodb.encoding.encoder import Encoder
-from retrodb.errors import DamagedError, InputError, MismatchError, UsageError
+from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
 from retrodb.evaluation.answers import exact_match, squad_form
 from retrodb.evaluation.open_qa import Answering
 from retrodb.evaluation.questions import QuestionSet
@@ -280,6 +280,46 @@ def test_another_run_another_database_and_a_damaged_checkpoint_are_refused_in_wo
         FineTuned(str(tmp_path))
 
 
+def test_one_who_waited_for_the_lock_goes_on_from_what_the_other_left(
+    databases: dict[str, Path], asked: Path, tmp_path: Path
+) -> None:
+    """Two processes were started with the same command; the first one ended before the second had the lock."""
+    one, other = (trainer(databases["old"], asked, tmp_path / "out", learning_rate=1e-3) for _ in range(2))
+    one.train()
+    left = stamps(tmp_path / "out")
+    assert other.train() == 4
+    assert stamps(tmp_path / "out") == left
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_folder_that_holds_another_programs_checkpoint_is_refused_and_loses_nothing(
+    databases: dict[str, Path], asked: Path, tmp_path: Path
+) -> None:
+    """``--out`` and ``--start`` may be mistaken for each other: both have folders of steps."""
+    weights = tmp_path / "realm" / "step-00000100" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (tmp_path / "realm" / "realm.json").touch()
+    with pytest.raises(InputError, match=r"has no open-qa.json and holds other things \(realm.json\): name another"):
+        trainer(databases["old"], asked, tmp_path / "realm")
+    assert weights.exists()
+
+
+def test_a_run_that_diverges_ends_in_words_and_keeps_nothing_that_is_no_number(
+    databases: dict[str, Path], asked: Path, tmp_path: Path
+) -> None:
+    made = trainer(databases["old"], asked, tmp_path / "out")
+    made.model.reader.mlp[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(made.model)
+    with pytest.raises(WorkerError, match=r"step [1-4]: the loss is .*(nan|inf) of the reader. Nothing"):
+        made.train()
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+    made = trainer(databases["old"], asked, tmp_path / "out", learning_rate=1e30)
+    with pytest.raises(WorkerError, match=r"the loss is|the largest number of the query vectors"):
+        made.train()
+    assert not list((tmp_path / "out").glob("step-*/*"))
+
+
 # -- what is learnt ----------------------------------------------------------------------------------------------------
 
 
@@ -338,9 +378,10 @@ def test_the_commands_finetune_and_answer_with_either_database(
     for wrong, code, said in (
         (databases["old"] / "manifest.json", 3, "lies inside the database"),
         (tmp_path, 2, "is a folder: name the file in it"),
+        (asked / "predictions.jsonl", 3, "cannot make the folder"),
     ):
         ran = retrodb("answer", databases["old"], asked, "--model", learnt, "--predictions", wrong)
-        assert (ran.code, said in ran.err) == (code, True), ran.err
+        assert (ran.code, said in ran.err, "answer  " in ran.err) == (code, True, False), ran.err
     assert (databases["old"] / "manifest.json").read_bytes() == before
 
 

@@ -265,6 +265,24 @@ def test_the_answers_likelihood_is_the_sum_over_matching_spans_written_out() -> 
     assert scores.grad[1].eq(0).all()
 
 
+def test_the_span_readers_gradient_is_the_same_bit_for_bit_with_several_threads(realm: Realm) -> None:
+    """What resuming a run needs: a sum over the spans of a token must not depend on which thread came first."""
+    reader = SpanReader(realm.reader.bert, realm.config)
+    questions, bodies = texts(*[20] * 12), texts(*range(31, 79, 4), seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(20):
+            reader.zero_grad()
+            scores, inside = reader.spans(questions, bodies)
+            scores.masked_select(inside).square().mean().backward()
+            found.append(torch.cat([p.grad.flatten() for p in reader.parameters() if p.grad is not None]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_the_span_reader_learns_where_the_answer_stands(realm: Realm, tiny_encoder: Path) -> None:
     model = SpanReader(copy.deepcopy(realm.reader.bert), realm.config)
     questions, bodies = texts(5, 5), texts(12, 9, seed=9)
@@ -321,6 +339,10 @@ def test_what_is_no_bert_is_refused_in_words(tiny_encoder: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps({**card, "model_type": "roberta"}), encoding="utf-8")
     with pytest.raises(InputError, match="is a 'roberta': REALM starts from a BERT"):
         Realm.start(str(folder))
+    for content in (json.dumps({**card, "num_hidden_layers": "a"}), "[]"):
+        (folder / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="has no readable config.json: "):
+            Realm.start(str(folder))
     with pytest.raises(InputError):
         Realm.start(str(tmp_path / "missing"))
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from retrodb.schemas import NULL_ID
 from support import Progress, Running, build_here, make_tiny_encoder, manifest_of, retrodb, stamps, write_jsonl
+from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
 import retrodb as package
 from retrodb.config import RunSettings
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.database import Database
-from retrodb.errors import InputError, MismatchError, UsageError
+from retrodb.errors import DamagedError, InputError, MismatchError, UsageError, WorkerError
 from retrodb.learning.interrupt import Interruptions
-from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm
+from retrodb.learning.realm import RealmSettings, RealmTrainer, load_realm, sentence_ends
 from retrodb.learning.realm_batches import cloze_batches, holds_answer, masked_batch, texts_of
 from retrodb.quality.verify import verify_database
 from retrodb.refreshing.exports import hold
@@ -121,6 +122,14 @@ def test_the_warm_start_takes_a_sentence_out_of_its_block(first: Path) -> None:
             places = [at for at in range(len(block) + 1) if (*block[:at], *query, *block[at:]) in bodies]
             assert places, "the sentence, put back, makes a block"
     assert 0 < kept < 30
+
+
+def test_a_warm_start_knows_the_sentences_of_other_scripts(tiny_encoder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_encoder / "tokenizer.json"))
+    ends = sentence_ends(str(tiny_encoder / "tokenizer.json"))
+    for text in ("It rained. Why? Go!", "北京是首都。上海呢？好！", "राम गया। वह आया॥"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert sum(number in ends for number in ids) == sum(mark in ".?!。？！।॥" for mark in text)
 
 
 def test_a_warm_start_of_few_blocks_takes_all_there_are(first: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -344,6 +353,81 @@ def test_the_log_has_null_where_no_query_has_a_candidate_and_leaves_out_those_th
     assert -100 < made.run.log[-1]["utility"] <= made.run.log[-1]["best_utility"]
 
 
+def test_a_run_that_diverges_ends_in_words_and_keeps_nothing_that_is_no_number(
+    first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32, learning_rate=1e30)
+    with pytest.raises(
+        WorkerError, match=r"warm start, step 2: the loss is .*Nothing of this step is kept.*than 1e\+30"
+    ):
+        made.train()
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == []
+    assert not (tmp_path / "exports").exists()
+    with pytest.raises(WorkerError, match=r"step 1: the largest number of the query vectors is .*float16"):
+        made._step(made._followed.database)
+    made = trainer(first, tmp_path, tiny_encoder, dimension=32)
+    made.model.reader.bias.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    with pytest.raises(
+        WorkerError, match="step 1: the loss is .*, the gradient's norm .* of the retriever, (nan|inf) of"
+    ):
+        made._step(made._followed.database)
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+
+
+def test_one_who_waited_for_the_lock_goes_on_from_what_the_other_left(
+    database: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Two processes were started with the same command; the first one ended before the second had the lock."""
+    settings = {"dimension": 32, "steps": 2, "cloze_steps": 0}
+    one, other = (trainer(database, tmp_path, tiny_encoder, **settings) for _ in range(2))
+    one._save()
+    one._export()
+    refreshed(database, tmp_path / "exports" / "step-000000", 0)
+    one.train()
+    left = stamps(tmp_path / "ckpt")
+    assert other.train().step == 2
+    assert stamps(tmp_path / "ckpt") == left
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step": -1}, "realm.json is malformed.*step -1 of 4"),
+        ({"step": 10**9}, "realm.json is malformed.*step 1000000000 of 4"),
+        ({"batches": -5}, "realm.json is malformed.*batch -5"),
+        ({"model": {"dimension": 10**12}}, r"retriever.projection.weight has the shape \(16, 32\), and should have"),
+        ({"model": {"bert": {"num_hidden_layers": "a"}}}, "realm.json is malformed.*num_hidden_layers"),
+    ],
+)
+def test_a_checkpoint_whose_document_was_changed_is_damaged_in_words(
+    changed: dict[str, Any], said: str, first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {**old, **{k: merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}}
+
+    trainer(first, tmp_path, tiny_encoder)._save()
+    document = tmp_path / "ckpt" / "realm.json"
+    document.write_text(json.dumps(merged(json.loads(document.read_text("utf-8")), changed)), encoding="utf-8")
+    with pytest.raises(DamagedError, match=said):
+        load_realm(str(tmp_path / "ckpt")) if "model" in changed else trainer(first, tmp_path, tiny_encoder)
+
+
+@pytest.mark.parametrize("name", ["open-qa.json", "checkpoint.json", "thesis.tex"])
+def test_a_folder_that_holds_something_else_is_refused_and_loses_nothing(
+    name: str, first: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Checkpoints of all kinds have step folders: the first save of another kind would remove them."""
+    weights = tmp_path / "ckpt" / "step-00000100" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (tmp_path / "ckpt" / name).touch()
+    with pytest.raises(InputError, match=rf"has no realm.json and holds other things \({name}\): name another"):
+        trainer(first, tmp_path, tiny_encoder)
+    assert weights.exists()
+
+
 def test_a_short_warm_start_says_how_good_it_is(first: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("retrodb.learning.realm.cloze_accuracy", lambda queries, blocks: 0.5)
     made = trainer(first, tmp_path, tiny_encoder)
@@ -449,6 +533,12 @@ def test_what_cannot_be_trained_on_is_refused_in_words(
         RealmSettings.make({"exclude": "everything"})
     with pytest.raises(UsageError, match="--learning-rate inf"):
         RealmSettings.make({"learning_rate": math.inf})
+    for name in ("dimension", "batch", "cloze_batch", "candidates"):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 1000000000000.*less than or equal to"):
+            RealmSettings.make({name: 10**12})
+    for place, said in ((first / "exports", "--exports .* lies inside the database"), (tmp_path / "ckpt", "are both")):
+        with pytest.raises(InputError, match=said):
+            RealmTrainer(str(first), str(tmp_path / "ckpt"), str(place), RealmSettings(), Progress())
     foreign = make_tiny_encoder(tmp_path / "foreign")
     tokenizer = foreign / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text("utf-8").replace("##ing", "##gni"), encoding="utf-8")

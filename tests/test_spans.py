@@ -37,6 +37,7 @@ from support import (
 from tokenizers import Tokenizer
 
 from retrodb import open as open_database
+from retrodb.chunking.blocks import Room, block_documents
 from retrodb.chunking.sentences import sentences
 from retrodb.config import RunSettings
 from retrodb.encoding import DEFAULT_ENCODER, resolve_encoder
@@ -226,6 +227,22 @@ def test_spans_S2_a_documents_queries_are_the_same_in_any_company_and_shard(word
     assert [row["start"] for row in other] != [row["start"] for row in together]
 
 
+@pytest.mark.parametrize("mask", ["salient", "random-span", "random-token"])
+def test_exclusion_E1_the_own_block_of_a_query_is_the_one_that_holds_what_is_masked(wordpieces, mask):
+    """A sentence without an end is split, and most of it may lie in another block than the query, its first 96."""
+    text = "In 1850 " + "of it " * 120 + "constitution international " * 200
+    documents = pa.table({"document_id": [0], "text": [text], "content_hash": [bytes(32)], "split": ["train"]})
+    room = Room(288, 3)
+    chunks, _ = block_documents(np.array([0]), [None], [text], wordpieces.tokenizer, room, 0)
+    sizes = chunks["end"].to_numpy() - chunks["start"].to_numpy()
+    assert sizes.argmax() != 0
+    made = SpanSettings(("dates",) if mask == "salient" else (), mask)
+    taggers = [DateTagger()] if mask == "salient" else []
+    tables = span_tables(documents, chunks, {}, taggers=taggers, wordpieces=wordpieces, settings=made, shard=0)
+    assert tables.queries["chunk_id"].to_pylist() == [chunks["chunk_id"][0].as_py()]
+    assert tables.spans["chunk_id"].to_pylist() == [chunks["chunk_id"][0].as_py()] * (mask == "salient")
+
+
 # -- S3: taggers -------------------------------------------------------------------------------------------------------
 
 
@@ -346,9 +363,7 @@ def test_spans_stage_records_what_it_found_and_rests(database):
     for row in rows_of(database, "spans"):
         assert list(dates(texts[row["document_id"]][row["start"] : row["end"]].decode()))
         own = [c for c in chunks.values() if c["document_id"] == row["document_id"]]
-        shared = {
-            c["chunk_id"]: min(c["end"], row["sentence_end"]) - max(c["start"], row["sentence_start"]) for c in own
-        }
+        shared = {c["chunk_id"]: min(c["end"], row["end"]) - max(c["start"], row["start"]) for c in own}
         assert shared[row["chunk_id"]] == max(shared.values())
     before = stamps(database)
     assert make(database).done == ()

@@ -65,8 +65,8 @@ def _print(result: "RetrievalResult") -> None:
     without = f", {asked['without_gold']:,} without a gold answer" if asked["without_gold"] else ""
     echo(f"{asked['file']}: {asked['asked']:,} of {count_of(asked['read'], 'question')} asked{without}")
     echo(
-        f"{about['database']}: {count_of(about['chunks'], 'chunk')}, {about['encoder']['name']}, {about['metric']}, "
-        f"index {about['index']['key']}"
+        f"{about['database']}, version {about['version']}: {count_of(about['chunks'], 'chunk')}, "
+        f"{about['encoder']['name']}, {about['metric']}, index {about['index']['key']}"
     )
     for criterion in result.criteria:
         tables = [(f"{criterion.name} ({criterion.questions:,})", "recall", criterion.hits)]

@@ -15,7 +15,7 @@ from retrodb.sizes import count_of
 Questions = Annotated[
     str, typer.Argument(metavar="QUESTIONS", help="JSONL (.gz, .zst), any fsspec URL; fields are found by name.")
 ]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the CPU. [the cores]")]
+Threads = Annotated[Optional[int], typer.Option(min=1, max=4096, help="Threads of the CPU. [the cores]")]
 
 
 def finetune_qa(
@@ -73,7 +73,9 @@ def answer(
     database: Database,
     questions: Questions,
     model: Annotated[str, typer.Option("--model", metavar="CKPT", help="What finetune-qa made.")],
-    blocks: Annotated[Optional[int], typer.Option(min=1, help="Retrieved blocks that are read. [as trained]")] = None,
+    blocks: Annotated[
+        Optional[int], typer.Option(min=1, max=65536, help="Retrieved blocks that are read. [as trained]")
+    ] = None,
     predictions: Annotated[
         Optional[str], typer.Option("--predictions", metavar="FILE", help="Write each answer as a line of JSON.")
     ] = None,
@@ -90,6 +92,7 @@ def answer(
     from retrodb.evaluation.open_qa import Answering  # noqa: PLC0415
     from retrodb.evaluation.questions import QuestionSet  # noqa: PLC0415
     from retrodb.learning.open_qa import FineTuned  # noqa: PLC0415 - imports torch
+    from retrodb.remote import absolute_url  # noqa: PLC0415
     from retrodb.storage import Storage  # noqa: PLC0415
 
     db = open_database(database, version=version)
@@ -97,13 +100,15 @@ def answer(
         db.storage.refuse_inside(predictions, "predictions")
         if predictions.endswith("/") or Path(predictions).is_dir():
             raise UsageError(f"--predictions {predictions} is a folder: name the file in it, as answers.jsonl.")
+        folder, _, name = absolute_url(predictions).rpartition("/")
+        place = Storage(folder or "/")
+        place.make_root()  # before what may take hours, not after it
     with contextlib.closing(make_progress()) as progress:
         under_way = Answering(db, FineTuned(model), QuestionSet(questions), progress, blocks)
         found = list(under_way.predictions())
     if predictions is not None:
-        folder, _, name = predictions.rpartition("/")
         lines = b"".join(json.dumps(one.as_json(), ensure_ascii=False).encode() + b"\n" for one in found)
-        Storage(folder or ".").commit_bytes(name, lines)
+        place.commit_bytes(name, lines)
     result = under_way.result
     if as_json:
         echo_json({**result.as_json(), "predictions": predictions})

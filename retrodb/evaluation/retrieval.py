@@ -142,6 +142,7 @@ def evaluate_retrieval(
     state = database.manifest.stages["index"]
     about = {
         "database": database.storage.url,
+        "version": database.version,
         "questions": {
             "file": questions.name,
             "sha256": questions.sha256,

@@ -5,7 +5,6 @@ the live query vectors. So a fine-tuned model answers from any database of the s
 """
 
 import json
-import math
 import time
 from typing import Any, Final
 
@@ -16,19 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from retrodb.chunking import refuse_other_tokenizer
 from retrodb.database import Database
 from retrodb.encoding import EncoderFiles, resolve_encoder
-from retrodb.errors import InputError, MismatchError, WorkerError
+from retrodb.errors import InputError, MismatchError
 from retrodb.evaluation.questions import QuestionSet
 from retrodb.learning.interrupt import Interruptions
 from retrodb.learning.open_qa_batches import Asked, TrainingQuestions, Wordpieces, check_answerable, order_of, retrieve
-from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
+from retrodb.learning.optimiser import as_queries, gradient_norm, load_state, refuse_divergence, state_tensors
 from retrodb.learning.realm import load_realm, realm_tokenizer
 from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
-from retrodb.learning.settings import from_flags
+from retrodb.learning.settings import LARGEST_BATCH, from_flags
 from retrodb.lock import TRAIN, writer_lock
 from retrodb.model.checkpoint import (
     STATE,
     WEIGHTS,
+    check_free,
+    check_weights,
     files_json,
     forget_other_steps,
     load_weights,
@@ -65,8 +66,8 @@ class OpenQaSettings(BaseModel):
     answers: str | None = None
     """Which kind of answers to learn, where questions have several (``answers 2016``)."""
     steps: int = Field(default=1000, ge=1)
-    batch: int = Field(default=4, ge=1)
-    blocks: int = Field(default=5, ge=1)
+    batch: int = Field(default=4, ge=1, le=LARGEST_BATCH)
+    blocks: int = Field(default=5, ge=1, le=LARGEST_BATCH)
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
@@ -99,7 +100,7 @@ class OpenQaTrainer:
 
     Raises:
         InputError: the database is none of blocks, a part does not start from a BERT, or the questions are malformed
-            or without answers.
+            or without answers; or ``out`` holds other things than a checkpoint.
         MismatchError: ``out`` holds another run; or the reader's start has another tokenizer than the blocks.
         DamagedError: a file of the checkpoint is not what was saved.
     """
@@ -178,7 +179,7 @@ class OpenQaTrainer:
 
         Raises:
             KeyboardInterrupt: after a checkpoint was written.
-            WorkerError: the loss is not finite.
+            WorkerError: the loss, a gradient or a query vector is not finite.
             LockedError: another run trains into the folder.
         """
         self.storage.make_root()
@@ -188,6 +189,7 @@ class OpenQaTrainer:
                 "wordpieces: left out"
             )
         with writer_lock(self.storage, TRAIN), Interruptions() as interruptions:
+            self._go_on()
             self.progress.begin("finetune", self.settings.steps, self.step, "steps")
             while self.step < self.settings.steps:
                 self.take_step()
@@ -220,10 +222,10 @@ class OpenQaTrainer:
         """One step of the optimiser.
 
         Raises:
-            WorkerError: the loss is not finite.
+            WorkerError: the loss, a gradient or a query vector is not finite.
         """
         settings, begun = self.settings, time.monotonic()
-        rows = self._next()
+        rows, what = self._next(), f"step {self.step + 1}"
         rate = learning_rate(
             self.step,
             steps=settings.steps,
@@ -237,15 +239,14 @@ class OpenQaTrainer:
             [self.training.questions[row] for row in rows], self.wordpieces, self.model.query.config.prompt
         )
         vectors = self.model.query(asked.prompted)
-        _, found = retrieve(self.db, vectors.detach().numpy(), settings.blocks)
+        _, found = retrieve(self.db, as_queries(what, vectors, settings.learning_rate), settings.blocks)
         wanted = [self.training.answers[row] for row in rows for _ in range(settings.blocks)]
         self._optimiser.zero_grad(set_to_none=True)
         nats, answered = self.model.nats(vectors, asked.plain, found, matches(found.bodies, wanted))
         loss = nats.sum() / max(1, int(answered.sum()))
-        if not math.isfinite(float(loss.detach())):
-            raise WorkerError(f"step {self.step + 1}: the loss is {float(loss.detach())}. Lower --learning-rate.")
         loss.backward()
         norms = {"query": gradient_norm(self.model.query), "reader": gradient_norm(self.model.reader)}
+        refuse_divergence(what, float(loss.detach()), norms, settings.learning_rate)
         if answered.any():  # without an answer in reach there is nothing to learn, and no reason to decay
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
             self._optimiser.step()
@@ -286,9 +287,21 @@ class OpenQaTrainer:
         self._saved = self.step
 
     def _go_on(self) -> None:
+        """Take over the checkpoint that there is, unless it is what this process has.
+
+        Asked twice: so that what does not fit is refused before anything is computed, and again once the lock is ours,
+        for until then another process may have gone on with this run, or ended it.
+
+        Raises:
+            InputError, MismatchError, DamagedError: as `OpenQaTrainer` does.
+        """
         found = read_document(self.storage, CHECKPOINT, _FORMAT, _PROGRAM)
         if found is None:
-            return
+            check_free(self.storage, CHECKPOINT)
+        elif self._saved is None or found.get("step") != self._saved:
+            self._take_over(found)
+
+    def _take_over(self, found: dict[str, Any]) -> None:
         own = self._of
         with well_formed(self.storage, CHECKPOINT):
             differs = sorted(key for key in own if found["run"].get(key) != own[key])
@@ -303,6 +316,8 @@ class OpenQaTrainer:
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
             self.log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
             self.step = self._saved = int(found["step"])
+            if not 0 <= self.step <= self.settings.steps:
+                raise ValueError(f"step {self.step} of {self.settings.steps}")
         self.progress.note(f"going on from step {self.step:,} of {self.storage.url}")
 
 
@@ -327,8 +342,11 @@ class FineTuned:
             raise InputError(f"{storage.url} is no checkpoint of retrodb finetune-qa: it has no {CHECKPOINT}.")
         with well_formed(storage, CHECKPOINT):
             files = parse_files(found["files"])
-            self.model = OpenQa.blank(OpenQaConfig(**found["model"]))
-            load_weights(self.model, read_tensors(storage, files, WEIGHTS), storage.url)
+            config, weights = OpenQaConfig(**found["model"]), read_tensors(storage, files, WEIGHTS)
+            with torch.device("meta"):  # sizes that are not those of the weights must not take the memory they ask for
+                check_weights(OpenQa.blank(config), weights, storage.url)
+            self.model = OpenQa.blank(config)
+            load_weights(self.model, weights, storage.url)
             self.wordpieces = Wordpieces(read_file(storage, files, TOKENIZER), storage.url)
             self.blocks = int(found["run"]["blocks"])
             self.encoder = str(found["run"]["database"]["encoder"])

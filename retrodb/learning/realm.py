@@ -12,11 +12,12 @@ how often a candidate holds the answer.
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
+import regex
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
@@ -24,19 +25,20 @@ from tokenizers import Tokenizer
 from retrodb.chunking import refuse_other_tokenizer
 from retrodb.database import Database
 from retrodb.encoding import resolve_encoder
-from retrodb.errors import InputError, MismatchError, WorkerError
-from retrodb.formats import Committed
+from retrodb.errors import InputError, MismatchError
 from retrodb.learning.following import FollowedDatabase
 from retrodb.learning.interrupt import Interruptions
-from retrodb.learning.optimiser import gradient_norm, load_state, state_tensors
+from retrodb.learning.optimiser import as_queries, gradient_norm, load_state, refuse_divergence, state_tensors
 from retrodb.learning.realm_batches import check_blocks, cloze_batches, holds_answer, masked_batch, texts_of, trimmed
 from retrodb.learning.run import LOG, Progress
 from retrodb.learning.schedule import learning_rate
-from retrodb.learning.settings import from_flags
+from retrodb.learning.settings import LARGEST_BATCH, from_flags
 from retrodb.lock import TRAIN, writer_lock
 from retrodb.model.checkpoint import (
     STATE,
     WEIGHTS,
+    check_free,
+    check_weights,
     files_json,
     forget_other_steps,
     load_weights,
@@ -48,10 +50,12 @@ from retrodb.model.checkpoint import (
     well_formed,
     write_step,
 )
+from retrodb.model.config import LARGEST_WIDTH
 from retrodb.model.realm import Realm, RealmConfig
 from retrodb.model.realm.bert import tokenizer_fingerprint
 from retrodb.model.realm.cloze import cloze_accuracy, cloze_loss
 from retrodb.refreshing import DONE_MARKER, StalenessLimit
+from retrodb.remote import absolute_url
 from retrodb.sizes import count_of
 from retrodb.spans.reader import QueryBatch
 from retrodb.storage import Storage
@@ -59,6 +63,7 @@ from retrodb.storage import Storage
 CHECKPOINT: Final = "realm.json"
 _FORMAT: Final = "retrodb-realm"
 _PROGRAM: Final = "retrodb realm"
+_SENTENCE_END: Final = regex.compile(r"\p{Sentence_Terminal}")
 
 
 class RealmSettings(BaseModel):
@@ -67,13 +72,13 @@ class RealmSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: str = "all-MiniLM-L6-v2"
-    dimension: int = Field(default=128, ge=1)
+    dimension: int = Field(default=128, ge=1, le=LARGEST_WIDTH)
     steps: int = Field(default=1000, ge=1)
     cloze_steps: int = Field(default=200, ge=0)
-    cloze_batch: int = Field(default=16, ge=2)
+    cloze_batch: int = Field(default=16, ge=2, le=LARGEST_BATCH)
     """Blocks of a step of the warm start: a query's own among so many. Smaller ones teach worse than they cost."""
-    batch: int = Field(default=8, ge=1)
-    candidates: int = Field(default=8, ge=2)
+    batch: int = Field(default=8, ge=1, le=LARGEST_BATCH)
+    candidates: int = Field(default=8, ge=2, le=LARGEST_BATCH)
     exclude: Literal["self", "document", "neardup"] = "self"
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=50, ge=0)
@@ -131,7 +136,8 @@ class RealmTrainer:
 
     Raises:
         InputError: the database is none of blocks, or has no masked queries; the start is no BERT, or reads too few
-            tokens for a query beside a block; or the exports' folder is a file or a URL.
+            tokens for a query beside a block; the exports' folder is a file or a URL, lies in the database, or is
+            ``out``; or ``out`` holds other things than a checkpoint.
         MismatchError: ``out`` or ``exports`` holds another run; the database does not compare by inner products; or the
             start has another tokenizer than the blocks.
     """
@@ -144,6 +150,9 @@ class RealmTrainer:
         self.exports = self._followed.exports
         first = self._followed.database
         first.storage.refuse_inside(self.storage.url)
+        first.storage.refuse_inside(exports, "exports")
+        if absolute_url(exports) == self.storage.url:
+            raise InputError(f"--exports and --out are both {self.storage.url}: either has folders of steps. Name two.")
         next(iter(first.queries(batch=1)), None)  # refuses a database without masked queries
         first.candidates(np.zeros((0, first.encoder_identity.dimension), np.float32))  # and one of chunks
         self._tokenizer = tokenizer_fingerprint(self._encoder)
@@ -163,7 +172,6 @@ class RealmTrainer:
         self._saved: int | None = None
         """The step of the checkpoint that there is."""
         self._go_on()
-        self._followed.refuse_exports_of_others(self._saved, self.model)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -172,11 +180,12 @@ class RealmTrainer:
 
         Raises:
             KeyboardInterrupt: after a checkpoint was written.
-            WorkerError: the loss is not finite.
+            WorkerError: the loss, a gradient or a query vector is not finite.
             LockedError: another run trains into the folder.
         """
         self.storage.make_root()
         with writer_lock(self.storage, TRAIN), Interruptions() as interruptions:
+            self._go_on()
             if self._saved is None:
                 self._warm_up(interruptions)
                 self._save()
@@ -201,7 +210,7 @@ class RealmTrainer:
     def _warm_up(self, interruptions: Interruptions) -> None:
         """The Inverse Cloze Task: a retriever that knows nothing gets no gradient worth having (section 3.4)."""
         settings = self.settings
-        ends = _sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
+        ends = sentence_ends(str(self._encoder.transformer / "tokenizer.json"))
         batches = cloze_batches(self._followed.database, settings.cloze_batch, settings.seed, ends)
         self.progress.begin("cloze", settings.cloze_steps, 0, "steps")
         accuracy = 0.0
@@ -212,6 +221,8 @@ class RealmTrainer:
             asked, blocks = self.model.retriever.queries(queries), self.model.retriever.blocks(titles, bodies)
             loss = cloze_loss(asked, blocks)
             loss.backward()
+            norms = {"retriever": gradient_norm(self.model.retriever)}
+            refuse_divergence(f"warm start, step {step + 1}", float(loss.detach()), norms, settings.learning_rate)
             torch.nn.utils.clip_grad_norm_(self.model.retriever.parameters(), settings.clip)
             self._optimiser.step()
             found = cloze_accuracy(asked.detach(), blocks.detach())
@@ -228,11 +239,11 @@ class RealmTrainer:
         settings, model = self.settings, self.model
         begun = time.monotonic()
         queries = self._next_queries(db)
-        rate = self._set_rate(self.run.step, settings.steps)
+        rate, what = self._set_rate(self.run.step, settings.steps), f"step {self.run.step + 1}"
         with torch.no_grad():
-            vectors = model.retriever.queries(trimmed(texts_of(queries.tokens, queries.n_tokens))).float().numpy()
+            vectors = model.retriever.queries(trimmed(texts_of(queries.tokens, queries.n_tokens)))
         found = db.candidates(
-            vectors,
+            as_queries(what, vectors, settings.learning_rate),
             settings.candidates,
             own_chunks=queries.chunk_ids,
             own_documents=queries.document_ids,
@@ -249,10 +260,9 @@ class RealmTrainer:
                 for parameter in parts[name].parameters():
                     parameter.grad = None
         norms = {name: gradient_norm(part) for name, part in parts.items()}
+        refuse_divergence(what, float(loss.detach()), norms, settings.learning_rate)
         for part in parts.values():  # each by itself: a reader that begins has a gradient some 10,000 times as large
             torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip)
-        if not math.isfinite(float(loss.detach())):
-            raise WorkerError(f"step {self.run.step + 1}: the loss is {float(loss.detach())}. Lower --learning-rate.")
         self._optimiser.step()
         self.run.step += 1
         if self.run.step % settings.log_every == 0 or self.run.step == settings.steps:
@@ -336,9 +346,22 @@ class RealmTrainer:
         self._saved = self.run.step
 
     def _go_on(self) -> None:
+        """Take over the checkpoint that there is, unless it is what this process has.
+
+        Asked twice: so that what does not fit is refused before anything is computed, and again once the lock is ours,
+        for until then another process may have gone on with this run, or ended it.
+
+        Raises:
+            InputError, MismatchError, DamagedError: as `RealmTrainer` does.
+        """
         found = read_document(self.storage, CHECKPOINT, _FORMAT, _PROGRAM)
         if found is None:
-            return
+            check_free(self.storage, CHECKPOINT)
+        elif self._saved is None or found.get("step") != self._saved:
+            self._take_over(found)
+        self._followed.refuse_exports_of_others(self._saved, self.model)
+
+    def _take_over(self, found: dict[str, Any]) -> None:
         own = self.settings.model_dump(mode="json")
         with well_formed(self.storage, CHECKPOINT):
             differs = sorted(key for key in own if found["settings"].get(key) != own[key] and key != "log_every")
@@ -349,10 +372,12 @@ class RealmTrainer:
             )
         with well_formed(self.storage, CHECKPOINT):
             files = parse_files(found["files"])
-            _load(self.storage, files, self.model)
+            load_weights(self.model, read_tensors(self.storage, files, WEIGHTS), self.storage.url)
             load_state(self.model, self._optimiser, read_tensors(self.storage, files, STATE))
             log = [json.loads(line) for line in read_file(self.storage, files, LOG).splitlines()]
             self.run = _Run(int(found["step"]), int(found["epoch"]), int(found["batches"]), log)
+            if not 0 <= self.run.step <= self.settings.steps or min(self.run.epoch, self.run.batches) < 0:
+                raise ValueError(f"step {self.run.step} of {self.settings.steps}, batch {self.run.batches}")
         self._saved = self.run.step
         self.progress.note(f"going on from step {self.run.step:,} of {self.storage.url}")
 
@@ -360,10 +385,6 @@ class RealmTrainer:
 def _mean(values: torch.Tensor) -> float | None:
     """None of nothing: JSON has no NaN."""
     return float(values.mean()) if len(values) else None
-
-
-def _load(storage: Storage, files: Mapping[str, Committed], model: Realm) -> None:
-    load_weights(model, read_tensors(storage, files, WEIGHTS), storage.url)
 
 
 def realm_tokenizer(url: str) -> str | None:
@@ -393,11 +414,15 @@ def load_realm(url: str) -> Realm:
     if found is None:
         raise InputError(f"{storage.url} is no checkpoint of retrodb realm: it has no {CHECKPOINT}.")
     with well_formed(storage, CHECKPOINT):
-        model = Realm.blank(RealmConfig(**found["model"]))
-        _load(storage, parse_files(found["files"]), model)
+        config, weights = RealmConfig(**found["model"]), read_tensors(storage, parse_files(found["files"]), WEIGHTS)
+        with torch.device("meta"):  # sizes that are not those of the weights must not take the memory they ask for
+            check_weights(Realm.blank(config), weights, storage.url)
+        model = Realm.blank(config)
+        load_weights(model, weights, storage.url)
     return model.eval()
 
 
-def _sentence_ends(tokenizer_json: str) -> tuple[int, ...]:
-    tokenizer = Tokenizer.from_file(tokenizer_json)
-    return tuple(number for mark in ".!?" if (number := tokenizer.token_to_id(mark)) is not None)
+def sentence_ends(tokenizer_json: str) -> tuple[int, ...]:
+    """The ids of a tokenizer's marks that end a sentence, of any script, ascending."""
+    vocabulary = Tokenizer.from_file(tokenizer_json).get_vocab()
+    return tuple(sorted(number for token, number in vocabulary.items() if _SENTENCE_END.fullmatch(token)))

@@ -102,7 +102,7 @@ def cloze_batches(db: Database, batch: int, seed: int, ends: tuple[int, ...]) ->
         db: a database of blocks.
         batch: blocks of a batch; all, where the database has fewer.
         seed: of the order, of the sentence, and of whether it stays in its block.
-        ends: the token ids of ``.``, ``!`` and ``?``.
+        ends: the token ids of the marks that end a sentence.
 
     Raises:
         InputError: there are not enough blocks with two sentences.

@@ -101,8 +101,14 @@ def read_checkpoint(storage: Storage) -> Checkpoint | None:
         raise DamagedError(f"{where} is malformed: {error}.") from error
 
 
-def check_free(storage: Storage) -> None:
+def check_free(storage: Storage, document: str = CHECKPOINT_NAME) -> None:
     """Refuse to begin a checkpoint among someone else's files; what a killed first save left is no one's.
+
+    Another program's checkpoint has step folders as well, which the first save of this one would remove.
+
+    Args:
+        storage: the folder, which has no ``document``.
+        document: what names the files of a checkpoint of this kind.
 
     Raises:
         InputError: it is a file, or a folder that holds other things.
@@ -114,7 +120,7 @@ def check_free(storage: Storage) -> None:
     foreign = [name for name in there if name not in own and not _STEP_FOLDER.fullmatch(name)]
     if foreign:
         raise InputError(
-            f"{storage.url} has no {CHECKPOINT_NAME} and holds other things ({', '.join(foreign[:3])}): name another"
+            f"{storage.url} has no {document} and holds other things ({', '.join(foreign[:3])}): name another"
             " folder for the checkpoint."
         )
 

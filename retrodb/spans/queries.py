@@ -32,7 +32,7 @@ class Masked:
     """A query: the wordpieces ``ids`` uint32 [n] of its sentence, cut, and the ``positions`` int64 [p] that are masked.
 
     ``span`` is the masked one, None where the mask is random; ``start`` and ``end`` are document bytes, None where
-    single tokens are masked.
+    single tokens are masked. ``read_to`` is the document byte where the last of ``ids`` ends.
     """
 
     ids: np.ndarray
@@ -40,6 +40,7 @@ class Masked:
     span: Span | None
     start: int | None
     end: int | None
+    read_to: int
 
 
 def inside(tokens: TokenizedText, start: int, end: int) -> np.ndarray:
@@ -86,7 +87,8 @@ def salient_query(
     if not choices:
         return None
     span, positions = choices[_generator(settings, content_hash, sentence[0]).integers(len(choices))]
-    return Masked(tokens.ids[: settings.max_tokens], positions, span, span.start, span.end)
+    ids = tokens.ids[: settings.max_tokens]
+    return Masked(ids, positions, span, span.start, span.end, sentence[0] + int(tokens.ends[len(ids) - 1]))
 
 
 def random_query(
@@ -103,9 +105,10 @@ def random_query(
     usable = np.flatnonzero(tokens.ends[: len(ids)] > tokens.starts[: len(ids)])
     if not len(usable):
         return None
+    read_to = sentence[0] + int(tokens.ends[usable[-1]])
     if settings.mask == "random-token":
         wanted = int(np.clip(round(_TOKEN_SHARE * len(usable)), 1, settings.max_masked))
-        return Masked(ids, np.sort(random.choice(usable, wanted, replace=False)), None, None, None)
+        return Masked(ids, np.sort(random.choice(usable, wanted, replace=False)), None, None, None, read_to)
     words = [own for own in _words(tokens, text) if own[-1] < len(ids) and len(own) <= settings.max_masked]
     if not words:
         return None
@@ -118,7 +121,7 @@ def random_query(
             break
         positions = np.concatenate([positions, own])
     start, end = (int(edge) + sentence[0] for edge in (tokens.starts[positions[0]], tokens.ends[positions[-1]]))
-    return Masked(ids, positions, None, start, end)
+    return Masked(ids, positions, None, start, end, read_to)
 
 
 def _words(tokens: TokenizedText, text: bytes) -> list[np.ndarray]:

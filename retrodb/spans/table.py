@@ -144,7 +144,8 @@ def _add(rows: _Rows, document: _Document, found: Found, wordpieces: Wordpieces,
     for span in found.spans:
         start, end = found.sentences[span.sentence].tolist()
         ids[span] = rows.spans.next_id
-        cells = {"span_id": ids[span], "document_id": document.document_id, "chunk_id": document.chunk_of(start, end)}
+        chunk_id = document.chunk_of(span.start, span.end)
+        cells = {"span_id": ids[span], "document_id": document.document_id, "chunk_id": chunk_id}
         place = {"sentence_start": start, "sentence_end": end, "start": span.start, "end": span.end}
         rows.spans.add({**cells, **place, "label": span.label, "tagger": span.tagger})
     by_sentence: dict[int, list[Any]] = {}
@@ -180,11 +181,14 @@ def _query_row(
     tokens[: len(query.ids)] = query.ids
     tokens[query.positions] = wordpieces.mask_id
     beyond = [None] * (settings.max_masked - len(query.positions))
+    # A sentence may be longer than a block, and its query is but its beginning: the block with most of the sentence
+    # may be another than the one that holds what is masked, which is what must not be a candidate.
+    masked = (sentence[0], query.read_to) if query.start is None or query.end is None else (query.start, query.end)
     return {
         "query_id": rows.queries.next_id,
         "span_id": span_id,
         "document_id": document.document_id,
-        "chunk_id": document.chunk_of(*sentence),
+        "chunk_id": document.chunk_of(*masked),
         "split": document.split,
         "sentence_start": sentence[0],
         "sentence_end": sentence[1],

@@ -1,7 +1,7 @@
 """What the parts of a REALM model begin as: the BERT of an encoder's folder, its sizes and special tokens."""
 
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -11,20 +11,34 @@ from retrodb.encoding import EncoderFiles
 from retrodb.encoding.featuriser import quieten
 from retrodb.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
 
 def bert_card(files: EncoderFiles) -> dict[str, Any]:
     """The config.json of a BERT. Raises InputError: there is none, or it is no BERT's."""
+    try:
+        found = json.loads((files.transformer / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        if found.get("model_type") != "bert":
+            raise InputError(f"the encoder {files.name!r} is a {found.get('model_type')!r}: REALM starts from a BERT.")
+        full = _config(found)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the encoder {files.name!r} has no readable config.json: {error}.") from error
+    card: dict[str, Any] = full.to_diff_dict()
+    return {**card, "hidden_size": full.hidden_size, "vocab_size": full.vocab_size}
+
+
+def _config(card: dict[str, Any]) -> "BertConfig":
+    """Raises ValueError: it is no BERT's. (What transformers raises for a value of another type depends on its version,
+    and is not always one.)"""
     from transformers import BertConfig  # noqa: PLC0415 - seconds
 
     try:
-        found = json.loads((files.transformer / "config.json").read_text(encoding="utf-8"))
-        if found.get("model_type") != "bert":
-            raise InputError(f"the encoder {files.name!r} is a {found.get('model_type')!r}: REALM starts from a BERT.")
-        card: dict[str, Any] = BertConfig(**found).to_diff_dict()
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"the encoder {files.name!r} has no readable config.json: {error}.") from error
-    full = BertConfig(**card)
-    return {**card, "hidden_size": full.hidden_size, "vocab_size": full.vocab_size}
+        return BertConfig(**card)
+    except Exception as error:
+        raise ValueError(str(error)) from error
 
 
 def load_bert(files: EncoderFiles) -> nn.Module:
@@ -42,10 +56,10 @@ def load_bert(files: EncoderFiles) -> nn.Module:
 
 
 def blank_bert(card: dict[str, Any]) -> nn.Module:
-    """A BERT of these sizes, with weights to be loaded."""
-    from transformers import BertConfig, BertModel  # noqa: PLC0415
+    """A BERT of these sizes, with weights to be loaded. Raises ValueError: they are no BERT's."""
+    from transformers import BertModel  # noqa: PLC0415
 
-    return BertModel(BertConfig(**card), add_pooling_layer=False).eval()
+    return BertModel(_config(card), add_pooling_layer=False).eval()
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["cls", "mean"]) -> torch.Tensor:

@@ -32,19 +32,24 @@ class SpanReader(nn.Module):
         hidden = self.bert(
             input_ids=packed.ids, token_type_ids=packed.types, attention_mask=packed.mask
         ).last_hidden_state
-        n, width = bodies.ids.shape
-        device = hidden.device
-        starts = torch.arange(width, device=device)[None, :, None]
-        ends = starts + torch.arange(LONGEST_ANSWER, device=device)[None, None, :]
-        inside = (ends < bodies.lengths[:, None, None]).expand(n, width, LONGEST_ANSWER)
-        rows, begins, longer = inside.nonzero(as_tuple=True)
+        width, device = bodies.ids.shape[1], hidden.device
+        starts = torch.arange(width, device=device)
+        ends = starts[:, None] + torch.arange(LONGEST_ANSWER, device=device)
+        inside = ends[None] < bodies.lengths[:, None, None]
         # The first layer reads [start; end]: its two halves are applied to each token once, not to each span.
         enter: nn.Linear = self.mlp[0]  # type: ignore[assignment]
         of_start, of_end = enter.weight.chunk(2, dim=1)
-        starting, ending = hidden @ of_start.T + enter.bias, hidden @ of_end.T
-        at = packed.second[rows] + begins
+        rows = torch.arange(len(hidden), device=device)[:, None]
+        body = hidden[rows, (packed.second[:, None] + starts).clamp(max=hidden.shape[1] - 1)]
+        # No token that has a gradient is indexed twice: threads would add its parts in any order, and a run would not
+        # be what its seed says.
+        padded = nn.functional.pad(
+            body @ of_end.T, (0, 0, 0, LONGEST_ANSWER)
+        )  # one window too many, for no body at all
+        ending = padded.unfold(1, LONGEST_ANSWER, 1)[:, :width]
+        entered = (body @ of_start.T + enter.bias)[:, :, None] + ending.transpose(2, 3)
         scores = torch.full(inside.shape, -torch.inf, device=device)
-        scores[rows, begins, longer] = self.mlp[1:](starting[rows, at] + ending[rows, at + longer])[:, 0].float()
+        scores[inside] = self.mlp[1:](entered[inside])[:, 0].float()
         return scores, inside
 
 
