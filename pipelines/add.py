@@ -29,7 +29,7 @@ from retrodb.pipelines.extend_dedup import extend_dedup, relabel
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, same_ingredients
 from retrodb.pipelines.integrity import damaged_shards
-from retrodb.pipelines.lineage import beginning, chained
+from retrodb.pipelines.lineage import beginning, chained, goes_on
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
@@ -167,7 +167,7 @@ class _Addition:
         end_leftover_job(view, self.progress)
         merged = relabel(_merged(self.current, new, self.number), new, view, Executor(self.runner, self.progress))
         left = Manifest.load(view)
-        if left is None or any(left.shards(table) != merged.shards(table) for table in ("documents", "chunks")):
+        if not goes_on(left, merged):
             merged.save(view, left)
         nothing = Ingredients(None, "", None)
         tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])

@@ -23,7 +23,7 @@ from retrodb.pipelines.extend import extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.lineage import beginning, chained, choice_of, index_groups, is_beginning
+from retrodb.pipelines.lineage import beginning, chained, choice_of, goes_on, index_groups, is_beginning
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.retrieval_stages import SMALL_VECTORS, Earlier, neighbours_parts, renew_neighbours
@@ -153,7 +153,7 @@ class _Compaction:
         lay_out(view, self._start(version), lambda left: is_beginning(left, version), self.progress)
         compacted = self._without_deleted(view, version)
         left = Manifest.load(view)
-        if left is None or left.shards("chunks") != compacted.shards("chunks") or "embed" not in left.stages:
+        if not goes_on(left, compacted):
             compacted.save(view, left)
         builder = Builder(
             [], view, self.config, self.run, self.progress, Ingredients(None, "", None), self.runner, TABLES

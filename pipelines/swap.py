@@ -88,7 +88,8 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         except InputError:
             view.delete_folder(version_folder(view.version))
             raise
-        made = replace(left, config=current.config, version=replace(version, created=now()))
+        found = {**left.fingerprints, "encoder": current.fingerprints["encoder"]}  # where it is now
+        made = replace(left, config=current.config, fingerprints=found, version=replace(version, created=now()))
         published = publish(out, current, made, left)
         done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
         progress.note(
@@ -125,7 +126,7 @@ def _refuse_known(out: Storage, current: Manifest, scans: Sequence[ScannedFile])
         if (
             found is not None
             and sorted(entry["sha256"] for entry in found.inputs) == wanted
-            and found.fingerprints["encoder"] == current.fingerprints["encoder"]
+            and found.fingerprints["encoder"]["fingerprint"] == current.fingerprints["encoder"]["fingerprint"]
             and not found.shards("deleted")
             and "deleted" not in found.stages["corpus"].made_from
         ):
