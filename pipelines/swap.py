@@ -22,7 +22,7 @@ from retrodb.pipelines.spans_stage import QueriesOfNew
 from retrodb.pipelines.text_stages import scan_inputs
 
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.corpus import Listing, ScannedFile, with_validation
+from retrodb.corpus import Listing, ScannedFile, outside, with_validation
 from retrodb.errors import InputError
 from retrodb.manifest import MANIFEST_NAME, TABLES, Manifest, Version, taken_from, version_folder
 from retrodb.sizes import count_of
@@ -66,7 +66,7 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         queries = QueriesOfNew.of(current, out.url)
         with taken_from(out.describe(MANIFEST_NAME)):
             recorded = BuildConfig.model_validate(current.config)
-        inputs = with_validation(listing, recorded.validation).files
+        inputs = outside(with_validation(listing, recorded.validation).files, out.url)
         runner.check([out.url, *(file.url for file in inputs)])
         if recorded.validation and ("deleted" in current.tables or "deleted" in current.stages["corpus"].made_from):
             progress.note(
