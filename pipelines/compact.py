@@ -105,13 +105,13 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
         if not len(gone):
             progress.note("nothing is deleted: nothing to do")
             return Compacted(current.version.id, 0, 0, 0, 0, size, size)
-        if int((gone.last - gone.first).sum()) == current.rows("chunks"):
-            raise InputError(
-                f"every document of {out.url} is deleted: nothing would be left of it. Delete the folder, or add "
-                "documents first."
-            )
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
+        if int((gone.last - gone.first).sum()) == current.rows("chunks"):
+            raise InputError(
+                f"every document of {out.url} that has a {config.unit} is deleted: nothing would be left to retrieve. "
+                "Delete the folder, or add documents first."
+            )
         refuse_damaged(out, current)
         return _Compaction(out, current, gone, config, run, progress, runner).run_all()
 
