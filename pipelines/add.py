@@ -8,12 +8,12 @@ anew where neighbours changed. With an exact index the neighbours are those that
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.dedup_stage import CUT, comparable, report_anew
@@ -29,7 +29,7 @@ from retrodb.pipelines.extend_dedup import extend_dedup, relabel
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.ingredients import Ingredients, same_ingredients
 from retrodb.pipelines.integrity import damaged_shards
-from retrodb.pipelines.lineage import beginning, chained
+from retrodb.pipelines.lineage import beginning, chained, goes_on
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.runners import Runner, make_runner
 from retrodb.pipelines.runners.leftover import end_leftover_job
@@ -37,8 +37,9 @@ from retrodb.pipelines.spans_stage import QueriesOfNew
 from retrodb.pipelines.stages import STAGE_TABLES
 from retrodb.pipelines.text_stages import build_chunks, build_corpus, build_embeddings
 
+from retrodb import schemas
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.corpus import InputFile
+from retrodb.corpus import InputFile, outside
 from retrodb.deletions import Deletions
 from retrodb.errors import InputError
 from retrodb.manifest import (
@@ -81,12 +82,14 @@ def add(out: Storage, inputs: Sequence[InputFile], run: RunSettings, progress: P
         progress: is told what happens.
 
     Raises:
-        InputError: there is no finished database, its settings do not allow it, or an input is in it already.
+        InputError: there is no finished database, its settings do not allow it, an input is in it already, or all of
+            them are its own files.
         DamagedError: a shard that would be read is damaged.
         LockedError: another process changes the database.
         RecallError: the index, with what is new, stays below the recall gate; the current version stays.
         WorkerError: a worker failed; what was finished is kept.
     """
+    inputs = outside(inputs, out.url)
     runner = make_runner(run)
     runner.check([out.url, *(file.url for file in inputs)])
     with contextlib.closing(runner), held(out, progress, run.wait) as current:
@@ -167,7 +170,7 @@ class _Addition:
         end_leftover_job(view, self.progress)
         merged = relabel(_merged(self.current, new, self.number), new, view, Executor(self.runner, self.progress))
         left = Manifest.load(view)
-        if left is None or any(left.shards(table) != merged.shards(table) for table in ("documents", "chunks")):
+        if not goes_on(left, merged):
             merged.save(view, left)
         nothing = Ingredients(None, "", None)
         tables = (*VERSIONED_TABLES, *STAGE_TABLES[SPANS_STAGE])
@@ -193,22 +196,33 @@ class _Addition:
 
 
 def _refuse_known(out: Storage, current: Manifest, new: Manifest) -> None:
-    """Raises InputError: an input has the very content of one of which documents are in the database, not deleted."""
-    known = {entry["sha256"]: entry["url"] for entry in current.inputs}
-    again = [entry for entry in new.inputs if entry["sha256"] in known]
-    if not again:
-        return
-    gone, there = Deletions.of(out, current), Counter[str]()
-    for shard in current.shards("documents"):
-        table = out.read_table(shard, ["document_id", "source"])
-        there.update(table["source"].filter(pa.array(~gone.of_documents(table["document_id"].to_numpy()))).to_pylist())
-    for entry in again:
-        url = known[entry["sha256"]]
-        if there[url]:
-            raise InputError(
-                f"{entry['url']} is in {out.url} already (as {url}): {count_of(there[url], 'document')} of it would be "
-                "there twice. Delete what is there of it first, or add the others from a file of their own."
-            )
+    """Raises InputError: an input has the very content of one of which documents are in the database, not deleted.
+
+    A file that was written anew since has documents of the same source that are not of this content: both must agree.
+    """
+    for entry in new.inputs:
+        known = {each["url"] for each in current.inputs if each["sha256"] == entry["sha256"]}
+        if not known:
+            continue
+        own = pa.chunked_array(_hashes(out, new, entry["url"]), schemas.documents().field("content_hash").type)
+        for url in sorted(known):
+            documents = sum(pc.sum(pc.is_in(hashes, own)).as_py() or 0 for hashes in _hashes(out, current, url))
+            if documents:
+                raise InputError(
+                    f"{entry['url']} is in {out.url} already (as {url}): {count_of(documents, 'document')} of it would "
+                    "be there twice. Delete what is there of it first, or add the others from a file of their own."
+                )
+
+
+def _hashes(out: Storage, manifest: Manifest, source: str) -> list[pa.Array]:
+    """By shard, ``content_hash`` of the documents of a source that are not deleted."""
+    gone, found = Deletions.of(out, manifest), []
+    for shard in manifest.shards("documents"):
+        table = out.read_table(shard, ["document_id", "source", "content_hash"]).combine_chunks()
+        stays = pa.array(~gone.of_documents(table["document_id"].to_numpy()))
+        own = table.filter(stays).filter(pc.field("source") == source)
+        found += own["content_hash"].chunks
+    return found
 
 
 def _merged(current: Manifest, new: Manifest, number: int) -> Manifest:

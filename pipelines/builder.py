@@ -71,7 +71,8 @@ class StageWork:
     ``tasks`` are all of the stage's tasks; ``damaged`` the shards to make again if it is done already; ``small`` the
     total weight below which worker processes cost more than they bring; ``rewritten_later`` the tables that a later
     stage finishes, whose bytes here say nothing yet; ``most`` the processes of this machine that can share it: its
-    cards, where a card does the work.
+    cards, where a card does the work; ``refuse`` raises where what was made afresh is no use: nothing of it is in place
+    by then.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class StageWork:
     waves: Waves = one_wave
     rewritten_later: tuple[str, ...] = ()
     most: int | None = None
+    refuse: Callable[[Mapping[int, Receipt]], None] = lambda receipts: None
 
 
 @dataclass
@@ -178,6 +180,8 @@ class Builder:
             most=work.most,
         )
         self.prove_read(work.stage)
+        if not current:
+            work.refuse(receipts)
         book.put_in_place(receipts.values())
         if not current:
             return receipts

@@ -23,7 +23,7 @@ from retrodb.pipelines.extend import extend_report, extend_training
 from retrodb.pipelines.holding import held, lay_out, refuse_damaged, refuse_unfinished
 from retrodb.pipelines.index import IndexSettings
 from retrodb.pipelines.ingredients import Ingredients
-from retrodb.pipelines.lineage import beginning, chained, choice_of, index_groups, is_beginning
+from retrodb.pipelines.lineage import beginning, chained, choice_of, goes_on, index_groups, is_beginning
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.retrieval_stages import SMALL_VECTORS, Earlier, neighbours_parts, renew_neighbours
@@ -105,13 +105,13 @@ def compact(out: Storage, run: RunSettings, progress: Progress) -> Compacted:
         if not len(gone):
             progress.note("nothing is deleted: nothing to do")
             return Compacted(current.version.id, 0, 0, 0, 0, size, size)
-        if int((gone.last - gone.first).sum()) == current.rows("chunks"):
-            raise InputError(
-                f"every document of {out.url} is deleted: nothing would be left of it. Delete the folder, or add "
-                "documents first."
-            )
         with taken_from(out.describe(MANIFEST_NAME)):
             config = BuildConfig.model_validate(current.config)
+        if int((gone.last - gone.first).sum()) == current.rows("chunks"):
+            raise InputError(
+                f"every document of {out.url} that has a {config.unit} is deleted: nothing would be left to retrieve. "
+                "Delete the folder, or add documents first."
+            )
         refuse_damaged(out, current)
         return _Compaction(out, current, gone, config, run, progress, runner).run_all()
 
@@ -153,7 +153,7 @@ class _Compaction:
         lay_out(view, self._start(version), lambda left: is_beginning(left, version), self.progress)
         compacted = self._without_deleted(view, version)
         left = Manifest.load(view)
-        if left is None or left.shards("chunks") != compacted.shards("chunks") or "embed" not in left.stages:
+        if not goes_on(left, compacted):
             compacted.save(view, left)
         builder = Builder(
             [], view, self.config, self.run, self.progress, Ingredients(None, "", None), self.runner, TABLES

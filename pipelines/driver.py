@@ -108,7 +108,7 @@ def _refuse_later_version(out: Storage) -> None:
     manifest = Manifest.load_whole(out)
     if manifest is not None and manifest.versions:
         raise InputError(
-            f"{out.url} has several versions (current: {manifest.version.id}, made by {manifest.version.made_by}): "
+            f"{out.url} has had several versions (current: {manifest.version.id}, made by {manifest.version.made_by}): "
             "a build would undo them. Use `retrodb refresh` for another encoder, or build into another folder."
         )
 

@@ -84,6 +84,27 @@ def is_beginning(left: Manifest, version: Version) -> bool:
     return (found.id, found.parent, found.made_by) == (version.id, version.parent, version.made_by)
 
 
+def goes_on(left: Manifest | None, start: Manifest) -> bool:
+    """Whether what a killed run has left is what came of just this beginning.
+
+    Since the kill another version may have become current, an input mended, spans drawn, the encoder moved: what is
+    left must name the same parent and settings, and have all that the beginning has.
+    """
+    if left is None or not is_beginning(left, start.version):
+        return False
+    tables = (*start.tables, "deleted")  # none where nothing is deleted
+    return (
+        left.config == start.config
+        and left.inputs == start.inputs
+        and left.fingerprints.get("encoder") == start.fingerprints.get("encoder")
+        and all(left.shards(table) == start.shards(table) for table in tables)
+        and all(
+            name in left.stages and left.stages[name].fingerprint == state.fingerprint
+            for name, state in start.stages.items()
+        )
+    )
+
+
 def choice_of(current: Manifest) -> KeyChoice:
     """The index key that a version has."""
     details = current.stages["index"].details

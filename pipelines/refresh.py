@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.driver import run_mending
@@ -92,8 +93,13 @@ def refresh(
             outcome = run_mending(
                 lambda: Builder([], view, config, run, progress, ingredients, runner, VERSIONED_TABLES), "embed"
             )
-        made = dataclasses.replace(outcome.manifest.version, step=step, created=now())
-        published = publish(out, current, dataclasses.replace(outcome.manifest, version=made), outcome.manifest)
+        made = dataclasses.replace(
+            outcome.manifest,
+            config=config.model_dump(mode="json"),
+            fingerprints={**outcome.manifest.fingerprints, "encoder": _recorded(ingredients, outcome.manifest)},
+            version=dataclasses.replace(start.version, created=now()),
+        )
+        published = publish(out, current, made, outcome.manifest)
         progress.note(f"version {published.version.id} is published")
         return RefreshOutcome(published, outcome.done, outcome.seconds)
 
@@ -128,11 +134,16 @@ def _found_at(out: Storage, current: Manifest, place: str, ingredients: Ingredie
     found = dataclasses.replace(
         current,
         config={**current.config, "encoder": place},
-        fingerprints={**current.fingerprints, "encoder": ingredients.settled_encoder(current).as_json()},
+        fingerprints={**current.fingerprints, "encoder": _recorded(ingredients, current)},
     )
     found.save(out, current)
     progress.note(f"version {current.version.id} has this encoder already: found at {place} from now on")
     return found
+
+
+def _recorded(ingredients: Ingredients, manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says of an encoder, by the place where it was found now."""
+    return ingredients.settled_encoder(manifest).as_json()
 
 
 def _text_alone(current: Manifest, number: int, step: int | None) -> Manifest:

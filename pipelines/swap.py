@@ -22,7 +22,7 @@ from retrodb.pipelines.spans_stage import QueriesOfNew
 from retrodb.pipelines.text_stages import scan_inputs
 
 from retrodb.config import BuildConfig, RunSettings
-from retrodb.corpus import Listing, ScannedFile, with_validation
+from retrodb.corpus import Listing, ScannedFile, outside, with_validation
 from retrodb.errors import InputError
 from retrodb.manifest import MANIFEST_NAME, TABLES, Manifest, Version, taken_from, version_folder
 from retrodb.sizes import count_of
@@ -66,7 +66,7 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         queries = QueriesOfNew.of(current, out.url)
         with taken_from(out.describe(MANIFEST_NAME)):
             recorded = BuildConfig.model_validate(current.config)
-        inputs = with_validation(listing, recorded.validation).files
+        inputs = outside(with_validation(listing, recorded.validation).files, out.url)
         runner.check([out.url, *(file.url for file in inputs)])
         if recorded.validation and ("deleted" in current.tables or "deleted" in current.stages["corpus"].made_from):
             progress.note(
@@ -88,7 +88,8 @@ def swap(out: Storage, listing: Listing, run: RunSettings, progress: Progress) -
         except InputError:
             view.delete_folder(version_folder(view.version))
             raise
-        made = replace(left, config=current.config, version=replace(version, created=now()))
+        found = {**left.fingerprints, "encoder": current.fingerprints["encoder"]}  # where it is now
+        made = replace(left, config=current.config, fingerprints=found, version=replace(version, created=now()))
         published = publish(out, current, made, left)
         done = Swapped(published.version.id, published.rows("documents"), published.rows("chunks"))
         progress.note(
@@ -125,7 +126,7 @@ def _refuse_known(out: Storage, current: Manifest, scans: Sequence[ScannedFile])
         if (
             found is not None
             and sorted(entry["sha256"] for entry in found.inputs) == wanted
-            and found.fingerprints["encoder"] == current.fingerprints["encoder"]
+            and found.fingerprints["encoder"]["fingerprint"] == current.fingerprints["encoder"]["fingerprint"]
             and not found.shards("deleted")
             and "deleted" not in found.stages["corpus"].made_from
         ):

@@ -1,5 +1,6 @@
 """The stages from raw files to vectors: what each is made from, its tasks, and what is recorded of it."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -263,6 +264,12 @@ def chunk_settings(builder: Builder, fingerprint: str) -> ChunkSettings:
     )
 
 
+def _refuse_no_chunk(tokenizer: str, receipts: Mapping[int, Receipt]) -> None:
+    """Raises InputError: there is nothing to embed."""
+    if not add_counts(receipts).get("chunks"):
+        raise InputError(f"the tokenizer {tokenizer!r} found no token in any document.")
+
+
 def build_chunks(builder: Builder) -> None:
     """chunks, and the documents' last columns."""
     parts = chunk_stage_parts(builder)
@@ -277,6 +284,7 @@ def build_chunks(builder: Builder) -> None:
             pipeline=lambda pipeline, book, tasks: chunk_pipeline(pipeline, book, tasks, settings),
             unit="bytes",
             small=_SMALL_TEXT_BYTES,
+            refuse=functools.partial(_refuse_no_chunk, builder.config.tokenizer),
         )
     )
     if receipts is None:
@@ -285,8 +293,6 @@ def build_chunks(builder: Builder) -> None:
         builder.storage.delete_folder(builder.read_folder)
         return
     counts = add_counts(receipts)
-    if not counts.get("chunks"):
-        raise InputError(f"the tokenizer {builder.config.tokenizer!r} found no token in any document.")
     fingerprints = {**builder.manifest.fingerprints, "tokenizer": tokenizer.as_json()}
     tables = shards_by_table(receipts, "chunks", "documents")
     held_out = {

@@ -114,6 +114,13 @@ def test_a_corpus_without_one_usable_record_is_refused_with_the_reasons(tmp_path
     refused_build(tmp_path, 3, [source], "bad.jsonl", "4 records", "--text-field")
 
 
+def test_a_corpus_without_one_token_is_refused_and_what_is_left_is_as_it_is_recorded(tmp_path, tiny_encoder):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "text": "\u200b"}])
+    flags = ("--encoder", tiny_encoder, "--tokenizer", "encoder")
+    assert_refused(retrodb("build", source, "--out", tmp_path / "db", *flags), 3, "no token in any document")
+    assert retrodb("verify", tmp_path / "db").code == 0
+
+
 def test_a_file_that_only_pretends_to_be_parquet_is_refused(tmp_path):
     (tmp_path / "fake.parquet").write_bytes(b"this is not a parquet file, but it is long enough to look at")
     refused_build(tmp_path, 3, [tmp_path / "fake.parquet"], "fake.parquet")
@@ -125,7 +132,7 @@ def test_a_text_field_that_no_record_has_is_refused_and_named(tmp_path, good):
 
 def test_inputs_that_all_lie_in_the_database_are_refused(tmp_path, finished):
     before = stamps(finished)
-    assert_refused(retrodb("build", finished / "documents", "--out", finished), 3, "--out")
+    assert_refused(retrodb("build", finished / "documents", "--out", finished), 3, "the database itself")
     assert stamps(finished) == before
 
 

@@ -551,6 +551,41 @@ def test_add_C2_killed_leaves_one_version_and_goes_on(
     assert not (database / "versions/2/added").exists()
 
 
+def test_add_C2_an_input_that_was_written_anew_is_known_by_its_content(old: Path, tmp_path: Path) -> None:
+    database, file = shutil.copytree(old, tmp_path / "db"), tmp_path / "more.jsonl"
+    texts = ["What the file said at first, and what was deleted.", "What it says since."]
+    for at, text in enumerate(texts):
+        file.write_text(json.dumps({"id": f"more-{at}", "text": text}) + "\n", encoding="utf-8")
+        added(database, file)
+        if at == 0:
+            deleted(database, sources=(str(file),))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(json.dumps({"id": "more-0", "text": texts[0]}) + "\n", encoding="utf-8")
+    assert added(database, copy).documents == 1, "what is left of the file is of another content"
+    with pytest.raises(InputError, match="is in .* already .*1 document of it"):
+        added(database, file)
+    assert problems(database) == []
+
+
+def test_add_and_swap_take_no_file_of_the_database_for_an_input(
+    old: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Nor does a build: the database may lie in the folder of its corpus, and what is deleted must not come back."""
+    database = shutil.copytree(old, tmp_path / "corpus" / "db")
+    deleted(database, ids=(0,))
+    before = stamps(database)
+    for command in ("add", "swap"):
+        ran = retrodb(command, database, database)
+        assert (ran.code, "the database itself" in ran.err) == (3, True), ran.err
+    assert stamps(database) == before
+    shutil.copy(halves[1], tmp_path / "corpus" / "more.jsonl")
+    for command in ("add", "swap"):
+        ran = retrodb(command, database, tmp_path / "corpus", "--workers", 1)
+        assert ran.code == 0, ran.err
+        sources = {row["source"] for row in rows_of(database, "documents")}
+        assert not any(source.startswith(str(database)) for source in sources)
+
+
 def test_an_addition_that_cannot_be_meant_changes_nothing(
     old: Path, halves: tuple[Path, Path], tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -348,7 +348,7 @@ def test_another_process_building_is_named(database: Path, encoders: list[Path])
 def test_a_build_over_several_versions_is_refused(database: Path, topics: Path, encoders: list[Path]) -> None:
     refreshed(database, encoders[1])
     before = stamps(database)
-    with pytest.raises(InputError, match=r"has several versions \(current: 2, made by refresh\)"):
+    with pytest.raises(InputError, match=r"has had several versions \(current: 2, made by refresh\)"):
         build_here([topics], database, encoder=str(encoders[0]), shard_bytes="8KiB")
     assert stamps(database) == before
 

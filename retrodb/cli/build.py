@@ -159,14 +159,10 @@ def _check_runner(inputs: Sequence[str], out: str, run: Any, dry_run: bool) -> N
 
 def _list_inputs(inputs: list[str], validation: Sequence[str], storage: Any) -> Any:
     """The input files; those of the database itself, where it lies inside an input folder, are none."""
-    from retrodb.corpus import Listing, expand_inputs, with_validation  # noqa: PLC0415
-    from retrodb.errors import InputError  # noqa: PLC0415
+    from retrodb.corpus import Listing, expand_inputs, outside, with_validation  # noqa: PLC0415
 
     listing = with_validation(expand_inputs(inputs), validation)
-    files = tuple(file for file in listing.files if not f"{file.url}/".startswith(f"{storage.url}/"))
-    if not files:
-        raise InputError(f"all inputs lie inside --out {storage.url}; name another folder for the database.")
-    return Listing(files, listing.skipped)
+    return Listing(outside(listing.files, storage.url), listing.skipped)
 
 
 def _build(listing: Any, storage: Any, settings: Any, run: Any, as_json: bool) -> None:

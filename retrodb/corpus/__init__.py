@@ -23,7 +23,7 @@ Nothing here knows of Beam or of databases.
             print(shard.number, shard.documents.num_rows, shard.counts)
 """
 
-from retrodb.corpus.listing import TRAIN, VALIDATION, InputFile, Listing, expand_inputs, with_validation
+from retrodb.corpus.listing import TRAIN, VALIDATION, InputFile, Listing, expand_inputs, outside, with_validation
 from retrodb.corpus.records import Document, Dropped, FieldNames, Outcome, Quarantined
 from retrodb.corpus.scan import RowGroup, ScannedFile, scan_file
 from retrodb.corpus.splits import Plan, Segment, ShardPlan, Split, default_shard_bytes, plan
@@ -51,6 +51,7 @@ __all__ = [
     "all_train",
     "default_shard_bytes",
     "expand_inputs",
+    "outside",
     "plan",
     "read_split",
     "scan_file",

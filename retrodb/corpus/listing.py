@@ -134,6 +134,22 @@ def with_validation(inputs: Listing, validation: Sequence[str]) -> Listing:
     return Listing((*files, *(replace(file, split=VALIDATION) for file in found.files)), inputs.skipped + found.skipped)
 
 
+def outside(files: Sequence[InputFile], database: str) -> tuple[InputFile, ...]:
+    """``files`` without those of the database itself, which may lie inside an input folder: they are no documents.
+
+    Args:
+        files: as listed.
+        database: the database's URL.
+
+    Raises:
+        InputError: nothing else is there.
+    """
+    kept = tuple(file for file in files if not f"{file.url}/".startswith(f"{database}/"))
+    if not kept:
+        raise InputError(f"all inputs lie inside {database}, the database itself: name others, or another database.")
+    return kept
+
+
 def _known() -> str:
     return f"{', '.join(EXTENSIONS)}, each also with {', '.join(COMPRESSED_EXTENSIONS)}"
 
