@@ -75,7 +75,7 @@ class Watch:
         check_exports_folder(self.settings.folder)
         self.published: list[int] = []
         self._refused: dict[int, str] = {}
-        self._same: int | None = None
+        self._same: tuple[str, int] | None = None  # an encoder, and the last export that is the same
         self._warned = False
         self._locked_out: float | None = None  # since when
 
@@ -108,7 +108,8 @@ class Watch:
         """How it stands now."""
         current, exports = Manifest.load(self.out), list_exports(self.settings.folder)
         own = current.version.step if current is not None and self._is_of_this_folder(current) else None
-        step = max((step for step in (own, self._same) if step is not None), default=None)
+        same = self._same[1] if current is not None and self._same and self._same[0] == _encoder(current) else None
+        step = max((step for step in (own, same) if step is not None), default=None)
         newer = [e for e in exports if (step is None or e.step > step) and e.step not in self._refused]
         behind = [export for export in newer if export.step > (step or 0)]
         staleness = Staleness(
@@ -148,7 +149,7 @@ class Watch:
             return
         self._locked_out = None
         if not outcome.done:
-            self._same = export.step
+            self._same = (_encoder(outcome.manifest), export.step)
             return
         self.published.append(outcome.version)
         # Where it is another writer's turn: the next time.
@@ -215,3 +216,7 @@ class Watch:
         )
         # After the status: a trainer that is held finds there why.
         hold(self.settings.folder, passed and self.settings.on_stale == "block")
+
+
+def _encoder(manifest: Manifest) -> str:
+    return str(manifest.fingerprints["encoder"]["fingerprint"])

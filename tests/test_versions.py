@@ -720,6 +720,30 @@ def test_watch_R5_starts_with_no_export_sleeps_publishes_and_ends_on_the_done_ma
     assert (status["version"], status["step"], status["staleness"]["steps"]) == (3, 300, 0)
 
 
+def test_watch_R5_an_export_of_the_same_weights_counts_as_long_as_they_are_published(
+    database: Path, encoders: list[Path], tmp_path: Path
+) -> None:
+    """Someone goes back to a version of other weights: what is published is no longer of that step."""
+    from retrodb.pipelines.watch import Watch, WatchSettings
+
+    folder, storage, seen = tmp_path / "exports", Storage(str(database)), []
+    export(folder, encoders[1], 100)
+
+    def sleep(_: float) -> None:
+        seen.append(json.loads((folder / "refresher.json").read_text(encoding="utf-8")))
+        if len(seen) == 1:
+            export(folder, encoders[1], 200)
+        elif len(seen) == 2:
+            switch(storage, Manifest.load(storage), 1)
+        else:
+            (folder / "done").touch()
+
+    watching = Watch(storage, WatchSettings(str(folder), poll=60.0), RunSettings(workers=1), Progress(), sleep)
+    watching.run()
+    assert [(each["version"], each["step"]) for each in seen] == [(2, 100), (2, 200), (3, 200)]
+    assert watching.published == [2, 3]
+
+
 def test_watch_R5_takes_the_newest_that_is_due_and_the_last_one_always(
     database: Path, encoders: list[Path], tmp_path: Path
 ) -> None:
