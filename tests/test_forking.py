@@ -23,9 +23,10 @@ def server() -> Iterator[ForkServer]:
     server.close()
 
 
-def the_server() -> psutil.Process:
-    found = [child for child in psutil.Process().children() if "retrodb.pipelines.worker" in child.cmdline()]
-    return found[-1]
+def process_of(server: ForkServer) -> psutil.Process:
+    """What it forks from: a child of this process, which may have others."""
+    assert server._serving is not None
+    return psutil.Process(server._serving._process.pid)
 
 
 def native_threads(process: psutil.Process) -> set[str]:
@@ -44,9 +45,9 @@ def until(condition: Callable[[], object]) -> None:
 @pytest.mark.slow
 def test_a_worker_that_is_killed_says_by_which_signal_and_the_others_go_on(server):
     workers = [server.start(NOBODY, f"worker_{number}") for number in range(2)]
-    until(lambda: len(the_server().children()) == 2)
-    assert native_threads(the_server()) <= {"jemalloc_bg_thd"}, "a fork copies no thread, nor what another one holds"
-    the_server().children()[0].terminate()
+    until(lambda: len(process_of(server).children()) == 2)
+    assert native_threads(process_of(server)) <= {"jemalloc_bg_thd"}, "a fork copies no thread, nor what another one holds"
+    process_of(server).children()[0].terminate()
     until(lambda: any(worker.code is not None for worker in workers))
     assert sorted((worker.code for worker in workers), key=str) == [-15, None]
     server.close()
@@ -56,26 +57,26 @@ def test_a_worker_that_is_killed_says_by_which_signal_and_the_others_go_on(serve
 @pytest.mark.slow
 def test_workers_live_no_longer_than_the_process_they_come_from_and_the_next_comes_from_another(server):
     worker = server.start(NOBODY, "worker_0")
-    until(lambda: the_server().children())
-    first, orphan = the_server(), the_server().children()[0]
+    until(lambda: process_of(server).children())
+    first, orphan = process_of(server), process_of(server).children()[0]
     first.kill()
     assert worker.wait() == -9
     until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
     again = server.start(NOBODY, "worker_1")
-    until(lambda: the_server().pid != first.pid and the_server().children())
+    until(lambda: process_of(server).pid != first.pid and process_of(server).children())
     assert again.code is None
 
 
 @pytest.mark.slow
 def test_a_variable_that_libraries_read_once_makes_another_process_and_other_ones_do_not(server, monkeypatch):
     server.start(NOBODY, "worker_0")
-    first = the_server().pid
+    first = process_of(server).pid
     monkeypatch.setenv("RETRODB_OF_A_TEST", "1")
     server.start(NOBODY, "worker_1")
-    assert the_server().pid == first
+    assert process_of(server).pid == first
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     server.start(NOBODY, "worker_2")
-    assert the_server().pid != first
+    assert process_of(server).pid != first
 
 
 @pytest.mark.slow
