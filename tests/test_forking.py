@@ -46,7 +46,7 @@ def until(condition: Callable[[], object]) -> None:
 def test_a_worker_that_is_killed_says_by_which_signal_and_the_others_go_on(server):
     workers = [server.start(NOBODY, f"worker_{number}") for number in range(2)]
     until(lambda: len(process_of(server).children()) == 2)
-    assert native_threads(process_of(server)) <= {"jemalloc_bg_thd"}, "a fork copies no thread, nor what another one holds"
+    assert native_threads(process_of(server)) <= {"jemalloc_bg_thd"}, "a fork copies no other thread, nor what it holds"
     process_of(server).children()[0].terminate()
     until(lambda: any(worker.code is not None for worker in workers))
     assert sorted((worker.code for worker in workers), key=str) == [-15, None]
