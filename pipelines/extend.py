@@ -167,13 +167,17 @@ class TakeNearer(SearchShard):
         before = from_table(self._storage.read_table(payload.before))
         vectors = vectors_of(self._storage, files, len(before.chunk_ids))
         asked = within_reach(before, vectors, self._source, self._settings.metric)
+        joined = np.flatnonzero(self._joined(files, before))
+        if not len(asked) and not len(joined):  # most shards, where little joins much
+            self._account(task.number, before, payload.before, searched=0)
+            return
         some, found = before.take(asked), self._found(files, asked)
         gone = self._gone.of_chunks(some.neighbour_ids)
         merged = nearest_of(some, found, self._settings.metric, self._uids, gone)
         nearer = np.isin(merged.neighbour_ids, found.neighbour_ids[found.neighbour_ids >= 0]).any(axis=1)
         outdated = gone.any(axis=1)
         taken = nearer & ~outdated
-        anew = np.union1d(asked[nearer & outdated], np.flatnonzero(self._joined(files, before)))
+        anew = np.union1d(asked[nearer & outdated], joined)
         if not taken.any() and not len(anew):
             self._account(task.number, before, payload.before, searched=0)
             return
