@@ -17,6 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Final
 
 WORKER_MODULE: Final = "retrodb.pipelines.worker"
+NEEDED_BY_ALL: Final = (
+    "apache_beam.runners.worker.sdk_worker",
+    "retrodb.pipelines.text_stages",
+    "retrodb.pipelines.retrieval_stages",
+    "retrodb.pipelines.report_stage",
+)
+"""What workers of any stage import."""
 
 _READ_AT_START: Final = ("OMP_", "MKL_", "OPENBLAS_", "RAYON_", "PYTHON", "LD_", "MALLOC_", "HF_", "GRPC_")
 """Variables that the interpreter or imported libraries look at once: where one changes, there is a new server."""

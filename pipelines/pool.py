@@ -14,16 +14,9 @@ import threading
 from concurrent import futures
 from typing import Any, Final
 
-from retrodb.pipelines.forking import ForkServer
+from retrodb.pipelines.forking import NEEDED_BY_ALL, ForkServer
 from retrodb.pipelines.threads import ONE_THREAD
 
-_LOADED: Final = (
-    "apache_beam.runners.worker.sdk_worker",
-    "retrodb.pipelines.text_stages",
-    "retrodb.pipelines.retrieval_stages",
-    "retrodb.pipelines.report_stage",
-    "retrodb.encoding.encoder",
-)
 _ATTEMPTS: Final = 3
 
 
@@ -32,7 +25,7 @@ def serve(port: int, address: str = "localhost") -> None:
     import grpc  # noqa: PLC0415 - after the limits are set
     from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc  # noqa: PLC0415
 
-    workers = ForkServer(_LOADED)
+    workers = ForkServer((*NEEDED_BY_ALL, "retrodb.encoding.encoder"))
     workers.begin()
 
     class Pool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):

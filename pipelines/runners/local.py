@@ -15,7 +15,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
 from apache_beam.transforms.environments import Environment, python_sdk_capabilities
-from retrodb.pipelines.forking import ForkedWorker, ForkServer
+from retrodb.pipelines.forking import NEEDED_BY_ALL, ForkedWorker, ForkServer
 from retrodb.pipelines.runners.base import (
     Job,
     JobRecord,
@@ -32,14 +32,6 @@ from retrodb.planning import Cost, Effort
 _POLL_SECONDS: Final = 0.25
 _GRACE_SECONDS: Final = 3.0
 _FORKED_URN: Final = "retrodb:environment:forked:v1"
-_LOADED: Final = (
-    "apache_beam.runners.worker.sdk_worker",
-    "retrodb.pipelines.text_stages",
-    "retrodb.pipelines.retrieval_stages",
-    "retrodb.pipelines.report_stage",
-)
-"""What all workers need. Torch is not among it, which those that embed load: it would be in the memory of all."""
-
 _View = TypeVar("_View", bound=PipelineOptions)
 
 
@@ -180,7 +172,8 @@ class _Crew:
         return WorkerDiedError(f"a worker process died ({dead} of {len(self._workers)}): killed, or out of memory?")
 
 
-_SERVER: Final = ForkServer(_LOADED, quiet=True)
+_SERVER: Final = ForkServer(NEEDED_BY_ALL, quiet=True)
+"""Without torch, which workers that embed load: it would be in the memory of all."""
 _crews: Final[dict[str, _Crew]] = {}
 
 
