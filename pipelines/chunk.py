@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from retrodb.pipelines.corpus import DOCUMENT_ROW_GROUP
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import as_read
+from retrodb.pipelines.sketches import sketch_path, with_sketches
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 
 from retrodb import schemas
@@ -34,7 +35,7 @@ VALIDATION_CHUNKS = "validation_chunks"
 class ChunkSettings:
     """How documents are cut. ``tokenizer`` is what `load_tokenizer` takes, or, where ``stored`` is its fingerprint and
     not "", the path of one that is kept in the database. ``blocks`` is how long a block may be and what splits
-    sentences; None where the unit is the chunk."""
+    sentences; None where the unit is the chunk. Sketches are kept with the text that they were made from."""
 
     tokenizer: str
     stored: str
@@ -53,10 +54,12 @@ class BlockSettings:
 
 @dataclass(frozen=True)
 class ChunkInput:
-    """One shard's documents, and what the dedup stage says of them; "" where that is nothing."""
+    """One shard's documents, and what the dedup stage says of them; "" where that is nothing. In ``sketches`` those of
+    documents as they were read may wait; "" where they are to have none."""
 
     documents: File
     duplicates: File
+    sketches: str = ""
 
 
 @functools.lru_cache(maxsize=2)
@@ -129,20 +132,26 @@ def _is_validation(documents: pa.Table) -> np.ndarray:
 
 
 def kept_documents(storage: Storage, item: ChunkInput) -> pa.Table:
-    """A shard's documents without those that the dedup stage removes; finished ones are that already."""
+    """A shard's documents, with their sketches and without those that the dedup stage removes; finished ones are that
+    already."""
     documents = storage.read_table(item.documents)
-    if not item.duplicates or documents["n_chunks"].null_count == 0:
+    if documents["n_chunks"].null_count == 0:
+        return documents
+    if item.sketches:
+        documents = with_sketches(storage, documents, item.sketches)
+    if not item.duplicates:
         return documents
     return without_removed(documents, storage.read_table(item.duplicates))
 
 
 def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool) -> pa.Table:
-    """The documents with their number of chunks, and without their text where it is not to be kept."""
+    """The documents with their number of chunks, and without their text and sketch where those are not to be kept."""
     schema = schemas.documents()
     columns = {name: documents[name] for name in schema.names}
     columns["n_chunks"] = n_chunks
     if not keep_text:
-        columns["text"] = pa.nulls(documents.num_rows, schema.field("text").type)
+        for name in ("text", "sketch"):
+            columns[name] = pa.nulls(documents.num_rows, schema.field(name).type)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
@@ -152,10 +161,14 @@ def chunk_inputs(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> dic
     return {shard.number: ChunkInput(as_read(shard), found.get(shard.number, "")) for shard in documents}
 
 
-def chunk_tasks(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> list[Task]:
-    """One task a document shard."""
+def chunk_tasks(documents: Sequence[Shard], duplicates: Sequence[Shard], sketched: bool) -> list[Task]:
+    """One task a document shard; ``sketched`` where documents are to have sketches."""
     inputs = chunk_inputs(documents, duplicates)
-    return [Task(shard.number, inputs[shard.number], weight=shard.bytes) for shard in documents]
+    tasks = [Task(shard.number, inputs[shard.number], weight=shard.bytes) for shard in documents]
+    if not sketched:
+        return tasks
+    paths = {shard.number: sketch_path(shard) for shard in documents}
+    return [replace(task, payload=replace(task.payload, sketches=paths[task.number])) for task in tasks]
 
 
 def chunk_pipeline(

@@ -1,14 +1,14 @@
 """dedup: near-duplicate clusters, in steps that leave files for one another.
 
-    sketch    a document shard          -> the sketches of its documents              a task a shard
+    sketch    documents                 -> their sketches                             `retrodb.pipelines.sketches`
     pair      bands of all sketches     -> candidates, by the first one's shard       grouped by band
     compare   candidates                -> near-duplicates                            grouped by the second one's shard
     cluster   near-duplicates           -> clusters, and which documents are removed  the driver
     write     a shard's clusters        -> its ``duplicates`` shard                   a task a shard
 
-Documents are addressed by their rows as they were read; the ids they are given in the end leave no gap for removed
-ones. Documents that join a database are compared with those that are there as well, whose rows are not always their
-ids (`retrodb.pipelines.extend_dedup`).
+Documents are addressed by the ids they had when they were read; the ids they are given in the end leave no gap for
+removed ones. Documents that join a database are compared with those that are there as well, which have their ids
+(`retrodb.pipelines.extend_dedup`).
 """
 
 import functools
@@ -22,22 +22,14 @@ import numpy as np
 import pyarrow as pa
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import as_read
+from retrodb.pipelines.sketches import read_sketches
 from retrodb.pipelines.tasks import DealOut, DoTasks, StageDoFn, Task
 from retrodb.schemas import ID_SHIFT
 
 from retrodb import schemas
-from retrodb.corpus.near_duplicates import (
-    BANDS,
-    DEDUP_RULES,
-    THRESHOLD,
-    batches,
-    candidate_pairs,
-    jaccard,
-    shingles,
-    sketch,
-    unique_pairs,
-)
-from retrodb.deletions import Deletions
+from retrodb.corpus.near_duplicates import DEDUP_RULES, THRESHOLD, candidate_pairs, unique_pairs
+from retrodb.corpus.shingles import batches, jaccard, shingles
+from retrodb.corpus.sketches import BANDS
 from retrodb.formats import File
 from retrodb.manifest import Shard, shard_path
 from retrodb.storage import Storage
@@ -53,56 +45,15 @@ DUPLICATE_ROW_GROUP: Final = 1 << 14
 _ROW_MASK: Final = (1 << ID_SHIFT) - 1
 
 
-# -- sketch ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ToSketch:
-    """A document shard, and the shards of the table ``deleted``: what they name is passed over."""
-
-    documents: File
-    deleted: tuple[Shard, ...] = ()
-
-
-def sketch_path(book: ReceiptBook, number: int) -> str:
-    """uint64 [BANDS + 2, n]: the bands of a shard's documents, their whole signatures, and their rows, ascending."""
-    return f"{book.folder}/{number:05d}.npy"
-
-
-def _sketch(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
-    item: ToSketch = task.payload
-    documents = book.storage.read_table(item.documents, ["document_id", "text"] if item.deleted else ["text"])
-    rows = np.arange(documents.num_rows)
-    if item.deleted:
-        gone = Deletions.of_shards(book.storage, item.deleted)
-        rows = rows[~gone.of_documents(documents["document_id"].to_numpy())]
-        documents = documents.take(pa.array(rows))
-    found = sketch(documents["text"])
-    everything = np.vstack([found.bands, found.signatures[None], rows[None].astype(np.uint64)])
-    book.storage.commit_array(sketch_path(book, task.number), everything)
-    yield Receipt(task.number)
-
-
-def sketch_tasks(documents: Sequence[Shard], deleted: tuple[Shard, ...] = ()) -> list[Task]:
-    """One task a document shard."""
-    return [Task(shard.number, ToSketch(as_read(shard), deleted), weight=shard.bytes) for shard in documents]
-
-
-def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
-    """Sketch document shards."""
-    return pipeline | DealOut(tasks) | "sketch" >> beam.ParDo(DoTasks(book, functools.partial(_sketch, book)))
-
-
 # -- pair --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """The sketches, in how many parts the documents of a band are compared, and the first shard of documents that join
-    others: of pairs of those before, all is known."""
+    """The files with the sketches of each shard, in how many parts the documents of a band are compared, and the first
+    shard of documents that join others: of pairs of those before, all is known."""
 
-    sketches: ReceiptBook
-    shards: tuple[int, ...]
+    sketches: Mapping[int, str]
     parts: int
     joining: int = 0
 
@@ -125,23 +76,24 @@ def parts_for(documents: int) -> int:
 
 
 class EmitBands(StageDoFn):
-    """(wave, its bands, a shard) -> ((wave, band, part), (shard, its documents' buckets, rows and signatures))."""
+    """(wave, its bands, a shard) -> ((wave, band, part), its documents' buckets, ids and signatures)."""
 
     def __init__(self, book: ReceiptBook, settings: PairSettings) -> None:
         super().__init__(book)
         self._settings = settings
 
-    def process(self, element: tuple[int, tuple[int, ...], int]) -> Iterator[tuple[tuple[int, int, int], Any]]:
+    def process(self, element: tuple[int, tuple[int, ...], int]) -> Iterator[tuple[tuple[int, int, int], bytes]]:
         wave, bands, shard = element
         with self._naming(shard):
-            sketches = self._storage.read_array(sketch_path(self._settings.sketches, shard))
-            rows = sketches[BANDS + 1]
+            ids, sketches = read_sketches(self._storage, self._settings.sketches[shard])
             for band in bands:
-                part_of = sketches[band] % np.uint64(self._settings.parts)
+                part_of = sketches.bands[band] % np.uint64(self._settings.parts)
                 for part in np.unique(part_of):
                     own = part_of == part
-                    records = np.stack([sketches[band][own], rows[own], sketches[BANDS][own]])
-                    yield (wave, band, int(part)), (shard, records.tobytes())
+                    records = np.stack(
+                        [sketches.bands[band][own], ids[own].astype(np.uint64), sketches.signatures[own]]
+                    )
+                    yield (wave, band, int(part)), records.tobytes()
 
 
 class FindPairs(StageDoFn):
@@ -152,14 +104,12 @@ class FindPairs(StageDoFn):
         super().__init__(book)
         self._settings = settings
 
-    def process(self, element: tuple[tuple[int, int, int], Iterable[Any]]) -> Iterator[tuple[tuple[int, int], bytes]]:
+    def process(self, element: tuple[tuple[int, int, int], Iterable[bytes]]) -> Iterator[tuple[tuple[int, int], bytes]]:
         (wave, band, _), parts = element
         with self._naming(band):
-            read = [(shard, np.frombuffer(data, np.uint64).reshape(3, -1)) for shard, data in parts]
-            records = np.concatenate([columns for _, columns in read], axis=1)
-            shards = np.repeat([shard for shard, _ in read], [columns.shape[1] for _, columns in read])
-            ids = (shards.astype(np.int64) << ID_SHIFT) + records[1].astype(np.int64)
-            found = candidate_pairs(records[0], ids, records[2], band, self._bands_of)
+            read = [np.frombuffer(data, np.uint64).reshape(3, -1) for data in parts]
+            buckets, ids, signatures = np.concatenate(read, axis=1)
+            found = candidate_pairs(buckets, ids.astype(np.int64), signatures, band, self._bands_of)
             for shard, own in _by_shard(found.pairs[found.pairs[:, 1] >> ID_SHIFT >= self._settings.joining], 0):
                 yield (wave, shard), own.tobytes()
             yield (wave, -1), np.array([[band, found.cut]], dtype=np.int64).tobytes()
@@ -168,9 +118,8 @@ class FindPairs(StageDoFn):
         shards = ids >> ID_SHIFT
         parts = []
         for shard in np.unique(shards):
-            sketches = self._storage.read_array(sketch_path(self._settings.sketches, int(shard)))
-            own = np.searchsorted(sketches[BANDS + 1], (ids[shards == shard] & _ROW_MASK).astype(np.uint64))
-            parts.append(sketches[:BANDS, own])
+            known, sketches = read_sketches(self._storage, self._settings.sketches[int(shard)])
+            parts.append(sketches.bands[:, np.searchsorted(known, ids[shards == shard])])
         return np.concatenate(parts, axis=1)
 
 
@@ -216,7 +165,7 @@ def pair_pipeline(
     dealt = pipeline | DealOut(tasks)
     written = (
         dealt
-        | "sketches" >> beam.FlatMap(functools.partial(_shards_of_wave, settings.shards))
+        | "sketches" >> beam.FlatMap(functools.partial(_shards_of_wave, tuple(settings.sketches)))
         | "spread" >> beam.Reshuffle()
         | "bands" >> beam.ParDo(EmitBands(book, settings))
         | "by band" >> beam.GroupByKey()
@@ -290,15 +239,16 @@ class AskForSets(StageDoFn):
             settings = self._settings
             files = [pairs_path(settings.pairs, number, shard) for number in settings.waves[shard]]
             pairs = unique_pairs(np.concatenate([self._storage.read_array(path) for path in files]))
-            sets = document_sets(self._storage, settings.documents[shard], pairs[:, 0] & _ROW_MASK)
+            sets = document_sets(self._storage, settings.documents[shard], pairs[:, 0])
             for other, own in _by_shard(pairs, 1):
                 yield (wave, other), _message(own, sets)
 
 
-def document_sets(storage: Storage, path: File, rows: np.ndarray) -> dict[int, np.ndarray]:
-    """The shingle sets of some documents of a shard, by row: uint64, sorted and distinct."""
-    wanted = np.unique(rows)
-    texts = storage.read_table(path, ["text"])["text"].take(pa.array(wanted))
+def document_sets(storage: Storage, file: File, ids: np.ndarray) -> dict[int, np.ndarray]:
+    """The shingle sets of some documents of a shard, by id: uint64, sorted and distinct."""
+    wanted = np.unique(ids)
+    known = storage.read_table(file, ["document_id"])["document_id"].to_numpy()
+    texts = storage.read_table(file, ["text"])["text"].take(pa.array(np.searchsorted(known, wanted)))
     found: list[np.ndarray] = []
     for batch in batches(texts):
         values, offsets = shingles(batch)
@@ -307,11 +257,11 @@ def document_sets(storage: Storage, path: File, rows: np.ndarray) -> dict[int, n
 
 
 def _message(pairs: np.ndarray, sets: Mapping[int, np.ndarray]) -> bytes:
-    rows = np.unique(pairs[:, 0] & _ROW_MASK)
-    parts = [sets[row] for row in rows.tolist()]
+    ids = np.unique(pairs[:, 0])
+    parts = [sets[one] for one in ids.tolist()]
     buffer = io.BytesIO()
     sizes = np.array([len(part) for part in parts])
-    np.savez(buffer, pairs=pairs, rows=rows, sizes=sizes, values=np.concatenate(parts))
+    np.savez(buffer, pairs=pairs, ids=ids, sizes=sizes, values=np.concatenate(parts))
     return buffer.getvalue()
 
 
@@ -327,11 +277,10 @@ class CompareSets(StageDoFn):
         with self._naming(shard):
             for message in messages:
                 with np.load(io.BytesIO(message), allow_pickle=False) as arrays:
-                    pairs, rows, sizes, values = (arrays[name] for name in ("pairs", "rows", "sizes", "values"))
-                firsts = dict(zip(rows.tolist(), np.split(values, np.cumsum(sizes)[:-1]), strict=True))
-                places = pairs & _ROW_MASK
-                seconds = document_sets(self._storage, self._settings.documents[shard], places[:, 1])
-                alike = [jaccard(firsts[a], seconds[b]) >= THRESHOLD for a, b in places.tolist()]
+                    pairs, ids, sizes, values = (arrays[name] for name in ("pairs", "ids", "sizes", "values"))
+                firsts = dict(zip(ids.tolist(), np.split(values, np.cumsum(sizes)[:-1]), strict=True))
+                seconds = document_sets(self._storage, self._settings.documents[shard], pairs[:, 1])
+                alike = [jaccard(firsts[a], seconds[b]) >= THRESHOLD for a, b in pairs.tolist()]
                 yield wave, pairs[np.array(alike)].tobytes()
 
 

@@ -1,12 +1,12 @@
 """The dedup stage: near-duplicate clusters, and which documents the database goes without."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from retrodb.pipelines import dedup, stages
+from retrodb.pipelines import dedup, sketches, stages
 from retrodb.pipelines.builder import Builder, add_counts, shards_by_table
 from retrodb.pipelines.dedup import Assignments, CompareSettings, PairSettings
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -17,13 +17,13 @@ from retrodb.corpus import VALIDATION
 from retrodb.corpus.near_duplicates import (
     DEDUP_RULES,
     NEAR_DUPLICATE,
-    NGRAM,
     THRESHOLD,
     VALIDATION_DUPLICATE,
     clusters,
     removals,
     unique_pairs,
 )
+from retrodb.corpus.shingles import NGRAM
 from retrodb.errors import InputError
 from retrodb.manifest import (
     DEDUP_REPORT,
@@ -41,6 +41,7 @@ from retrodb.sizes import count_of
 CUT: Final = "not_compared_with_all"
 """Key of the stage's details: documents that share most of their text with too many others."""
 _SMALL_SKETCH_BYTES: Final = 8 << 20
+_SMALL_NARROW_DOCUMENTS: Final = 200_000
 _SMALL_PAIR_RECORDS: Final = 10_000_000
 _SMALL_COMPARE_BYTES: Final = 8 << 20
 _SMALL_DUPLICATES: Final = 100_000
@@ -110,25 +111,16 @@ def settle_clusters(builder: Builder, book: ReceiptBook) -> tuple[Assignments, i
 
 
 def near_duplicate_pairs(builder: Builder, book: ReceiptBook) -> tuple[np.ndarray, int]:
-    """The near-duplicates among documents as they were read, int64 [p, 2] of shard << 32 | row, the smaller first; and
-    how many documents were not compared with all that share a band with them.
+    """The near-duplicates among documents, int64 [p, 2] of ids as they were read, the smaller first; and how many
+    documents were not compared with all that share a band with them.
 
     Of documents that join others: those pairs of which the second one is new. Every step resumes.
     """
     there = comparable(builder.joins) if builder.joins else ()
-    deleted = builder.joins.shards("deleted") if builder.joins else ()
     documents = [*there, *builder.source_documents()]
-    total = sum(shard.rows for shard in documents)
-    sketches, pairs, compared = (ReceiptBook(book.storage, book.stage, book.fingerprint, s) for s in _STEPS)
-    builder.executor.complete(
-        sketches,
-        dedup.sketch_tasks(there, deleted) + dedup.sketch_tasks(builder.source_documents()),
-        lambda pipeline, tasks: dedup.sketch_pipeline(pipeline, sketches, tasks),
-        unit="bytes",
-        small=_SMALL_SKETCH_BYTES,
-    )
-    shards = tuple(shard.number for shard in documents if shard.rows)
-    pairing = PairSettings(sketches, shards, dedup.parts_for(total), builder.first_shard if there else 0)
+    sketched, total = sketched_documents(builder, book, there)
+    pairs, compared = step_of(book, "pair"), step_of(book, "compare")
+    pairing = PairSettings(sketched, dedup.parts_for(total), builder.first_shard if there else 0)
     receipts = builder.executor.complete(
         pairs,
         dedup.pair_tasks(total),
@@ -160,7 +152,38 @@ def near_duplicate_pairs(builder: Builder, book: ReceiptBook) -> tuple[np.ndarra
     return found, max(receipt.details["cut"] for receipt in receipts.values())
 
 
-_STEPS: Final = ("sketches", "pair", "compare")
+def step_of(book: ReceiptBook, step: str) -> ReceiptBook:
+    """The receipts of a step of a stage."""
+    return replace(book, step=step)
+
+
+def sketched_documents(builder: Builder, book: ReceiptBook, there: Sequence[Shard]) -> tuple[dict[int, str], int]:
+    """The files with the sketches of documents, by their shard; and how many documents that is: all that are new, and
+    of those that are ``there`` the ones that may be near-duplicates of one of them."""
+    new = builder.source_documents()
+    making, narrowing = step_of(book, "sketch"), step_of(book, "narrow")
+    builder.executor.complete(
+        making,
+        sketches.sketch_tasks(new),
+        lambda pipeline, tasks: sketches.sketch_pipeline(pipeline, making, tasks),
+        unit="bytes",
+        small=_SMALL_SKETCH_BYTES,
+    )
+    paths = {shard.number: sketches.sketch_path(shard) for shard in new if shard.rows}
+    total = sum(shard.rows for shard in new)
+    if builder.joins is None or not there:
+        return paths, total
+    settings = sketches.NarrowSettings(tuple(paths.values()), total, builder.joins.shards("deleted"))
+    receipts = builder.executor.complete(
+        narrowing,
+        sketches.narrow_tasks(there),
+        lambda pipeline, tasks: sketches.narrow_pipeline(pipeline, narrowing, tasks, settings),
+        unit="documents",
+        small=_SMALL_NARROW_DOCUMENTS,
+    )
+    found = {number: receipt.counts[sketches.NARROWED] for number, receipt in sorted(receipts.items())}
+    old = {number: sketches.narrowed_path(narrowing, number) for number, count in found.items() if count}
+    return {**old, **paths}, total + sum(found.values())
 
 
 def assigned(builder: Builder, pairs: np.ndarray) -> Assignments:

@@ -150,10 +150,10 @@ class Clustered:
 
 
 def _settle(builder: Builder, there: Manifest, pairs: np.ndarray) -> tuple[Assignments, Grown]:
-    """Clusters of near-duplicates int64 [p, 2], as `near_duplicate_pairs` addresses them."""
+    """Clusters of near-duplicates int64 [p, 2], by the ids that `near_duplicate_pairs` gives."""
     storage, first = builder.storage, builder.first_shard << ID_SHIFT
     known = Clustered.of(storage, there)
-    nodes = _as_nodes(storage, there, pairs, first, known)
+    nodes = _as_nodes(pairs, first, known)
     ids, label = clusters(nodes)
     is_new = ids >= first
     new, old = ids[is_new], ids[~is_new]
@@ -167,23 +167,16 @@ def _settle(builder: Builder, there: Manifest, pairs: np.ndarray) -> tuple[Assig
     return _named(known, ids, label, is_new, called, rules, stays)
 
 
-def _as_nodes(storage: Storage, there: Manifest, pairs: np.ndarray, first: int, known: Clustered) -> np.ndarray:
-    """``pairs`` with a document that is there as its cluster, or as its own id where it has none."""
-    documents = {shard.number: shard for shard in there.shards("documents")}
-
-    def ids_of(shard: int, places: np.ndarray) -> np.ndarray:
-        ids: np.ndarray = storage.read_table(documents[shard], ["document_id"])["document_id"].to_numpy()
-        return ids[places & _ROW_MASK]
-
-    old = np.unique(pairs[pairs < first])
-    ids = by_shard(old, ids_of, np.empty(0, np.int64))
+def _as_nodes(pairs: np.ndarray, first: int, known: Clustered) -> np.ndarray:
+    """``pairs`` with a document that is there as its cluster, or as it is where it has none."""
+    ids = np.unique(pairs[pairs < first])
     order = np.argsort(known.ids, kind="stable")
     at = np.searchsorted(known.ids, ids, sorter=order)
     clustered = np.isin(ids, known.ids)
     node = ids.copy()
     node[clustered] = known.labels[order[at[clustered]]]
     result = pairs.copy()
-    result[pairs < first] = node[np.searchsorted(old, pairs[pairs < first])]
+    result[pairs < first] = node[np.searchsorted(ids, pairs[pairs < first])]
     return result
 
 

@@ -56,7 +56,7 @@ UPSTREAM: Final = {
 }
 """Parts that are fingerprints of an earlier stage."""
 
-_CODE: Final = {**dict.fromkeys(RECORDED_STAGES, 1), SPANS_STAGE: 2}
+_CODE: Final = {**dict.fromkeys(RECORDED_STAGES, 1), "corpus": 2, SPANS_STAGE: 2}
 """Raised when a stage's code changes its bytes, so that old tables are rebuilt, never mixed with new ones."""
 
 

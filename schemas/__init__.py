@@ -20,6 +20,7 @@ NULL_ID: Final = (1 << 63) - 1
 
 CONTENT_HASH_BYTES: Final = 32
 UID_BYTES: Final = 16
+SKETCH_BYTES: Final = 216
 SPLITS: Final = ("train", "validation")
 
 TOKEN_TYPES: Final = {"uint16": pa.uint16(), "uint32": pa.uint32()}
@@ -47,6 +48,12 @@ def documents() -> pa.Schema:
             ("metadata", pa.string(), "JSON object of what else the record held, null if nothing"),
             ("cluster_id", pa.int64(), "near-duplicate cluster; null is a cluster of one"),
             ("split", pa.string(), "train, or validation: a query, never a neighbour"),
+            (
+                "sketch",
+                pa.binary(SKETCH_BYTES),
+                "27 little-endian uint64, by which documents that join find their near-duplicates: what sketched it, "
+                "hashes of 25 bands of its MinHash signature and of all of it; null with --dedup off or --no-text",
+            ),
         ],
     )
 

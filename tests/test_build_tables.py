@@ -142,6 +142,7 @@ def expected_columns(db: Built, table: str) -> dict[str, Any]:
             "metadata": pa.string(),
             "cluster_id": pa.int64(),
             "split": pa.string(),
+            "sketch": pa.binary(216),
         },
         "chunks": {
             "chunk_id": pa.int64(),

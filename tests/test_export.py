@@ -278,7 +278,8 @@ def test_the_card_names_every_file_and_the_files_hold_every_row_by_split(small, 
                 ids = whole["chunk_id"].to_pylist()
                 split = ["validation" if rows.document[one] in validation else "train" for one in ids]
             assert all(has_datasets_dtype(field.type) for field in got.schema)
-            assert got.to_pylist() == whole.filter(pa.array([one == data["split"] for one in split])).to_pylist()
+            exported = whole.drop_columns([name for name in ("sketch",) if name in whole.column_names])
+            assert got.to_pylist() == exported.filter(pa.array([one == data["split"] for one in split])).to_pylist()
             assert made.counts[f"{table}_{data['split']}"] == len(got)
         assert len(split_of) == len(rows.documents["train"]) + len(validation)
     assert sorted(named) == sorted(files)

@@ -14,21 +14,17 @@ from support import corpus
 
 from retrodb import schemas
 from retrodb.corpus import near_duplicates
+from retrodb.corpus import shingles as shingling
 from retrodb.corpus.near_duplicates import (
-    BANDS,
-    NGRAM,
     THRESHOLD,
-    Sketches,
-    batches,
     candidate_pairs,
     clusters,
-    jaccard,
     removals,
-    shingles,
-    sketch,
     unique_pairs,
     without_removed,
 )
+from retrodb.corpus.shingles import NGRAM, batches, jaccard, shingles
+from retrodb.corpus.sketches import BANDS, Sketches, sketch
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g", "h"]), max_size=40)
 
@@ -93,7 +89,7 @@ def test_a_sketch_does_not_depend_on_how_the_texts_are_batched(documents, batch_
     texts = column([" ".join(words) for words in documents])
     whole = sketch(texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(near_duplicates, "_BATCH_BYTES", batch_bytes)
+        patch.setattr(shingling, "_BATCH_BYTES", batch_bytes)
         assert sum(len(batch) for batch in batches(texts)) == len(texts)
         parts = sketch(texts)
     assert np.array_equal(whole.bands, parts.bands)

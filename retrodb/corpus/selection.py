@@ -25,7 +25,7 @@ _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-COLUMNS: Final = tuple(name for name in schemas.documents().names if name != "metadata")
+COLUMNS: Final = tuple(name for name in schemas.documents().names if name not in ("metadata", "sketch"))
 _NUMBER: Final = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 

@@ -32,7 +32,7 @@ class ShardOutput:
 
     Attributes:
         number: of the document shard.
-        documents: table of schema `retrodb.schemas.documents`; ``n_chunks`` and ``cluster_id`` are null.
+        documents: table of schema `retrodb.schemas.documents`; ``n_chunks``, ``cluster_id`` and ``sketch`` are null.
         quarantine: table of schema `retrodb.schemas.quarantine`.
         counts: ``in``, ``kept``, ``quarantined`` and ``dropped.<rule>`` for every rule;
             in = kept + quarantined + the sum of dropped. ``validation`` of the kept are of that split.
@@ -174,6 +174,7 @@ class _Rows:
             metadata,
             None,  # cluster_id
             split,
+            None,  # sketch
         )
         self._documents.add(row, len(text) + len(key) + len(title or b"") + len(metadata or b""))
 

@@ -132,6 +132,8 @@ def _rows_of(database: Database, table: str, shard: Shard, split: str) -> pa.Tab
     if (at := rows.schema.get_field_index("content_hash")) >= 0:
         field = rows.schema.field(at).with_type(pa.binary())
         rows = rows.set_column(at, field, rows.column(at).cast(pa.binary()))
+    if "sketch" in rows.column_names:  # of use to the database alone
+        rows = rows.drop_columns(["sketch"])
     validation = _is_validation(database, table, shard)
     mine = validation if split == "validation" else ~validation
     return rows if mine.all() else rows.filter(pa.array(mine))

@@ -135,7 +135,7 @@ def check_documents(scene: Scene) -> None:
 
 def _check_documents(scene: Scene, shard: Shard) -> None:
     findings = scene.findings
-    table = scene.table(shard, "document_id", "key", "source", "text", "n_chunks", "content_hash", "split")
+    table = scene.table(shard, "document_id", "key", "source", "text", "n_chunks", "content_hash", "split", "sketch")
     check_ids(scene, shard, scalars(table, "document_id"), "document_id")
     for name in ("key", "source", "content_hash"):
         findings.refuse(shard.path, nulls(table, name), f"null {name}")
@@ -149,6 +149,8 @@ def _check_documents(scene: Scene, shard: Shard) -> None:
             findings.refuse(shard.path, absent, "null text")
         else:
             findings.refuse(shard.path, ~absent, "a text, though the database was built with --no-text")
+        if scene.facts.sketched:
+            findings.refuse(shard.path, nulls(table, "sketch"), "null sketch")
     findings.refuse(shard.path, _wrong_hashes(table), "content_hash is not the sha256 of the text")
     findings.count("documents", table.num_rows)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from retrodb.chunking import ChunkTokenizer, chunk_documents
 from retrodb.chunking.blocks import Room, block_documents
+from retrodb.corpus.sketches import kept_sketches, sketch
 from retrodb.encoding import chunk_texts
 from retrodb.errors import DamagedError
 from retrodb.manifest import Shard
@@ -71,6 +72,9 @@ def recompute(scene: Scene, tools: Tools, sample: float, seed: int) -> None:
         if chunks is None or documents is None:
             scene.findings.note("damaged shards were not recomputed")
             continue
+        if scene.facts.sketched:
+            with scene.examining(documents):
+                _compare_sketches(scene, documents)
         if tools.tokenizer is not None:
             with scene.examining(chunks):
                 _compare_tokens(scene, chunks, documents, tools.tokenizer)
@@ -92,6 +96,23 @@ def recompute(scene: Scene, tools: Tools, sample: float, seed: int) -> None:
         assert encoder is not None, "looked at above"
         with scene.examining(null), _one_thread():
             _compare_with(scene, null, encoder.embed_null(), encoder)
+
+
+# -- sketches ----------------------------------------------------------------------------------------------------------
+
+
+def _compare_sketches(scene: Scene, documents: Shard) -> None:
+    """Sketches are those of the texts, where the libraries here are those that made them."""
+    table = scene.table(documents, "text", "sketch")
+    kept, comparable = kept_sketches(table["sketch"])
+    if not comparable.all():
+        scene.findings.note(
+            "documents were sketched by other libraries than are here: their sketches were not recomputed"
+        )
+    made = sketch(table["text"])
+    unlike = (kept.bands != made.bands).any(axis=0) | (kept.signatures != made.signatures)
+    scene.findings.refuse(documents.path, unlike & comparable, "sketch is not that of the text")
+    scene.findings.count("sketches recomputed", int(comparable.sum()))
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

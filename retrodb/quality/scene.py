@@ -59,6 +59,7 @@ class Facts:
     vocabulary_size: int
     lossless: bool
     keeps_text: bool
+    sketched: bool
     drops_duplicates: bool
     decontaminated: bool
     own_tokens: bool
@@ -103,6 +104,7 @@ class Facts:
             vocabulary_size=int(tokenizer.get("vocabulary_size", 0)),
             lossless=bool(tokenizer.get("lossless", False)),
             keeps_text=bool(made("chunk").get("text", True)),
+            sketched=bool(made("chunk").get("text", True)) and made("dedup").get("dedup") != "off",
             drops_duplicates=made("dedup").get("dedup") == "drop",
             decontaminated=bool(made("dedup").get("decontaminate", False)),
             own_tokens=tokenizer.get("name") == "encoder",
