@@ -5,7 +5,7 @@ stays as it was.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -17,9 +17,9 @@ from retrodb.pipelines.block_duplicates import TABLE, find_block_duplicates
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings, indexed_part
-from retrodb.pipelines.leakage import WORST_PAIRS
+from retrodb.pipelines.join import Before
 from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
-from retrodb.pipelines.receipts import Receipt, ReceiptBook
+from retrodb.pipelines.receipts import ReceiptBook
 from retrodb.pipelines.report_stage import build_report
 from retrodb.pipelines.retrieval_stages import (
     SMALL_VECTORS,
@@ -35,7 +35,6 @@ from retrodb.pipelines.shards import (
     chunk_clusters,
     chunk_columns,
     shard_files,
-    validation_chunks,
     vectors_of,
 )
 from retrodb.pipelines.tasks import DealOut, Task
@@ -45,9 +44,7 @@ from retrodb.manifest import LARGEST_NORM, LEFT_OUT, TEMPLATE_NUMBER, Manifest, 
 from retrodb.neighbours import NO_CLUSTER, CandidateSource, from_table
 from retrodb.neighbours.joining import nearest_of, within_reach
 from retrodb.neighbours.table import Neighbours
-from retrodb.quality.leakage import histograms, worst_rows
 from retrodb.sizes import count_of
-from retrodb.training.columns import lists, scalars
 from retrodb.training.shards import VALIDATION_ROWS
 
 HELD_BYTES: Final = 16 << 20
@@ -240,66 +237,25 @@ def _take_pipeline(
 # -- what follows from neighbours --------------------------------------------------------------------------------------
 
 
-def _unchanged(builder: Builder, current: Manifest) -> list[int]:
-    """The shards whose neighbours are as they were."""
-    before = {shard.number: shard for shard in current.shards("neighbours")}
-    return [s.number for s in builder.manifest.shards("neighbours") if before.get(s.number) == s]
-
-
-def _inherit(
-    builder: Builder,
-    current: Manifest,
-    stage: str,
-    table: str,
-    parts: dict[str, Any],
-    receipt_of: Callable[[Shard, ShardFiles], Receipt],
-) -> None:
-    """Leave receipts for the shards that stay as they are, so that a stage makes the others alone."""
-    book = builder.book(stage, parts)
-    files = shard_files(builder.manifest)
-    made = {shard.number: shard for shard in current.shards(table)}
-    for number in _unchanged(builder, current):
-        if book.read(number) is None:
-            book.write(receipt_of(made[number], files[number]))
+def _made_before(builder: Builder, current: Manifest, table: str, details: Mapping[int, Any]) -> dict[int, Before]:
+    """What was made of the neighbours that are there, of the shards that still are; ``details`` as receipts told."""
+    left = {shard.number for shard in builder.manifest.shards("neighbours")}
+    neighbours = {shard.number: shard for shard in current.shards("neighbours")}
+    return {
+        shard.number: Before(neighbours[shard.number], shard, details.get(shard.number, {}))
+        for shard in current.shards(table)
+        if shard.number in left
+    }
 
 
 def extend_training(builder: Builder, current: Manifest) -> None:
-    """Sequences of the shards whose neighbours changed, and of the new ones."""
-    parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
-    if not builder.is_current("training", parts):
-        validation = current.stages["training"].details[VALIDATION_ROWS]
-
-        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
-            found = lists(builder.storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
-            joined = int((found[:, : builder.config.training_neighbours] >= 0).sum())
-            counts = {"joined": joined, "training_chunks": len(found)}
-            return Receipt(shard.number, {"training": shard}, counts, {VALIDATION_ROWS: validation[str(shard.number)]})
-
-        builder.begin("training", parts)
-        _inherit(builder, current, "training", "training", parts, receipt_of)
-    build_training(builder)
+    """Sequences of the new shards, and of those in which a neighbour that is joined changed: only what changed is
+    fetched."""
+    rows = current.stages["training"].details[VALIDATION_ROWS]
+    details = {int(number): {VALIDATION_ROWS: count} for number, count in rows.items()}
+    build_training(builder, _made_before(builder, current, "training", details))
 
 
 def extend_report(builder: Builder, current: Manifest) -> None:
-    """The leakage of the same shards, and the report of all."""
-    parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
-    if not builder.is_current("report", parts):
-
-        def receipt_of(shard: Shard, files: ShardFiles) -> Receipt:
-            storage, k = builder.storage, parts["neighbours"]
-            table = storage.read_table(shard, ["overlap", "chunk_id", "neighbour_id"])
-            chunks = storage.read_table(files.chunks, ["chunk_id", "document_id"])
-            document_ids, overlap = scalars(chunks, "document_id"), scalars(table, "overlap")
-            worst = worst_rows(overlap, scalars(chunks, "chunk_id"), document_ids, WORST_PAIRS)
-            found = lists(storage.read_table(files.neighbours, ["neighbour_ids"]), "neighbour_ids", -1)
-            details = {
-                "histograms": histograms(
-                    overlap, validation_chunks(storage, files, document_ids), builder.config.chunk_tokens
-                ),
-                "worst": [list(row.values()) for row in table.take(worst).to_pylist()],
-            }
-            return Receipt(shard.number, {"leakage": shard}, {"compared": int((found[:, :k] >= 0).sum())}, details)
-
-        builder.begin("report", parts)
-        _inherit(builder, current, "report", "leakage", parts, receipt_of)
-    build_report(builder)
+    """The leakage of chunks whose nearest neighbours changed, and the report of all."""
+    build_report(builder, _made_before(builder, current, "leakage", {}))

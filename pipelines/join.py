@@ -9,6 +9,9 @@ tasks -> ask:    what each query shard wants of each neighbour's shard     (key:
 On one machine, whose in-process runner holds what is shuffled in memory, several times over, a query shard's worker
 opens the neighbours' shards itself, one after the other, and holds one of them and one piece of its answer at a time.
 The answers are the same, and so are the bytes made from them.
+
+Where a version is made from another, most chunks have the neighbours they had: only those of the others are asked for,
+the rest is taken from what was made before, and a shard of which nothing changed stays the file it is (`Before`).
 """
 
 import functools
@@ -29,9 +32,11 @@ from retrodb.recent import Recent
 from retrodb.storage import Storage
 from retrodb.training.join import (
     CHUNK_COLUMNS,
+    MISSING,
     NEIGHBOUR_COLUMNS,
     ChunkArrays,
     answer,
+    locate,
     neighbour_ids,
     requests,
 )
@@ -71,6 +76,48 @@ class NeighbourSource:
         return read_chunks(storage, self.chunks[shard])
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a stage made of a query shard in the version before: of these neighbours this shard; what it told."""
+
+    neighbours: Shard
+    made: Shard
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class JoinItem:
+    """A query shard, and what was made of it before, if it was."""
+
+    files: ShardFiles
+    before: Before | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The neighbours of a query shard that are joined.
+
+    Attributes:
+        ids: int64 [N, k'], -1 where missing.
+        fresh: bool [N], the chunks whose neighbours are not those they had.
+        same_chunks: whether the shard has just the chunks that it had.
+    """
+
+    ids: np.ndarray
+    fresh: np.ndarray
+    same_chunks: bool
+
+    @property
+    def asked(self) -> np.ndarray:
+        """int64 [N, k']: those that have to be looked up, -1 elsewhere."""
+        return np.where(self.fresh[:, None], self.ids, MISSING)
+
+    @property
+    def stays(self) -> bool:
+        """Whether what was made before is what would be made now."""
+        return self.same_chunks and not self.fresh.any()
+
+
 class _NeighboursDoFn(StageDoFn):
     """Knows where neighbours are."""
 
@@ -78,10 +125,21 @@ class _NeighboursDoFn(StageDoFn):
         super().__init__(book)
         self._source = source
 
-    def _wanted(self, item: ShardFiles) -> np.ndarray:
-        """int64 [N, k'] neighbour ids of a query shard, -1 where missing."""
-        chunk_ids = self._storage.read_table(item.chunks, ["chunk_id"])["chunk_id"].to_numpy()
-        table = self._storage.read_table(item.neighbours, list(NEIGHBOUR_COLUMNS))
+    def _wanted(self, item: JoinItem) -> Wanted:
+        """What a query shard wants."""
+        chunk_ids = self._storage.read_table(item.files.chunks, ["chunk_id"])["chunk_id"].to_numpy()
+        ids = self._ids(item.files.neighbours, chunk_ids)
+        if item.before is None:
+            return Wanted(ids, np.ones(len(ids), dtype=bool), same_chunks=False)
+        if item.before.neighbours == item.files.neighbours:
+            return Wanted(ids, np.zeros(len(ids), dtype=bool), same_chunks=True)
+        earlier = self._storage.read_table(item.before.neighbours, ["chunk_id"])["chunk_id"].to_numpy()
+        were = self._ids(item.before.neighbours, earlier)
+        same = (were[locate(earlier, chunk_ids)] == ids).all(axis=1)
+        return Wanted(ids, ~same, same_chunks=len(earlier) == len(chunk_ids))
+
+    def _ids(self, neighbours: File, chunk_ids: np.ndarray) -> np.ndarray:
+        table = self._storage.read_table(neighbours, list(NEIGHBOUR_COLUMNS))
         return neighbour_ids(table, chunk_ids, self._source.neighbours)
 
 
@@ -92,7 +150,7 @@ class Ask(_NeighboursDoFn):
         with self._naming(task.number):
             if self._left(task) is None:
                 return
-            for shard, request in requests(self._wanted(task.payload), task.number).items():
+            for shard, request in requests(self._wanted(task.payload).asked, task.number).items():
                 yield shard, request.to_bytes()
 
 
@@ -140,7 +198,7 @@ class FromAnswers(_NeighboursDoFn):
 
     def _answers(self, task: Task) -> Iterator[Answer]:
         """The shards that are at hand first: read in turn, each would have gone when its turn comes again."""
-        wanted = requests(self._wanted(task.payload), task.number)
+        wanted = requests(self._wanted(task.payload).asked, task.number)
         for shard in sorted(wanted, key=lambda shard: (shard not in self._recent, shard)):
             for part in wanted[shard].cut(ANSWER_ROWS):
                 yield answer(part, self._recent.get(shard))
@@ -155,9 +213,12 @@ def read_chunks(storage: Storage, path: File) -> ChunkArrays:
     return ChunkArrays.from_table(storage.read_table(path, list(CHUNK_COLUMNS)))
 
 
-def join_tasks(files: Mapping[int, ShardFiles], chunks: Sequence[Shard]) -> list[Task]:
-    """One task a chunk shard."""
-    return [Task(shard.number, files[shard.number], weight=shard.rows) for shard in chunks]
+def join_tasks(
+    files: Mapping[int, ShardFiles], chunks: Sequence[Shard], before: Mapping[int, Before] | None = None
+) -> list[Task]:
+    """One task a chunk shard; ``before`` are those of the version that another is made from."""
+    made = before or {}
+    return [Task(s.number, JoinItem(files[s.number], made.get(s.number)), weight=s.rows) for s in chunks]
 
 
 def join_pipeline(

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import apache_beam as beam
-from retrodb.pipelines.join import FromAnswers, NeighbourSource, join_pipeline, read_chunks
+from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import validation_chunks
 from retrodb.pipelines.tasks import Task
 
 from retrodb.manifest import Shard, shard_path
-from retrodb.quality.leakage import histograms, leakage_table, worst_rows
+from retrodb.quality.leakage import histograms, leakage_table, with_earlier, worst_rows
+from retrodb.training.columns import scalars
 from retrodb.training.messages import Answer
 
 LEAKAGE_ROW_GROUP: Final = 1 << 16
@@ -22,20 +23,25 @@ class Compare(FromAnswers):
     """Writes the overlaps of the query's shard; their histograms and the worst pairs go into the receipt."""
 
     def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
-        chunks = read_chunks(self._storage, task.payload.chunks)
-        validation = validation_chunks(self._storage, task.payload, chunks.document_ids)
-        wanted = self._wanted(task.payload)
-        table = leakage_table(chunks, wanted, answers, task.number)
-        committed = self._storage.commit_table(shard_path("leakage", task.number), table, LEAKAGE_ROW_GROUP)
-        overlap = table["overlap"].to_numpy()
+        item: JoinItem = task.payload
+        chunks, wanted = read_chunks(self._storage, item.files.chunks), self._wanted(item)
+        if item.before is not None and wanted.stays:
+            shard, table = item.before.made, self._storage.read_table(item.before.made)
+        else:
+            table = leakage_table(chunks, wanted.asked, answers, task.number)
+            if item.before is not None:
+                table = with_earlier(table, self._storage.read_table(item.before.made), wanted.fresh)
+            committed = self._storage.commit_table(shard_path("leakage", task.number), table, LEAKAGE_ROW_GROUP)
+            shard = Shard.of(committed, task.number, table.num_rows)
+        overlap = scalars(table, "overlap")
+        validation = validation_chunks(self._storage, item.files, chunks.document_ids)
         worst = worst_rows(overlap, chunks.chunk_ids, chunks.document_ids, WORST_PAIRS)
         rows = table.take(worst).select(["overlap", "chunk_id", "neighbour_id"]).to_pylist()
         details = {
             "histograms": histograms(overlap, validation, chunks.chunk_tokens),
             "worst": [list(row.values()) for row in rows],
         }
-        counts = {"compared": int((wanted >= 0).sum())}
-        return Receipt(task.number, {"leakage": Shard.of(committed, task.number, table.num_rows)}, counts, details)
+        return Receipt(task.number, {"leakage": shard}, {"compared": int((wanted.ids >= 0).sum())}, details)
 
 
 def leakage_pipeline(

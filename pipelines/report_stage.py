@@ -1,11 +1,11 @@
 """The last stage: how much of each chunk its neighbours give away, as a table and as a report to read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
-from retrodb.pipelines.join import join_tasks
+from retrodb.pipelines.join import Before, join_tasks
 from retrodb.pipelines.leakage import WORST_PAIRS, leakage_pipeline
 from retrodb.pipelines.retrieval_stages import neighbour_source
 from retrodb.pipelines.shards import shard_files
@@ -17,8 +17,8 @@ from retrodb.quality.leakage import DEFINITION, distribution, in_words, merged_h
 _SMALL_COMPARE_CHUNKS: Final = 60_000
 
 
-def build_report(builder: Builder) -> None:
-    """The leakage table, and ``reports/leakage.json``."""
+def build_report(builder: Builder, before: Mapping[int, Before] | None = None) -> None:
+    """The leakage table, and ``reports/leakage.json``; ``before`` as in `join_tasks`."""
     parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
     neighbours = parts["neighbours"]
     source = neighbour_source(builder, neighbours)
@@ -26,7 +26,7 @@ def build_report(builder: Builder) -> None:
         StageWork(
             stage="report",
             parts=parts,
-            tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks")),
+            tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks"), before),
             damaged=builder.damage.get("leakage", set()),
             pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, source),
             unit="chunks",

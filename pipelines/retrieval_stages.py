@@ -13,7 +13,7 @@ from retrodb.pipelines import stages
 from retrodb.pipelines.builder import Builder, StageWork, add_counts, shards_by_table
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings
-from retrodb.pipelines.join import NeighbourSource, join_tasks
+from retrodb.pipelines.join import Before, NeighbourSource, join_tasks
 from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of
 from retrodb.pipelines.neighbours import TRUTH_NUMBER, Sample, truth_distances
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
@@ -202,9 +202,9 @@ def build_neighbours(builder: Builder) -> None:
 def renew_neighbours(builder: Builder, earlier: Earlier | None) -> int:
     """Every chunk's neighbours, and the recall they were found with; what can stays as ``earlier`` has it.
 
-    The nprobe that is recorded is the one that all rows were searched with. So it is tuned first. Earlier rows stay
-    where it has not risen; else, or where what stayed turns out to be below the gate, all are searched with the tuned
-    one, which reaches it: where any nprobe does, this ends well.
+    The nprobe that is recorded is the one that all rows were searched with. So it is tuned first, from the one of
+    earlier rows on. These stay where it has not risen; else, or where what stayed turns out to be below the gate, all
+    are searched with the tuned one, which reaches it: where any nprobe does, this ends well.
 
     Returns:
         How many chunks were searched; 0 where there was nothing to do.
@@ -229,10 +229,10 @@ def renew_neighbours(builder: Builder, earlier: Earlier | None) -> int:
         truth = Receipt(TRUTH_NUMBER)
     else:
         truth = settle_truth(builder, book)
-        settings = replace(settings, nprobe=tuned_nprobe(builder, book, settings, choice.key))
+        least = 1 if earlier is None else earlier.nprobe
+        settings = replace(settings, nprobe=tuned_nprobe(builder, book, settings, choice.key, least))
         if earlier is not None and earlier.nprobe >= settings.nprobe and book.read(_ALL_ANEW) is None:
             stayed = True
-            settings = replace(settings, nprobe=earlier.nprobe)
             take = functools.partial(_take_earlier, earlier, book, settings)
             builder.executor.complete(book, earlier.tasks, take, unit="chunks", small=SMALL_QUERIES)
     files, chunks = shard_files(builder.manifest), builder.manifest.shards("chunks")
@@ -337,15 +337,15 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
     return receipts[TRUTH_NUMBER]
 
 
-def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, key: str) -> int:
-    """The cheapest nprobe whose recall on the sample reaches the gate.
+def tuned_nprobe(builder: Builder, book: ReceiptBook, settings: SearchSettings, key: str, least: int) -> int:
+    """The cheapest nprobe, of ``least`` or more, whose recall on the sample reaches the gate.
 
     Raises:
         RecallError: none does.
     """
     if settings.n_lists == 1:
         return 1
-    ladder = nprobe_ladder(settings.n_lists)
+    ladder = [nprobe for nprobe in nprobe_ladder(settings.n_lists) if nprobe >= least]
     recalls: dict[int, float | None] = {}
     # One task runs in this process: the sample is small, and a worker takes longer to start, but for a large index.
     step = 1 if builder.manifest.rows("embeddings") <= _SMALL_TUNING_VECTORS else builder.run.workers
@@ -435,8 +435,8 @@ def neighbour_source(builder: Builder, neighbours: int) -> NeighbourSource:
     return NeighbourSource(chunks, neighbours, looked_up=builder.runner.is_local)
 
 
-def build_training(builder: Builder) -> None:
-    """Sequences joined with their neighbours' tokens."""
+def build_training(builder: Builder, before: Mapping[int, Before] | None = None) -> None:
+    """Sequences joined with their neighbours' tokens; ``before`` as in `join_tasks`."""
     config = builder.config
     parts = stages.training_parts(builder.manifest.stages["neighbours"].fingerprint, config)
     source = neighbour_source(builder, config.training_neighbours)
@@ -445,7 +445,7 @@ def build_training(builder: Builder) -> None:
         StageWork(
             stage="training",
             parts=parts,
-            tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks")),
+            tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks"), before),
             damaged=builder.damage.get("training", set()),
             pipeline=lambda pipeline, book, tasks: training_pipeline(pipeline, book, tasks, source, slots),
             unit="chunks",

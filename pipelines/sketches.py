@@ -17,6 +17,7 @@ import pyarrow as pa
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import as_read
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
+from retrodb.schemas import SKETCH_BYTES
 
 from retrodb.corpus.sketches import BandFilter, Sketches, kept_sketches, sketch
 from retrodb.deletions import Deletions
@@ -132,7 +133,8 @@ class NarrowDown(DoTasks):
     def _narrow(self, task: Task) -> Iterator[Receipt]:
         table = self._storage.read_table(task.payload, _COLUMNS)
         ids = table["document_id"].to_numpy()
-        sketches, known = kept_sketches(table["sketch"])
+        never = pa.chunked_array([pa.nulls(len(ids), pa.binary(SKETCH_BYTES))])  # of an earlier retrodb
+        sketches, known = kept_sketches(table["sketch"] if "sketch" in table.column_names else never)
         if not known.all():
             unknown = np.flatnonzero(~known)
             texts = self._storage.read_table(task.payload, ["text"])["text"].take(pa.array(unknown))

@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 
 from retrodb import schemas
 from retrodb.errors import DamagedError, InputError
+from retrodb.quality.leakage import leakage_table, with_earlier
 from retrodb.training.columns import as_lists, lists
-from retrodb.training.join import MISSING, ChunkArrays, answer, assemble, locate, neighbour_ids, requests
+from retrodb.training.join import (
+    MISSING,
+    ChunkArrays,
+    Earlier,
+    Joined,
+    answer,
+    assemble,
+    locate,
+    neighbour_ids,
+    requests,
+)
 from retrodb.training.messages import Answer, Request
 from retrodb.training.sequences import pack
 
@@ -73,6 +84,22 @@ def join(shards, wanted, validation, slots, order: random.Random | None = None) 
         answers = map(Answer.from_bytes, messages[number])
         tables.append(assemble(packed, chunks, wanted[number], answers, number))
     return tables
+
+
+def answers_to(ids: np.ndarray, number: int, shards: list[ChunkArrays]) -> list[Answer]:
+    return [answer(request, shards[shard]) for shard, request in requests(ids, number).items()]
+
+
+def pieces(table: pa.Table, k: int, rows: int) -> list[Joined]:
+    """A training shard, some rows at a time."""
+    parts = []
+    for first in range(0, table.num_rows, rows):
+        part = table.slice(first, rows)
+        ids = lists(part, "chunk_ids", MISSING).reshape(-1)
+        tokens = lists(part, "neighbour_tokens").reshape(len(ids), k, 2, M)
+        lengths = lists(part, "neighbour_lengths").reshape(len(ids), k, 2)
+        parts.append(Joined(ids[ids >= 0], tokens[ids >= 0], lengths[ids >= 0]))
+    return parts
 
 
 def by_hand(shards, wanted, number: int, chunk_id: int | None) -> list[tuple]:
@@ -289,3 +316,64 @@ def test_the_join_does_not_import_torch_or_beam():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# -- what was joined before ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def changed_databases(draw):
+    """A database, as `databases` gives it, and as it is once documents were deleted and chunks got other neighbours:
+    (before, now, which chunks have other neighbours than before, by shard)."""
+    shards, wanted, validation, slots = before = draw(databases())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    gone = [rng.random(8) < draw(st.sampled_from([0, 0.3, 1])) for _ in shards]
+    stays = [~out[shard.document_ids & 7] for shard, out in zip(shards, gone, strict=True)]
+    left = [
+        ChunkArrays(shard.chunk_ids[own], shard.document_ids[own], shard.tokens[own], shard.n_tokens[own])
+        for shard, own in zip(shards, stays, strict=True)
+    ]
+    everything = np.concatenate([shard.chunk_ids for shard in left])
+    ids, fresh = [], []
+    for were, own in zip(wanted, stays, strict=True):
+        now = were[own].copy()
+        other = rng.random(now.shape) < draw(st.sampled_from([0, 0.2]))
+        now[other] = rng.choice(everything, other.sum()) if len(everything) else MISSING
+        now[~np.isin(now, everything)] = MISSING
+        ids.append(now)
+        fresh.append((now != were[own]).any(axis=1))
+    flags = [flags[own] for flags, own in zip(validation, stays, strict=True)]
+    return before, (left, ids, flags, slots), fresh
+
+
+@given(changed_databases(), st.integers(1, 3))
+def test_what_was_joined_before_and_what_is_asked_for_are_what_a_join_of_all_gives(databases, rows):
+    before, (shards, wanted, validation, slots), fresh = databases
+    k = wanted[0].shape[1]
+    expected = join(shards, wanted, validation, slots)
+    for number, (table, chunks, ids, own) in enumerate(zip(join(*before), shards, wanted, fresh, strict=True)):
+        answers = answers_to(np.where(own[:, None], ids, MISSING), number, shards)
+        packed = pack(chunks.chunk_ids, chunks.document_ids, chunks.n_tokens, validation[number], slots)
+        made = assemble(packed, chunks, ids, answers, number, Earlier(own, pieces(table, k, rows)))
+        assert made.equals(expected[number])
+
+
+@given(changed_databases())
+def test_what_leaked_before_and_what_is_compared_are_what_comparing_all_gives(databases):
+    (old, were, _, _), (shards, wanted, _, _), fresh = databases
+    for number, (chunks, ids, own) in enumerate(zip(shards, wanted, fresh, strict=True)):
+        before = leakage_table(old[number], were[number], answers_to(were[number], number, old), number)
+        expected = leakage_table(chunks, ids, answers_to(ids, number, shards), number)
+        asked = np.where(own[:, None], ids, MISSING)
+        some = leakage_table(chunks, asked, answers_to(asked, number, shards), number)
+        assert with_earlier(some, before, own).equals(expected)
+
+
+def test_an_earlier_shard_that_lacks_a_chunk_is_an_error(small):
+    packed, chunks, ids, answers = small
+    table = assemble(packed, chunks, ids, answers, 0)
+    parts = pieces(table, ids.shape[1], 1)
+    unchanged = Earlier(np.zeros(len(chunks), dtype=bool), parts)
+    assert assemble(packed, chunks, ids, [], 0, unchanged).equals(table)
+    with pytest.raises(DamagedError, match="training shard 0 of the version before lacks 1 chunk, such as 3"):
+        assemble(packed, chunks, ids, [], 0, replace(unchanged, parts=parts[:-1]))

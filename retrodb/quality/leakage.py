@@ -15,7 +15,8 @@ import pyarrow as pa
 from retrodb import schemas
 from retrodb.errors import DamagedError
 from retrodb.schemas import SPLITS
-from retrodb.training.join import ChunkArrays, checked_answers
+from retrodb.training.columns import scalars
+from retrodb.training.join import ChunkArrays, checked_answers, locate
 from retrodb.training.messages import Answer
 
 NEAREST: Final = 10
@@ -191,6 +192,21 @@ def leakage_table(
     }
     schema = schemas.leakage()
     return pa.table([values[name] for name in schema.names], schema=schema)
+
+
+def with_earlier(table: pa.Table, before: pa.Table, fresh: npt.NDArray[np.bool_]) -> pa.Table:
+    """A leakage shard of which only some rows were compared, with the other rows as they were before.
+
+    Args:
+        table: the shard, of which the rows ``fresh`` bool ``[N]`` mean something.
+        before: the shard of the version before, which has the others.
+
+    Raises:
+        DamagedError: it has not.
+    """
+    at = np.arange(table.num_rows)
+    at[~fresh] = table.num_rows + locate(scalars(before, "chunk_id"), scalars(table, "chunk_id")[~fresh])
+    return pa.concat_tables([table, before.select(table.column_names).cast(table.schema)]).take(pa.array(at))
 
 
 def _several(answers: Iterable[Answer]) -> Iterator[list[Answer]]:

@@ -232,27 +232,57 @@ def answer(request: Request, chunks: ChunkArrays) -> Answer:
     return Answer(request.query_shard, request.neighbour_shard, request.cells, tokens, lengths)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Chunks of a training shard as it was, with their neighbours' tokens.
+
+    Attributes:
+        chunk_ids: int64 ``[s]``.
+        tokens: ``[s, k', 2, m]``; ``lengths`` int16 ``[s, k', 2]``.
+    """
+
+    chunk_ids: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.unsignedinteger]
+    lengths: npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A training shard as it was before some chunks got other neighbours.
+
+    Attributes:
+        fresh: bool ``[N]``, the chunks that did: only theirs were asked for.
+        parts: what the shard holds, piece by piece.
+    """
+
+    fresh: npt.NDArray[np.bool_]
+    parts: Iterable[Joined]
+
+
 def assemble(
     packed: Packed,
     chunks: ChunkArrays,
     neighbour_ids: npt.NDArray[np.int64],
     answers: Iterable[Answer],
     shard: int,
+    earlier: Earlier | None = None,
 ) -> pa.Table:
     """The finished training shard of a chunk shard. Answers may come in any order; the result is the same.
 
     Args:
         packed: the sequences of the chunk shard.
         chunks: the chunk shard.
-        neighbour_ids: int64 ``[N, k']``, what `requests` was given.
+        neighbour_ids: int64 ``[N, k']``: of the chunks that are fresh, what `requests` was given.
         answers: one for each request; taken one at a time, so they need not be in memory together.
         shard: the number of the chunk shard, and of the training shard.
+        earlier: where the other chunks' neighbours are taken from; None where all chunks are fresh.
 
     Returns:
         A table of `retrodb.schemas.training`.
 
     Raises:
-        DamagedError: a neighbour was not answered, answered twice, or answered though nobody asked.
+        DamagedError: a neighbour was not answered, answered twice, or answered though nobody asked; or the earlier
+            shard lacks a chunk.
     """
     k = neighbour_ids.shape[1]
     check_neighbours(k, stored=k)
@@ -260,7 +290,7 @@ def assemble(
     used, rows = _used_slots(packed)
     slot_ids = np.full((packed.slot_rows.size, k), MISSING, dtype=np.int64)
     slot_ids[used] = neighbour_ids[rows]
-    tokens, lengths = _scatter(packed, chunks, neighbour_ids, answers, shard)
+    tokens, lengths = _scatter(packed, chunks, neighbour_ids, answers, shard, earlier)
     slots = packed.slot_rows.shape[1]
     schema = schemas.training(slots * chunks.chunk_tokens, chunks.chunk_tokens, k, chunks.tokens.dtype.name)
     columns = {
@@ -308,6 +338,7 @@ def _scatter(
     neighbour_ids: npt.NDArray[np.int64],
     answers: Iterable[Answer],
     shard: int,
+    earlier: Earlier | None,
 ) -> tuple[npt.NDArray, npt.NDArray[np.int16]]:
     """Answers put where they belong: tokens ``[slots * k', 2, m]`` and lengths int16 ``[slots * k', 2]``."""
     k = neighbour_ids.shape[1]
@@ -318,11 +349,40 @@ def _scatter(
     assert (slot_of_row >= 0).all(), "a chunk is in no sequence"
     tokens = np.zeros((n_slots * k, 2, chunks.chunk_tokens), dtype=chunks.tokens.dtype)
     lengths = np.zeros((n_slots * k, 2), dtype=np.int16)
-    for reply in checked_answers(answers, neighbour_ids, chunks, shard):
+    asked = neighbour_ids if earlier is None else np.where(earlier.fresh[:, None], neighbour_ids, MISSING)
+    for reply in checked_answers(answers, asked, chunks, shard):
         places = slot_of_row[reply.cells // k] * k + reply.cells % k
         tokens[places] = reply.tokens
         lengths[places] = reply.lengths
+    if earlier is not None:
+        by_slot = tokens.reshape(n_slots, k, 2, chunks.chunk_tokens), lengths.reshape(n_slots, k, 2)
+        _put_earlier(earlier, chunks, slot_of_row, by_slot, shard)
     return tokens, lengths
+
+
+def _put_earlier(
+    earlier: Earlier,
+    chunks: ChunkArrays,
+    slot_of_row: npt.NDArray[np.int64],
+    by_slot: tuple[npt.NDArray, npt.NDArray[np.int16]],
+    shard: int,
+) -> None:
+    """The neighbours of the chunks that have those they had."""
+    tokens, lengths = by_slot
+    missing = ~earlier.fresh
+    for part in earlier.parts if missing.any() else ():
+        rows = np.searchsorted(chunks.chunk_ids, part.chunk_ids)
+        rows[rows == len(chunks)] = 0
+        known = np.flatnonzero((chunks.chunk_ids[rows] == part.chunk_ids) & missing[rows])
+        places = slot_of_row[rows[known]]
+        tokens[places], lengths[places] = part.tokens[known], part.lengths[known]
+        missing[rows[known]] = False
+    if missing.any():
+        lost = chunks.chunk_ids[missing]
+        raise DamagedError(
+            f"the training shard {shard} of the version before lacks {count_of(len(lost), 'chunk')}, such as {lost[0]}."
+            " Verify the database."
+        )
 
 
 def checked_answers(
