@@ -27,7 +27,8 @@ DOCUMENT_TOKENS: Final = 1_000
 RECORD_OVERHEAD: Final = 1.04
 """An input record against its text: its other fields."""
 DOCUMENT_COMPRESSION: Final = 0.46
-BYTES_PER_DOCUMENT: Final = 120
+BYTES_PER_DOCUMENT: Final = 330
+"""Of key, hash and metadata 120; of the sketch 210."""
 BYTES_PER_FILE: Final = 2_000
 """Of a Parquet file, besides its rows; three times as much in training, which has more columns."""
 BYTES_PER_STORED_TOKEN: Final = 1.68
