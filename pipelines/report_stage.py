@@ -14,7 +14,7 @@ from retrodb.database import Database, Document
 from retrodb.manifest import LEAKAGE_REPORT
 from retrodb.quality.leakage import DEFINITION, distribution, in_words, merged_histograms, shared_run
 
-_SMALL_COMPARE_CHUNKS: Final = 60_000
+_SMALL_COMPARE_CHUNKS: Final = 20_000
 
 
 def build_report(builder: Builder, before: Mapping[int, Before] | None = None) -> None:

@@ -332,7 +332,7 @@ def settle_truth(builder: Builder, book: ReceiptBook) -> Receipt:
             pipeline, book, tasks, builder.config.metric, blocks, builder.manifest.shards("deleted")
         ),
         unit="chunks",
-        small=SMALL_VECTORS * 4,
+        small=SMALL_VECTORS * 2,
     )
     return receipts[TRUTH_NUMBER]
 

@@ -15,6 +15,7 @@ from retrodb.pipelines import join
 from retrodb.pipelines.add import add
 from retrodb.pipelines.compact import compact
 from retrodb.pipelines.living import delete
+from retrodb.pipelines.runners import LocalRunner
 from support import Progress, build_here, manifest_of, retrodb, rows_of, save_manifest, shards_of
 
 from retrodb.config import RunSettings
@@ -127,6 +128,29 @@ def test_add_C2_a_training_shard_none_of_whose_joined_neighbours_changed_stays_t
     }
     assert stayed & rewritten, "its later neighbours did"
     assert retrodb("verify", database, "--sample", "1").code == 0
+
+
+@pytest.mark.parametrize("change", ["add", "compact"])
+def test_add_C2_and_compact_C2_by_shuffles_as_on_a_cluster_give_the_same_bytes(
+    folder: Path, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    other = Path(shutil.copytree(database, tmp_path / "other"))
+
+    def changed(out: Path) -> None:
+        if change == "add":
+            added(out, folder / "more.jsonl")
+        else:
+            delete(Storage(str(out)), Selection(keys=(rows_of(out, "documents")[3]["key"],)), Progress())
+            compact(Storage(str(out)), RUN, Progress())
+
+    changed(database)
+    with monkeypatch.context() as cluster:
+        cluster.setattr(LocalRunner, "is_local", False)
+        changed(other)
+    ours, theirs = (manifest_of(out)["tables"] for out in (database, other))
+    assert {table: held["shards"] for table, held in ours.items()} == {
+        table: held["shards"] for table, held in theirs.items()
+    }
 
 
 def test_add_C2_tries_the_nprobe_that_the_others_were_searched_with_alone(
