@@ -45,6 +45,8 @@ _SMALL_SCAN_BYTES: Final = 64 << 20
 _SMALL_READ_BYTES: Final = 16 << 20
 _SMALL_TEXT_BYTES: Final = 1 << 20
 _SMALL_EMBED_CHUNKS: Final = 200
+_SMALL_EMBED_BYTES: Final = 64 << 10
+"""Of text: more chunks than that, of any usual size."""
 
 
 def build_corpus(builder: Builder) -> None:
@@ -64,6 +66,8 @@ def build_corpus(builder: Builder) -> None:
         builder.progress.note(f"corpus: read again for other near-duplicates ({'; '.join(reasons)})")
         builder.undo(stages.downstream("corpus"))
     current = builder.is_current("corpus", parts)
+    if not current and sum(shard.bytes for split in layout.splits for shard in split.shards) >= _SMALL_EMBED_BYTES:
+        builder.runner.expect()
     damaged = damaged_documents(builder) if current else set()
     finished = current and builder.manifest.has_finished_documents
     folder = f"{builder.read_folder}/" if finished else ""

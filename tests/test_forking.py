@@ -1,5 +1,6 @@
 """Worker processes, forked from one that has imported what they need."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ import apache_beam as beam
 import psutil
 import pytest
 from failing_work import Die, TellWhere
-from retrodb.pipelines.forking import ForkServer
+from retrodb.pipelines.forking import NEEDED_BY_ALL, ForkServer
 from retrodb.pipelines.runners import WorkerDiedError, local, run_local
+from support import build_here
 
 NOBODY = "localhost:1"
 """A control service that does not answer: a worker waits for it."""
@@ -104,3 +106,34 @@ def test_a_job_whose_worker_dies_ends_with_a_word_and_the_next_one_runs(tmp_path
     path = str(tmp_path / "told.txt")
     run_local(lambda pipeline: pipeline | beam.Create([path]) | beam.ParDo(TellWhere()), processes=2)
     assert Path(path).exists()
+
+
+@pytest.mark.slow
+def test_workers_that_are_expected_come_from_a_process_that_is_starting_already(monkeypatch, tmp_path, tiny_encoder):
+    """As soon as a build knows that there is text enough for them, and before it has read it; not where all is done."""
+    server = ForkServer(NEEDED_BY_ALL, quiet=True)
+    monkeypatch.setattr(local, "_SERVER", server)
+    begun: list[bool] = []
+    processes: list[int] = []
+    begin, source = server.begin, tmp_path / "a.jsonl"
+
+    def counted() -> None:
+        begun.append((tmp_path / "db" / "documents").exists())
+        begin()
+        processes.append(process_of(server).pid)
+
+    monkeypatch.setattr(server, "begin", counted)
+    try:
+        local.LocalRunner(1).expect()
+        assert begun == [], "one worker is this process"
+        source.write_text(json.dumps({"text": "a few words " * 10}) + "\n", encoding="utf-8")
+        build_here([source], tmp_path / "small", encoder=str(tiny_encoder), workers=2)
+        assert begun == []
+        lines = [json.dumps({"text": f"{n} other words " * 500}) for n in range(20)]
+        source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for _ in range(2):
+            build_here([source], tmp_path / "db", encoder=str(tiny_encoder), workers=2)
+            assert begun == [False]
+            assert process_of(server).pid == processes[0], "nothing that libraries read at once differs"
+    finally:
+        server.close()

@@ -88,6 +88,9 @@ class Runner(Protocol):
             InputError: a price that was given is none.
         """
 
+    def expect(self) -> None:
+        """A job that is not light will come: what takes long of starting workers may begin."""
+
     def run(self, job: Job, tick: Tick) -> JobRecord:
         """Run a job to its end; cancels it when interrupted.
 

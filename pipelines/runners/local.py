@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 
 import apache_beam as beam
@@ -59,6 +60,11 @@ class LocalRunner:
     def cost(self, effort: Callable[[], Effort]) -> Cost | None:
         return None
 
+    def expect(self) -> None:
+        if self._workers > 1:
+            with _worker_environment():
+                _SERVER.begin()
+
     def run(self, job: Job, tick: Tick) -> JobRecord:
         started = time.monotonic()
         processes = 1 if job.light else min(self._workers, job.width)
@@ -83,7 +89,7 @@ def run_local(build: Callable[[beam.Pipeline], object], processes: int, tick: Ti
     quieten()
     crew = _Crew()
     _crews[crew.name] = crew
-    with environment({**ONE_THREAD, "PYTHONWARNINGS": "ignore", DRIVER_VARIABLE: str(os.getpid())}):
+    with _worker_environment():
         outcome = _Outcome(build, processes, crew)
         thread = threading.Thread(target=outcome.run, name="retrodb-pipeline", daemon=True)
         thread.start()
@@ -96,6 +102,11 @@ def run_local(build: Callable[[beam.Pipeline], object], processes: int, tick: Ti
     if outcome.error is not None:
         raise as_retrodb_error(outcome.error) from outcome.error
     return outcome.counters
+
+
+def _worker_environment() -> AbstractContextManager[None]:
+    """What workers are started with."""
+    return environment({**ONE_THREAD, "PYTHONWARNINGS": "ignore", DRIVER_VARIABLE: str(os.getpid())})
 
 
 class _Options(PipelineOptions):

@@ -181,6 +181,9 @@ class JobServerRunner:
         """The id that the runner itself shows."""
         return submitted
 
+    def expect(self) -> None:
+        """The workers are not ours."""
+
     def close(self) -> None:
         """The job server is not ours."""
 
