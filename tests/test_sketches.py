@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from near_duplicates import varied, words_of
 from retrodb.schemas import SKETCH_BYTES
-from support import Progress, build_here, retrodb, table_of, write_jsonl
+from support import Progress, build_here, retrodb, shards_of, table_of, write_jsonl
 
 from retrodb.config import RunSettings
 from retrodb.corpus import expand_inputs, sketches
 from retrodb.corpus.sketches import BANDS, BandFilter, Sketches, kept_sketches, sketch
-from retrodb.errors import MismatchError
+from retrodb.errors import MismatchError, WorkerError
 from retrodb.manifest import Manifest, Shard
 from retrodb.storage import Storage
 
@@ -113,7 +114,8 @@ def add(database: Path, *inputs: Path) -> None:
 
 
 def clusters(database: Path) -> set[frozenset[str]]:
-    table = table_of(database, "documents")
+    shards = shards_of(database, "documents")
+    table = pa.concat_tables([pq.read_table(path, columns=["key", "cluster_id"]) for path in shards])
     found: dict[int, set[str]] = {}
     for key, cluster in zip(table["key"].to_pylist(), table["cluster_id"].to_pylist(), strict=True):
         found.setdefault(cluster, set()).add(key)
@@ -180,6 +182,39 @@ def test_add_C2_sketches_again_what_other_libraries_sketched(
     assert clusters(out) == {frozenset({"old-3", "like-3"})}
     ran = retrodb("verify", out, "--sample", "1")
     assert (ran.code, "sketched by other libraries" in ran.out) == (0, True)
+
+
+def test_killed_before_its_libraries_changed_a_build_goes_on(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has sketched by then is sketched again: nothing else would ever be comparable with it."""
+
+    def build() -> None:
+        build_here([write_jsonl(tmp_path / "old.jsonl", OLD)], tmp_path / "db", encoder=str(tiny_encoder), **SETTINGS)
+
+    with monkeypatch.context() as before:
+        before.setattr(sketches, "_SEED", sketches._SEED + 1)
+        before.setattr("retrodb.pipelines.dedup.pair_pipeline", None)
+        sketches.sketcher.cache_clear()
+        with pytest.raises(WorkerError):
+            build()
+    sketches.sketcher.cache_clear()
+    assert len(list((tmp_path / "db" / ".build" / "sketches").iterdir())) > 1
+    build()
+    table = table_of(tmp_path / "db", "documents")
+    assert table["sketch"].combine_chunks().equals(sketch(table["text"]).as_column())
+
+
+def test_a_worker_with_other_libraries_than_the_driver_leaves_no_sketches(database: Path) -> None:
+    from retrodb.pipelines.sketches import _sketch, sketch_tasks
+
+    storage = Storage(str(database))
+    manifest = Manifest.load(storage)
+    assert manifest is not None
+    task = sketch_tasks(manifest.shards("documents"))[0]
+    with pytest.raises(MismatchError, match=r"the driver has other libraries .*rensa"):
+        list(_sketch(storage, sketches.sketcher() + 1, task))
+    assert storage.size(task.payload.path) is None
 
 
 def test_workers_with_other_libraries_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
