@@ -251,6 +251,29 @@ def test_a_changed_sketch_is_found(database: Path, tmp_path: Path) -> None:
         assert (ran.code, said in ran.err + ran.out) == (4, True), ran.err
 
 
+def test_a_database_of_an_earlier_retrodb_is_whole_without_sketches_also_once_it_has_grown(
+    tiny_encoder: Path, tmp_path: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.pipelines import stages
+
+    out = tmp_path / "db"
+    with monkeypatch.context() as before:
+        before.setitem(stages._CODE, "corpus", 1)
+        build_here([write_jsonl(tmp_path / "old.jsonl", OLD)], out, encoder=str(tiny_encoder), **SETTINGS)
+    storage = Storage(str(out))
+    manifest = Manifest.load(storage)
+    assert manifest is not None
+    shards = []
+    for shard in manifest.shards("documents"):
+        committed = storage.commit_table(shard.path, storage.read_table(shard).drop_columns(["sketch"]), 1 << 10)
+        shards.append(Shard.of(committed, shard.number, shard.rows))
+    replace(manifest, tables={**manifest.tables, "documents": tuple(shards)}).save(storage, manifest)
+    assert retrodb("verify", out, "--sample", "1").code == 0
+    add(out, more)
+    assert clusters(out) == {frozenset({"old-3", "like-3"})}
+    assert retrodb("verify", out, "--sample", "1").code == 0
+
+
 def test_a_damaged_document_shard_gets_its_sketches_back(database: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (database / "documents").iterdir()}
     path = sorted((database / "documents").iterdir())[0]
