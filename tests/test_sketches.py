@@ -18,7 +18,7 @@ from support import Progress, build_here, retrodb, shards_of, table_of, write_js
 from retrodb.config import RunSettings
 from retrodb.corpus import expand_inputs, sketches
 from retrodb.corpus.sketches import BANDS, BandFilter, Sketches, kept_sketches, sketch
-from retrodb.errors import MismatchError, WorkerError
+from retrodb.errors import DamagedError, MismatchError, WorkerError
 from retrodb.manifest import Manifest, Shard
 from retrodb.storage import Storage
 
@@ -58,6 +58,12 @@ def test_a_column_gives_back_the_sketches_it_was_made_from(texts, cut, absent):
         assert comparable.tolist() == (~missing[first:]).tolist()
         assert np.array_equal(found.bands[:, comparable], made.bands[:, first:][:, comparable])
         assert np.array_equal(found.signatures[comparable], made.signatures[first:][comparable])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.binary(8), pa.int64()])
+def test_a_column_of_something_else_is_damage(kind):
+    with pytest.raises(DamagedError, match="a column sketch of .* holds no sketches"):
+        kept_sketches(pa.chunked_array([pa.nulls(3, kind)]))
 
 
 def test_sketches_that_other_libraries_made_are_told_from_ours(monkeypatch):
