@@ -24,6 +24,7 @@ from retrodb.corpus.near_duplicates import (
     unique_pairs,
 )
 from retrodb.corpus.shingles import NGRAM
+from retrodb.corpus.sketches import sketcher
 from retrodb.errors import InputError
 from retrodb.manifest import (
     DEDUP_REPORT,
@@ -159,9 +160,12 @@ def step_of(book: ReceiptBook, step: str) -> ReceiptBook:
 
 def sketched_documents(builder: Builder, book: ReceiptBook, there: Sequence[Shard]) -> tuple[dict[int, str], int]:
     """The files with the sketches of documents, by their shard; and how many documents that is: all that are new, and
-    of those that are ``there`` the ones that may be near-duplicates of one of them."""
+    of those that are ``there`` the ones that may be near-duplicates of one of them.
+
+    What a killed run has sketched with other libraries is sketched again.
+    """
     new = builder.source_documents()
-    making, narrowing = step_of(book, "sketch"), step_of(book, "narrow")
+    making, narrowing = (step_of(book, f"{step}-{sketcher() >> 32:08x}") for step in ("sketch", "narrow"))
     builder.executor.complete(
         making,
         sketches.sketch_tasks(new),

@@ -6,7 +6,7 @@ from typing import Final
 import apache_beam as beam
 from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.shards import validation_chunks
+from retrodb.pipelines.shards import chunk_columns, validation_chunks
 from retrodb.pipelines.tasks import Task
 
 from retrodb.manifest import Shard, shard_path
@@ -22,30 +22,36 @@ WORST_PAIRS: Final = 20
 class Compare(FromAnswers):
     """Writes the overlaps of the query's shard; their histograms and the worst pairs go into the receipt."""
 
+    def __init__(self, book: ReceiptBook, source: NeighbourSource, chunk_tokens: int) -> None:
+        super().__init__(book, source)
+        self._chunk_tokens = chunk_tokens
+
     def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
         item: JoinItem = task.payload
-        chunks, wanted = read_chunks(self._storage, item.files.chunks), self._wanted(item)
+        wanted = self._wanted(item)
         if item.before is not None and wanted.stays:
             shard, table = item.before.made, self._storage.read_table(item.before.made)
         else:
+            chunks = read_chunks(self._storage, item.files.chunks)
             table = leakage_table(chunks, wanted.asked, answers, task.number)
             if item.before is not None:
                 table = with_earlier(table, self._storage.read_table(item.before.made), wanted.fresh)
             committed = self._storage.commit_table(shard_path("leakage", task.number), table, LEAKAGE_ROW_GROUP)
             shard = Shard.of(committed, task.number, table.num_rows)
         overlap = scalars(table, "overlap")
-        validation = validation_chunks(self._storage, item.files, chunks.document_ids)
-        worst = worst_rows(overlap, chunks.chunk_ids, chunks.document_ids, WORST_PAIRS)
+        chunk_ids, document_ids = chunk_columns(self._storage, item.files)
+        validation = validation_chunks(self._storage, item.files, document_ids)
+        worst = worst_rows(overlap, chunk_ids, document_ids, WORST_PAIRS)
         rows = table.take(worst).select(["overlap", "chunk_id", "neighbour_id"]).to_pylist()
         details = {
-            "histograms": histograms(overlap, validation, chunks.chunk_tokens),
+            "histograms": histograms(overlap, validation, self._chunk_tokens),
             "worst": [list(row.values()) for row in rows],
         }
         return Receipt(task.number, {"leakage": shard}, {"compared": int((wanted.ids >= 0).sum())}, details)
 
 
 def leakage_pipeline(
-    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], source: NeighbourSource
+    pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task], source: NeighbourSource, chunk_tokens: int
 ) -> beam.PCollection:
-    """Compare the chunks of query shards with their neighbours."""
-    return join_pipeline(pipeline, book, tasks, source, Compare(book, source))
+    """Compare the chunks of query shards, of ``chunk_tokens`` each, with their neighbours."""
+    return join_pipeline(pipeline, book, tasks, source, Compare(book, source, chunk_tokens))

@@ -21,14 +21,14 @@ def build_report(builder: Builder, before: Mapping[int, Before] | None = None) -
     """The leakage table, and ``reports/leakage.json``; ``before`` as in `join_tasks`."""
     parts = stages.report_parts(builder.manifest.stages["neighbours"].fingerprint, builder.config)
     neighbours = parts["neighbours"]
-    source = neighbour_source(builder, neighbours)
+    source, tokens = neighbour_source(builder, neighbours), builder.config.chunk_tokens
     receipts = builder.run_stage(
         StageWork(
             stage="report",
             parts=parts,
             tasks=join_tasks(shard_files(builder.manifest), builder.manifest.shards("chunks"), before),
             damaged=builder.damage.get("leakage", set()),
-            pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, source),
+            pipeline=lambda pipeline, book, tasks: leakage_pipeline(pipeline, book, tasks, source, tokens),
             unit="chunks",
             small=_SMALL_COMPARE_CHUNKS,
         )

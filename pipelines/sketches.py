@@ -19,7 +19,7 @@ from retrodb.pipelines.shards import as_read
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from retrodb.schemas import SKETCH_BYTES
 
-from retrodb.corpus.sketches import BandFilter, Sketches, kept_sketches, sketch
+from retrodb.corpus.sketches import BandFilter, Sketches, kept_sketches, sketch, sketcher
 from retrodb.deletions import Deletions
 from retrodb.errors import MismatchError
 from retrodb.formats import File
@@ -43,11 +43,15 @@ def read_sketches(storage: Storage, file: File) -> tuple[np.ndarray, Sketches]:
     table = storage.read_table(file, _COLUMNS)
     sketches, comparable = kept_sketches(table["sketch"])
     if not comparable.all():
-        raise MismatchError(
-            f"{storage.describe(file)} was sketched by other libraries than this worker has (rensa {version('rensa')}, "
-            f"pyarrow {pa.__version__}): install the same versions everywhere."
-        )
+        raise _other_libraries(f"{storage.describe(file)} was sketched by other libraries")
     return table["document_id"].to_numpy(), sketches
+
+
+def _other_libraries(what: str) -> MismatchError:
+    return MismatchError(
+        f"{what} than this worker has (rensa {version('rensa')}, pyarrow {pa.__version__}): install the same versions "
+        "everywhere."
+    )
 
 
 def _commit(storage: Storage, path: str, ids: np.ndarray, sketches: Sketches) -> None:
@@ -72,8 +76,10 @@ def sketch_path(documents: Shard) -> str:
     return f"{SKETCH_FOLDER}/{documents.sha256[:32]}.parquet"
 
 
-def _sketch(storage: Storage, task: Task) -> Iterator[Receipt]:
+def _sketch(storage: Storage, expected: int, task: Task) -> Iterator[Receipt]:
     item: ToSketch = task.payload
+    if sketcher() != expected:
+        raise _other_libraries("the driver has other libraries for sketches")
     documents = storage.read_table(item.documents, ["document_id", "text"])
     _commit(storage, item.path, documents["document_id"].to_numpy(), sketch(documents["text"]))
     yield Receipt(task.number)
@@ -85,8 +91,8 @@ def sketch_tasks(documents: Sequence[Shard]) -> list[Task]:
 
 
 def sketch_pipeline(pipeline: beam.Pipeline, book: ReceiptBook, tasks: Sequence[Task]) -> beam.PCollection:
-    """Sketch documents."""
-    work = functools.partial(_sketch, book.storage)
+    """Sketch documents, as the driver would."""
+    work = functools.partial(_sketch, book.storage, sketcher())
     return pipeline | DealOut(tasks) | "sketch" >> beam.ParDo(DoTasks(book, work))
 
 

@@ -63,7 +63,7 @@ def run(storage: Storage, stage: str, tasks: list[Task], source: NeighbourSource
     def pipeline(pipeline: Any, some: Any) -> object:
         if stage == "training":
             return training_pipeline(pipeline, book, some, source, SLOTS)
-        return leakage_pipeline(pipeline, book, some, source)
+        return leakage_pipeline(pipeline, book, some, source, M)
 
     return Executor(LocalRunner(1), Silent()).complete(book, tasks, pipeline, unit="chunks", small=1 << 60)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from retrodb.pipelines import join
+from retrodb.pipelines import join, leakage
 from retrodb.pipelines.add import add
 from retrodb.pipelines.compact import compact
 from retrodb.pipelines.living import delete
@@ -151,6 +151,27 @@ def test_add_C2_and_compact_C2_by_shuffles_as_on_a_cluster_give_the_same_bytes(
     assert {table: held["shards"] for table, held in ours.items()} == {
         table: held["shards"] for table, held in theirs.items()
     }
+
+
+def test_add_C2_reads_no_tokens_of_a_shard_whose_leakage_stays(
+    folder: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "db"
+    build_here([folder / "topics.jsonl"], out, encoder=str(tiny_encoder), **{**SETTINGS, "neighbours": 1})
+    read: set[int] = set()
+    real = leakage.read_chunks
+
+    def noting(storage: Storage, shard: Any) -> Any:
+        read.add(shard.number)
+        return real(storage, shard)
+
+    monkeypatch.setattr(leakage, "read_chunks", noting)
+    before = manifest_of(out)
+    added(out, folder / "more.jsonl")
+    after = manifest_of(out)
+    stayed = same_files(before, after, "leakage")
+    assert stayed
+    assert read == set(by_shard(after, "leakage")) - stayed
 
 
 def test_add_C2_tries_the_nprobe_that_the_others_were_searched_with_alone(

@@ -421,7 +421,7 @@ def test_killed_in_every_step_it_ends_as_an_undisturbed_build(source, held_out, 
     def there(pattern: str) -> bool:
         return any((out / ".build").glob(pattern))
 
-    for step in ("dedup-*/sketch/*", "dedup-*/pair/*", "dedup-*/compare/*", "dedup-*/[0-9]*", "chunk-*/[0-9]*"):
+    for step in ("dedup-*/sketch-*/*", "dedup-*/pair/*", "dedup-*/compare/*", "dedup-*/[0-9]*", "chunk-*/[0-9]*"):
         running = Running.start(*arguments(source, held_out, out, tiny_encoder), "--workers", 1)
         running.wait_for(lambda step=step: there(step))  # type: ignore[misc]
         running.kill()

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from near_duplicates import varied, words_of
 from retrodb.schemas import SKETCH_BYTES
-from support import Progress, build_here, retrodb, table_of, write_jsonl
+from support import Progress, build_here, retrodb, shards_of, table_of, write_jsonl
 
 from retrodb.config import RunSettings
 from retrodb.corpus import expand_inputs, sketches
 from retrodb.corpus.sketches import BANDS, BandFilter, Sketches, kept_sketches, sketch
-from retrodb.errors import MismatchError
+from retrodb.errors import DamagedError, MismatchError, WorkerError
 from retrodb.manifest import Manifest, Shard
 from retrodb.storage import Storage
 
@@ -57,6 +58,12 @@ def test_a_column_gives_back_the_sketches_it_was_made_from(texts, cut, absent):
         assert comparable.tolist() == (~missing[first:]).tolist()
         assert np.array_equal(found.bands[:, comparable], made.bands[:, first:][:, comparable])
         assert np.array_equal(found.signatures[comparable], made.signatures[first:][comparable])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.binary(8), pa.int64()])
+def test_a_column_of_something_else_is_damage(kind):
+    with pytest.raises(DamagedError, match="a column sketch of .* holds no sketches"):
+        kept_sketches(pa.chunked_array([pa.nulls(3, kind)]))
 
 
 def test_sketches_that_other_libraries_made_are_told_from_ours(monkeypatch):
@@ -113,7 +120,8 @@ def add(database: Path, *inputs: Path) -> None:
 
 
 def clusters(database: Path) -> set[frozenset[str]]:
-    table = table_of(database, "documents")
+    shards = shards_of(database, "documents")
+    table = pa.concat_tables([pq.read_table(path, columns=["key", "cluster_id"]) for path in shards])
     found: dict[int, set[str]] = {}
     for key, cluster in zip(table["key"].to_pylist(), table["cluster_id"].to_pylist(), strict=True):
         found.setdefault(cluster, set()).add(key)
@@ -182,6 +190,39 @@ def test_add_C2_sketches_again_what_other_libraries_sketched(
     assert (ran.code, "sketched by other libraries" in ran.out) == (0, True)
 
 
+def test_killed_before_its_libraries_changed_a_build_goes_on(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has sketched by then is sketched again: nothing else would ever be comparable with it."""
+
+    def build() -> None:
+        build_here([write_jsonl(tmp_path / "old.jsonl", OLD)], tmp_path / "db", encoder=str(tiny_encoder), **SETTINGS)
+
+    with monkeypatch.context() as before:
+        before.setattr(sketches, "_SEED", sketches._SEED + 1)
+        before.setattr("retrodb.pipelines.dedup.pair_pipeline", None)
+        sketches.sketcher.cache_clear()
+        with pytest.raises(WorkerError):
+            build()
+    sketches.sketcher.cache_clear()
+    assert len(list((tmp_path / "db" / ".build" / "sketches").iterdir())) > 1
+    build()
+    table = table_of(tmp_path / "db", "documents")
+    assert table["sketch"].combine_chunks().equals(sketch(table["text"]).as_column())
+
+
+def test_a_worker_with_other_libraries_than_the_driver_leaves_no_sketches(database: Path) -> None:
+    from retrodb.pipelines.sketches import _sketch, sketch_tasks
+
+    storage = Storage(str(database))
+    manifest = Manifest.load(storage)
+    assert manifest is not None
+    task = sketch_tasks(manifest.shards("documents"))[0]
+    with pytest.raises(MismatchError, match=r"the driver has other libraries .*rensa"):
+        list(_sketch(storage, sketches.sketcher() + 1, task))
+    assert storage.size(task.payload.path) is None
+
+
 def test_workers_with_other_libraries_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from retrodb.pipelines.sketches import read_sketches
 
@@ -214,6 +255,29 @@ def test_a_changed_sketch_is_found(database: Path, tmp_path: Path) -> None:
         replace(manifest, tables={**manifest.tables, "documents": (shard, *others)}).save(there, manifest)
         ran = retrodb("verify", tmp_path / "changed", "--sample", "1")
         assert (ran.code, said in ran.err + ran.out) == (4, True), ran.err
+
+
+def test_a_database_of_an_earlier_retrodb_is_whole_without_sketches_also_once_it_has_grown(
+    tiny_encoder: Path, tmp_path: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrodb.pipelines import stages
+
+    out = tmp_path / "db"
+    with monkeypatch.context() as before:
+        before.setitem(stages._CODE, "corpus", 1)
+        build_here([write_jsonl(tmp_path / "old.jsonl", OLD)], out, encoder=str(tiny_encoder), **SETTINGS)
+    storage = Storage(str(out))
+    manifest = Manifest.load(storage)
+    assert manifest is not None
+    shards = []
+    for shard in manifest.shards("documents"):
+        committed = storage.commit_table(shard.path, storage.read_table(shard).drop_columns(["sketch"]), 1 << 10)
+        shards.append(Shard.of(committed, shard.number, shard.rows))
+    replace(manifest, tables={**manifest.tables, "documents": tuple(shards)}).save(storage, manifest)
+    assert retrodb("verify", out, "--sample", "1").code == 0
+    add(out, more)
+    assert clusters(out) == {frozenset({"old-3", "like-3"})}
+    assert retrodb("verify", out, "--sample", "1").code == 0
 
 
 def test_a_damaged_document_shard_gets_its_sketches_back(database: Path, tiny_encoder: Path, tmp_path: Path) -> None:

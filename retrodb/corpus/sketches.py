@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrodb.corpus.shingles import FACTOR, batches, mixed, shingles
+from retrodb.errors import DamagedError
 from retrodb.schemas import SKETCH_BYTES
 
 BANDS: Final = 25
@@ -67,7 +68,12 @@ def kept_sketches(column: pa.ChunkedArray) -> tuple[Sketches, np.ndarray]:
     """The sketches of a column ``sketch``, and bool [n]: which are there, and comparable with those of `sketch`.
 
     The others, of documents that were never sketched or that other libraries sketched, mean nothing.
+
+    Raises:
+        DamagedError: these are no sketches.
     """
+    if column.type != pa.binary(SKETCH_BYTES):
+        raise DamagedError(f"a column sketch of {column.type} holds no sketches. Verify the database.")
     parts = [_words_of(chunk) for chunk in column.chunks]
     rows = np.concatenate([np.empty((0, _WORDS), dtype="<u8"), *parts])
     sketches = Sketches(np.ascontiguousarray(rows[:, 1:-1].T), rows[:, -1].copy())

@@ -38,8 +38,11 @@ def check_schemas(scene: Scene) -> None:
 
 def _expected_schemas(scene: Scene) -> dict[str, pa.Schema]:
     facts = scene.facts
+    documents = schemas.documents()
+    if not facts.has_sketches:
+        documents = documents.remove(documents.get_field_index("sketch"))
     found = {
-        "documents": schemas.documents(),
+        "documents": documents,
         "quarantine": schemas.quarantine(),
         "duplicates": schemas.duplicates(),
         "leakage": schemas.leakage(),
@@ -135,7 +138,8 @@ def check_documents(scene: Scene) -> None:
 
 def _check_documents(scene: Scene, shard: Shard) -> None:
     findings = scene.findings
-    table = scene.table(shard, "document_id", "key", "source", "text", "n_chunks", "content_hash", "split", "sketch")
+    names = ["document_id", "key", "source", "text", "n_chunks", "content_hash", "split"]
+    table = scene.table(shard, *names, *(["sketch"] if scene.facts.sketched else []))
     check_ids(scene, shard, scalars(table, "document_id"), "document_id")
     for name in ("key", "source", "content_hash"):
         findings.refuse(shard.path, nulls(table, name), f"null {name}")

@@ -44,6 +44,9 @@ STAGE_OF: Final = {
 }
 """The stage that makes a table exist."""
 
+_SKETCHING: Final = 2
+"""The corpus stage's code since which documents have a column ``sketch``: an addition to a database of an earlier
+retrodb, or a compaction, leaves its documents as they are."""
 _ID_CACHE_BYTES: Final = 128 << 20
 _TOKEN_CACHE_BYTES: Final = 128 << 20
 
@@ -59,6 +62,7 @@ class Facts:
     vocabulary_size: int
     lossless: bool
     keeps_text: bool
+    has_sketches: bool
     sketched: bool
     drops_duplicates: bool
     decontaminated: bool
@@ -96,6 +100,7 @@ class Facts:
 
         tokenizer = manifest.fingerprints["tokenizer"] if "chunk" in manifest.stages else {}
         encoder = manifest.fingerprints["encoder"] if "embed" in manifest.stages else {}
+        has_sketches = int(made("corpus").get("code", 0)) >= _SKETCHING
         facts = Facts(
             unit=unit_of(made("chunk")),
             chunk_tokens=_whole(made("chunk"), "chunk_tokens"),
@@ -104,7 +109,8 @@ class Facts:
             vocabulary_size=int(tokenizer.get("vocabulary_size", 0)),
             lossless=bool(tokenizer.get("lossless", False)),
             keeps_text=bool(made("chunk").get("text", True)),
-            sketched=bool(made("chunk").get("text", True)) and made("dedup").get("dedup") != "off",
+            has_sketches=has_sketches,
+            sketched=has_sketches and bool(made("chunk").get("text", True)) and made("dedup").get("dedup") != "off",
             drops_duplicates=made("dedup").get("dedup") == "drop",
             decontaminated=bool(made("dedup").get("decontaminate", False)),
             own_tokens=tokenizer.get("name") == "encoder",
