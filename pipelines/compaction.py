@@ -16,6 +16,7 @@ from retrodb.pipelines.block_duplicates import EQUALS_ROW_GROUP
 from retrodb.pipelines.chunk import CHUNK_ROW_GROUP, VALIDATION_CHUNKS, chunk_counts
 from retrodb.pipelines.corpus import DOCUMENT_ROW_GROUP
 from retrodb.pipelines.dedup import DUPLICATE_ROW_GROUP
+from retrodb.pipelines.integrity import proven
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.searching import QueryShard, SearchSettings, SearchShard
 from retrodb.pipelines.shards import ShardFiles, vectors_of
@@ -68,6 +69,8 @@ def _without(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt
         committed = storage.commit_table(shard_path(name, number), table, row_group)
         shards[name] = Shard.of(committed, number, table.num_rows)
 
+    for file in (item.files.documents, item.files.chunks, item.files.embeddings, item.duplicates):
+        proven(storage, file)
     documents = storage.read_table(item.files.documents)
     out = gone.of_documents(documents["document_id"].to_numpy())
     left, going = documents.filter(~out), documents.filter(out)
@@ -93,6 +96,7 @@ def _without(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt
         out = gone.of_documents(table["document_id"].to_numpy())
         counts[name] = int(out.sum())
         if out.any():
+            proven(storage, before)
             write(name, table.filter(~out), SPAN_ROW_GROUP)
         else:
             shards[name] = before
@@ -130,6 +134,7 @@ def _equals(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt]
     stays = ~gone.of_chunks(ids)
     shard = before
     if not stays.all():
+        proven(storage, before)
         table = repeated(uids[stays], ids[stays])
         committed = storage.commit_table(shard_path("block_duplicates", task.number), table, EQUALS_ROW_GROUP)
         shard = Shard.of(committed, task.number, table.num_rows)
@@ -182,6 +187,7 @@ def _refused(storage: Storage, deleted: Deleted, task: Task) -> Iterator[Receipt
             stays = [bool(own) and absent.isdisjoint(own) for own in names]
             left = shard
             if not all(stays):
+                proven(storage, shard)
                 table = table.filter(pa.array(stays))
                 committed = storage.commit_table(shard_path(_REFUSED, shard.number), table, SPAN_ROW_GROUP)
                 left = Shard.of(committed, shard.number, table.num_rows)
@@ -242,6 +248,7 @@ class SearchAnew(SearchShard):
         if stays.all() and not len(rows):
             self._account(number, before, item.before, searched=0)
             return
+        proven(self._storage, item.before)
         if len(rows):
             kept = kept.put(rows, self._found(item.query.files, rows))
         self._finish(number, kept, searched=len(rows))

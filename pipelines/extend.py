@@ -17,6 +17,7 @@ from retrodb.pipelines.block_duplicates import TABLE, find_block_duplicates
 from retrodb.pipelines.builder import Builder
 from retrodb.pipelines.chunk import VALIDATION_CHUNKS
 from retrodb.pipelines.index import IndexSettings, indexed_part
+from retrodb.pipelines.integrity import proven
 from retrodb.pipelines.join import Before
 from retrodb.pipelines.lineage import FIRST_SHARDS, choice_of, first_shards
 from retrodb.pipelines.receipts import ReceiptBook
@@ -178,6 +179,7 @@ class TakeNearer(SearchShard):
         if not taken.any() and not len(anew):
             self._account(task.number, before, payload.before, searched=0)
             return
+        proven(self._storage, payload.before)
         after = before.put(asked[taken], merged.take(taken))
         if len(anew):
             after = after.put(anew, self._anew._found(files, anew))

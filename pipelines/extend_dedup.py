@@ -30,6 +30,7 @@ from retrodb.pipelines.dedup_stage import (
     write_duplicates,
 )
 from retrodb.pipelines.execute import Executor
+from retrodb.pipelines.integrity import proven
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.tasks import DealOut, DoTasks, Task
 from retrodb.schemas import ID_SHIFT
@@ -291,7 +292,9 @@ def _grow(book: ReceiptBook, task: Task) -> Iterator[Receipt]:
     item: GrownShard = task.payload
     with np.load(io.BytesIO(storage.read_bytes(_grown_path(book, number))), allow_pickle=False) as arrays:
         grown = {name: arrays[name] for name in arrays.files}
-    before = storage.read_table(item.duplicates) if item.duplicates else schemas.duplicates().empty_table()
+    before = (
+        storage.read_table(proven(storage, item.duplicates)) if item.duplicates else schemas.duplicates().empty_table()
+    )
     table = pa.concat_tables([_renamed(before, grown), _joining(storage, item.documents, before, grown)])
     committed = storage.commit_table(shard_path("duplicates", number), table.sort_by("row"), DUPLICATE_ROW_GROUP)
     yield Receipt(number, {"duplicates": Shard.of(committed, number, table.num_rows)})
@@ -370,7 +373,7 @@ def _relabel(storage: Storage, task: Task) -> Iterator[Receipt]:
     column = pa.chunked_array([pa.array(cluster, mask=alone)])
     shard = item.documents
     if not column.equals(table["cluster_id"]):
-        whole = storage.read_table(shard)
+        whole = storage.read_table(proven(storage, shard))
         place = whole.column_names.index("cluster_id")
         whole = whole.set_column(place, whole.schema.field(place), column)
         committed = storage.commit_table(shard_path("documents", task.number), whole, DOCUMENT_ROW_GROUP)

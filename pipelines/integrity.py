@@ -9,6 +9,7 @@ from retrodb.pipelines.progress import Progress
 
 from retrodb.corpus import ScannedFile
 from retrodb.errors import DamagedError
+from retrodb.formats import File
 from retrodb.manifest import (
     DAMAGE_REPORT,
     MANIFEST_COPY,
@@ -100,6 +101,24 @@ def is_intact(storage: Storage, shard: Shard, read: bool) -> bool:
         return storage.fault(shard, read=read) is None
     except OSError:
         return False
+
+
+def proven(storage: Storage, file: File) -> File:
+    """A recorded shard of which rows go into another one, with a checksum of its own: damage must not go with them,
+    whatever was looked at before.
+
+    Raises:
+        DamagedError: its bytes are not the recorded ones.
+    """
+    if isinstance(file, str) or not storage.is_local:  # what is fetched is compared with its checksum on the way
+        return file
+    fault = storage.fault(file)
+    if fault is not None:
+        raise DamagedError(
+            f"{storage.describe(file)} {fault}: a version made from it would be wrong. Put it back from a copy of the "
+            "database."
+        )
+    return file
 
 
 def recorded_scans(manifest: Manifest) -> dict[str, ScannedFile]:

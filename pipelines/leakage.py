@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import apache_beam as beam
+from retrodb.pipelines.integrity import proven
 from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import chunk_columns, validation_chunks
@@ -30,12 +31,13 @@ class Compare(FromAnswers):
         item: JoinItem = task.payload
         wanted = self._wanted(item)
         if item.before is not None and wanted.stays:
-            shard, table = item.before.made, self._storage.read_table(item.before.made)
+            shard, table = item.before.made, self._storage.read_table(proven(self._storage, item.before.made))
         else:
             chunks = read_chunks(self._storage, item.files.chunks)
             table = leakage_table(chunks, wanted.asked, answers, task.number)
             if item.before is not None:
-                table = with_earlier(table, self._storage.read_table(item.before.made), wanted.fresh)
+                before = self._storage.read_table(proven(self._storage, item.before.made))
+                table = with_earlier(table, before, wanted.fresh)
             committed = self._storage.commit_table(shard_path("leakage", task.number), table, LEAKAGE_ROW_GROUP)
             shard = Shard.of(committed, task.number, table.num_rows)
         overlap = scalars(table, "overlap")

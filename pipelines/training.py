@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import apache_beam as beam
+from retrodb.pipelines.integrity import proven
 from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import validation_chunks
@@ -40,6 +41,7 @@ class Assemble(FromAnswers):
 
     def _joined_before(self, shard: Shard) -> Iterator[Joined]:
         """What a training shard of the version before holds, a row group at a time."""
+        proven(self._storage, shard)
         with contextlib.closing(TrainingShard(self._storage, shard)) as there:
             for first in range(0, shard.rows, TRAINING_ROW_GROUP):
                 columns = there.read(first, min(TRAINING_ROW_GROUP, shard.rows - first))

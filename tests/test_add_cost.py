@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from retrodb.pipelines import join, leakage
+from retrodb.pipelines import integrity, join, leakage
 from retrodb.pipelines.add import add
 from retrodb.pipelines.compact import compact
 from retrodb.pipelines.living import delete
@@ -22,6 +22,7 @@ from retrodb.config import RunSettings
 from retrodb.corpus import expand_inputs
 from retrodb.corpus.quickstart import quickstart_lines
 from retrodb.corpus.selection import Selection
+from retrodb.errors import DamagedError
 from retrodb.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -212,6 +213,36 @@ def test_a_training_shard_that_does_not_hold_what_it_should_is_not_taken_over(fo
     assert ran.code == 4
     assert "of the version before lacks" in ran.err
     assert manifest_of(database)["version"]["id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "table"),
+    [
+        *(("add", table) for table in ("neighbours", "training", "leakage")),
+        *(("compact", table) for table in ("documents", "chunks", "embeddings", "neighbours", "training", "leakage")),
+    ],
+)
+def test_damage_is_not_taken_over_where_a_database_is_too_large_to_be_checked_whole(
+    folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch, change: str, table: str
+) -> None:
+    """One bit of each shard, in a database whose files are looked at by their sizes: rows of a damaged shard would get
+    a checksum of their own with the shard that is made from it."""
+    monkeypatch.setattr(integrity, "CHECK_ALL_BYTES", 0)
+    if change == "compact":
+        delete(Storage(str(database)), Selection(keys=(rows_of(database, "documents")[3]["key"],)), Progress())
+    before = manifest_of(database)
+    for shard in before["tables"][table]["shards"]:
+        path = database / shard["path"]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(bytes(data))
+    make = {
+        "add": lambda: added(database, folder / "more.jsonl"),
+        "compact": lambda: compact(Storage(str(database)), RUN, Progress()),
+    }
+    with pytest.raises(DamagedError, match=rf"{table}/\d+"):
+        make[change]()
+    assert manifest_of(database) == before
 
 
 def test_rows_that_were_taken_over_are_taken_over_again(folder: Path, database: Path, tmp_path: Path) -> None:
