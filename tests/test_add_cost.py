@@ -28,7 +28,13 @@ from retrodb.storage import Storage
 pytestmark = pytest.mark.slow
 
 RUN = RunSettings(workers=1)
-SETTINGS = {"shard_bytes": "8KiB", "sequence_tokens": 256, "neighbours": 8, "training_neighbours": 1}
+SETTINGS = {
+    "shard_bytes": "8KiB",
+    "precision": "fp32",
+    "sequence_tokens": 256,
+    "neighbours": 8,
+    "training_neighbours": 1,
+}
 
 
 def short_lines() -> list[str]:
