@@ -13,6 +13,8 @@ NGRAM: Final = 13
 FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
 
 _BATCH_BYTES: Final = 8 << 20
+_BATCH_TEXTS: Final = 1 << 13
+"""However short they are: what is made of each takes some kilobytes."""
 _SEPARATORS: Final = r"[^\pL\pN\pM]+"
 _UNSPACED: Final = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
 """Scripts that are written without spaces: each letter counts as a word."""
@@ -95,11 +97,11 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def batches(texts: pa.ChunkedArray) -> Iterator[pa.Array]:
-    """``texts`` in order, some megabytes at a time; at least one text each."""
+    """``texts`` in order, some megabytes and some thousands at a time; at least one text each."""
     lengths = pc.binary_length(texts).to_numpy()
     start = size = 0
     for row, length in enumerate(lengths.tolist()):
-        if row > start and size + length > _BATCH_BYTES:
+        if row > start and (size + length > _BATCH_BYTES or row - start >= _BATCH_TEXTS):
             yield _combined(texts.slice(start, row - start))
             start, size = row, 0
         size += length

@@ -101,12 +101,16 @@ def sketch(texts: pa.ChunkedArray) -> Sketches:
     Args:
         texts: large_string [n], none null.
     """
-    signatures = [_signatures(batch) for batch in batches(texts)]
-    matrix = np.concatenate(signatures) if signatures else np.empty((0, _PERMUTATIONS), np.uint64)
-    bands = np.empty((BANDS, len(matrix)), dtype=np.uint64)
-    for band in range(BANDS):
-        bands[band] = _folded(matrix[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS])
-    return Sketches(bands, _folded(matrix))
+    bands, whole = np.empty((BANDS, len(texts)), dtype=np.uint64), np.empty(len(texts), dtype=np.uint64)
+    first = 0
+    for batch in batches(texts):
+        signatures = _signatures(batch)
+        rows = slice(first, first + len(batch))
+        for band in range(BANDS):
+            bands[band, rows] = _folded(signatures[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS])
+        whole[rows] = _folded(signatures)
+        first += len(batch)
+    return Sketches(bands, whole)
 
 
 def _signatures(texts: pa.Array) -> np.ndarray:
