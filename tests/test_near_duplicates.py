@@ -97,7 +97,7 @@ def test_a_sketch_does_not_depend_on_how_the_texts_are_batched(documents, batch_
 
 
 def test_however_short_texts_are_only_some_thousands_are_sketched_at_a_time():
-    """What is made of each takes some kilobytes: of a shard of 300,000 questions at once it was more than a gigabyte."""
+    """What is made of each takes some kilobytes: of 300,000 questions at once more than a gigabyte."""
     texts = column(["a b"] * 20_000)
     sizes = [len(batch) for batch in batches(texts)]
     assert (sum(sizes), max(sizes) <= 1 << 13) == (20_000, True)
