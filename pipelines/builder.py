@@ -16,6 +16,7 @@ from retrodb.pipelines.integrity import damaged_reports, damaged_shards
 from retrodb.pipelines.progress import Progress
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.runners import Runner
+from retrodb.pipelines.sketches import SKETCH_FOLDER
 from retrodb.pipelines.tasks import Task
 
 from retrodb import __version__
@@ -325,9 +326,8 @@ class Builder:
             paths = [(posixpath.join(folder, name), name) for name in self.storage.list_files(folder)]
             gone += [path for path, name in paths if path in outdated or name.startswith(TEMPORARY_PREFIX)]
         self.storage.delete(*gone)
+        self.storage.delete_folder(WORK_FOLDER if is_complete(self.manifest) else SKETCH_FOLDER)
         forget_scans(self.storage)
-        if is_complete(self.manifest):
-            self.storage.delete_folder(WORK_FOLDER)
 
     def _outdated_files(self) -> Iterator[str]:
         """Files beside the tables that say nothing of the database as it is now."""

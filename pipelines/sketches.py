@@ -27,7 +27,8 @@ from retrodb.manifest import WORK_FOLDER, Shard
 from retrodb.storage import Storage
 
 SKETCH_FOLDER: Final = f"{WORK_FOLDER}/sketches"
-"""Where sketches wait for the chunk stage, which finishes the documents."""
+"""Where sketches wait for the chunk stage, which finishes the documents, until a run ends: the next one makes them
+anew where it has to."""
 NARROWED: Final = "narrowed"
 """Key of a receipt's counts: documents that share a band with new ones, perhaps."""
 _ROW_GROUP: Final = 1 << 14

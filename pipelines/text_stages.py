@@ -16,7 +16,6 @@ from retrodb.pipelines.dedup_stage import dedup_parts
 from retrodb.pipelines.embed import NULL_NUMBER, EmbedSettings, embed_pipeline, embed_tasks
 from retrodb.pipelines.integrity import recorded_scans
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
-from retrodb.pipelines.sketches import SKETCH_FOLDER
 from retrodb.pipelines.vocabulary import is_stored, settle_tokenizer
 
 from retrodb.chunking import OWN_TOKENIZER
@@ -300,7 +299,6 @@ def build_chunks(builder: Builder) -> None:
         mend_block_duplicates(builder)
         builder.storage.delete_folder(builder.book("chunk", parts).folder)  # a tokenizer learnt again leaves one
         builder.storage.delete_folder(builder.read_folder)
-        builder.storage.delete_folder(SKETCH_FOLDER)
         return
     counts = add_counts(receipts)
     fingerprints = {**builder.manifest.fingerprints, "tokenizer": tokenizer.as_json()}
@@ -314,7 +312,6 @@ def build_chunks(builder: Builder) -> None:
         counts |= of_duplicates
     builder.record("chunk", parts, tables, counts, details, fingerprints=fingerprints)
     builder.storage.delete_folder(builder.read_folder)
-    builder.storage.delete_folder(SKETCH_FOLDER)
     builder.progress.end(f"{count_of(counts['chunks'], builder.config.unit)}, {count_of(counts['tokens'], 'token')}")
 
 
