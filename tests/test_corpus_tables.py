@@ -93,6 +93,7 @@ def test_a_document_row_has_every_column(tmp_path: Path) -> None:
             "metadata": '{"url":"u"}',
             "cluster_id": None,
             "split": "train",
+            "sketch": None,
         }
     ]
     assert output.counts == {"in": 1, "kept": 1, "validation": 0, "quarantined": 0, "dropped.empty": 0}

@@ -194,7 +194,7 @@ def test_every_stage_is_a_batch_job_with_the_options_given(launched):
     assert {job.stage for job in stages} == set(STAGES)
     for job in stages:
         message, environment = job.message, job.message["environment"]
-        assert re.fullmatch(r"retrodb-[a-z-]+-[0-9a-f]{6}-[0-9a-f]{8}", message["name"])
+        assert re.fullmatch(r"retrodb-[a-z][a-z0-9-]+-[0-9a-f]{6}-[0-9a-f]{8}", message["name"])
         assert message["type"] == 1, "JOB_TYPE_BATCH"
         assert message["labels"] == {"team": "retrieval", "retrodb-stage": job.stage}
         assert environment["version"]["job_type"] == "FNAPI_BATCH"
