@@ -155,20 +155,21 @@ def finished_documents(documents: pa.Table, n_chunks: pa.Array, keep_text: bool)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def chunk_inputs(documents: Sequence[Shard], duplicates: Sequence[Shard]) -> dict[int, ChunkInput]:
-    """What is read for each document shard."""
+def chunk_inputs(
+    documents: Sequence[Shard], duplicates: Sequence[Shard], sketched: bool = False
+) -> dict[int, ChunkInput]:
+    """What is read for each document shard; ``sketched`` where documents are to have sketches."""
     found: dict[int, File] = {shard.number: shard for shard in duplicates}
-    return {shard.number: ChunkInput(as_read(shard), found.get(shard.number, "")) for shard in documents}
+    return {
+        shard.number: ChunkInput(as_read(shard), found.get(shard.number, ""), sketch_path(shard) if sketched else "")
+        for shard in documents
+    }
 
 
 def chunk_tasks(documents: Sequence[Shard], duplicates: Sequence[Shard], sketched: bool) -> list[Task]:
-    """One task a document shard; ``sketched`` where documents are to have sketches."""
-    inputs = chunk_inputs(documents, duplicates)
-    tasks = [Task(shard.number, inputs[shard.number], weight=shard.bytes) for shard in documents]
-    if not sketched:
-        return tasks
-    paths = {shard.number: sketch_path(shard) for shard in documents}
-    return [replace(task, payload=replace(task.payload, sketches=paths[task.number])) for task in tasks]
+    """One task a document shard; ``sketched`` as in `chunk_inputs`."""
+    inputs = chunk_inputs(documents, duplicates, sketched)
+    return [Task(shard.number, inputs[shard.number], weight=shard.bytes) for shard in documents]
 
 
 def chunk_pipeline(

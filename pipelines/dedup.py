@@ -247,8 +247,8 @@ class AskForSets(StageDoFn):
 def document_sets(storage: Storage, file: File, ids: np.ndarray) -> dict[int, np.ndarray]:
     """The shingle sets of some documents of a shard, by id: uint64, sorted and distinct."""
     wanted = np.unique(ids)
-    known = storage.read_table(file, ["document_id"])["document_id"].to_numpy()
-    texts = storage.read_table(file, ["text"])["text"].take(pa.array(np.searchsorted(known, wanted)))
+    table = storage.read_table(file, ["document_id", "text"])
+    texts = table["text"].take(pa.array(np.searchsorted(table["document_id"].to_numpy(), wanted)))
     found: list[np.ndarray] = []
     for batch in batches(texts):
         values, offsets = shingles(batch)

@@ -120,7 +120,7 @@ def near_duplicate_pairs(builder: Builder, book: ReceiptBook) -> tuple[np.ndarra
     there = comparable(builder.joins) if builder.joins else ()
     documents = [*there, *builder.source_documents()]
     sketched, total = sketched_documents(builder, book, there)
-    pairs, compared = step_of(book, "pair"), step_of(book, "compare")
+    pairs, compared = replace(book, step="pair"), replace(book, step="compare")
     pairing = PairSettings(sketched, dedup.parts_for(total), builder.first_shard if there else 0)
     receipts = builder.executor.complete(
         pairs,
@@ -153,11 +153,6 @@ def near_duplicate_pairs(builder: Builder, book: ReceiptBook) -> tuple[np.ndarra
     return found, max(receipt.details["cut"] for receipt in receipts.values())
 
 
-def step_of(book: ReceiptBook, step: str) -> ReceiptBook:
-    """The receipts of a step of a stage."""
-    return replace(book, step=step)
-
-
 def sketched_documents(builder: Builder, book: ReceiptBook, there: Sequence[Shard]) -> tuple[dict[int, str], int]:
     """The files with the sketches of documents, by their shard; and how many documents that is: all that are new, and
     of those that are ``there`` the ones that may be near-duplicates of one of them.
@@ -165,7 +160,7 @@ def sketched_documents(builder: Builder, book: ReceiptBook, there: Sequence[Shar
     What a killed run has sketched with other libraries is sketched again.
     """
     new = builder.source_documents()
-    making, narrowing = (step_of(book, f"{step}-{sketcher() >> 32:08x}") for step in ("sketch", "narrow"))
+    making, narrowing = (replace(book, step=f"{step}-{sketcher() >> 32:08x}") for step in ("sketch", "narrow"))
     builder.executor.complete(
         making,
         sketches.sketch_tasks(new),

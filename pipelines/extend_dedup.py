@@ -265,7 +265,7 @@ class GrownShard:
 
 def _write_grown(builder: Builder, book: ReceiptBook, there: Manifest, grown: Grown) -> dict[int, Receipt]:
     """The ``duplicates`` shards of documents that are there, where they changed."""
-    step = ReceiptBook(book.storage, book.stage, book.fingerprint, "grown")
+    step = replace(book, step="grown")
     documents = {shard.number: shard for shard in there.shards("documents")}
     duplicates = {shard.number: shard for shard in there.shards("duplicates")}
     for number in grown.shards:

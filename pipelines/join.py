@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import ShardFiles
 from retrodb.pipelines.tasks import DealOut, StageDoFn, Task, finish
@@ -128,19 +129,19 @@ class _NeighboursDoFn(StageDoFn):
     def _wanted(self, item: JoinItem) -> Wanted:
         """What a query shard wants."""
         chunk_ids = self._storage.read_table(item.files.chunks, ["chunk_id"])["chunk_id"].to_numpy()
-        ids = self._ids(item.files.neighbours, chunk_ids)
+        ids = neighbour_ids(self._neighbours(item.files), chunk_ids, self._source.neighbours)
         if item.before is None:
             return Wanted(ids, np.ones(len(ids), dtype=bool), same_chunks=False)
         if item.before.neighbours == item.files.neighbours:
             return Wanted(ids, np.zeros(len(ids), dtype=bool), same_chunks=True)
-        earlier = self._storage.read_table(item.before.neighbours, ["chunk_id"])["chunk_id"].to_numpy()
-        were = self._ids(item.before.neighbours, earlier)
+        table = self._neighbours(item.before)
+        earlier = table["chunk_id"].to_numpy()
+        were = neighbour_ids(table, earlier, self._source.neighbours)
         same = (were[locate(earlier, chunk_ids)] == ids).all(axis=1)
         return Wanted(ids, ~same, same_chunks=len(earlier) == len(chunk_ids))
 
-    def _ids(self, neighbours: File, chunk_ids: np.ndarray) -> np.ndarray:
-        table = self._storage.read_table(neighbours, list(NEIGHBOUR_COLUMNS))
-        return neighbour_ids(table, chunk_ids, self._source.neighbours)
+    def _neighbours(self, held: ShardFiles | Before) -> pa.Table:
+        return self._storage.read_table(held.neighbours, list(NEIGHBOUR_COLUMNS))
 
 
 class Ask(_NeighboursDoFn):
@@ -187,24 +188,26 @@ class FromAnswers(_NeighboursDoFn):
         with self._naming(number):
             for task in parts["tasks"]:
                 if self._left(task) is not None:
-                    finish(self._book, self.make(task, map(Answer.from_bytes, parts["answers"])))
+                    answers = map(Answer.from_bytes, parts["answers"])
+                    finish(self._book, self.make(task, self._wanted(task.payload), answers))
                 yield number
 
     def _look_up(self, task: Task) -> Iterator[int]:
         with self._naming(task.number):
             if self._left(task) is not None:
-                finish(self._book, self.make(task, self._answers(task)))
+                wanted = self._wanted(task.payload)
+                finish(self._book, self.make(task, wanted, self._answers(task.number, wanted)))
             yield task.number
 
-    def _answers(self, task: Task) -> Iterator[Answer]:
+    def _answers(self, number: int, wanted: Wanted) -> Iterator[Answer]:
         """The shards that are at hand first: read in turn, each would have gone when its turn comes again."""
-        wanted = requests(self._wanted(task.payload).asked, task.number)
-        for shard in sorted(wanted, key=lambda shard: (shard not in self._recent, shard)):
-            for part in wanted[shard].cut(ANSWER_ROWS):
+        asked = requests(wanted.asked, number)
+        for shard in sorted(asked, key=lambda shard: (shard not in self._recent, shard)):
+            for part in asked[shard].cut(ANSWER_ROWS):
                 yield answer(part, self._recent.get(shard))
 
-    def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
-        """Write the shard of a task from the answers to its requests."""
+    def make(self, task: Task, wanted: Wanted, answers: Iterable[Answer]) -> Receipt:
+        """Write the shard of a task, which wants that, from the answers to its requests."""
         raise NotImplementedError
 
 

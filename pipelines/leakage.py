@@ -5,7 +5,7 @@ from typing import Final
 
 import apache_beam as beam
 from retrodb.pipelines.integrity import proven
-from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
+from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, Wanted, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import chunk_columns, validation_chunks
 from retrodb.pipelines.tasks import Task
@@ -27,9 +27,8 @@ class Compare(FromAnswers):
         super().__init__(book, source)
         self._chunk_tokens = chunk_tokens
 
-    def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
+    def make(self, task: Task, wanted: Wanted, answers: Iterable[Answer]) -> Receipt:
         item: JoinItem = task.payload
-        wanted = self._wanted(item)
         if item.before is not None and wanted.stays:
             shard, table = item.before.made, self._storage.read_table(proven(self._storage, item.before.made))
         else:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import apache_beam as beam
 from retrodb.pipelines.integrity import proven
-from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, join_pipeline, read_chunks
+from retrodb.pipelines.join import FromAnswers, JoinItem, NeighbourSource, Wanted, join_pipeline, read_chunks
 from retrodb.pipelines.receipts import Receipt, ReceiptBook
 from retrodb.pipelines.shards import validation_chunks
 from retrodb.pipelines.tasks import Task
@@ -24,9 +24,8 @@ class Assemble(FromAnswers):
         super().__init__(book, source)
         self._slots = slots
 
-    def make(self, task: Task, answers: Iterable[Answer]) -> Receipt:
+    def make(self, task: Task, wanted: Wanted, answers: Iterable[Answer]) -> Receipt:
         item: JoinItem = task.payload
-        wanted = self._wanted(item)
         counts = {"joined": int((wanted.ids >= 0).sum()), "training_chunks": len(wanted.ids)}
         if item.before is not None and wanted.stays:
             return Receipt(task.number, {"training": item.before.made}, counts, dict(item.before.details))
