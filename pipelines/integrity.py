@@ -22,6 +22,7 @@ from retrodb.manifest import (
     taken_from,
 )
 from retrodb.storage import Storage
+from retrodb.versions import forget_killed
 
 CHECK_ALL_BYTES: Final = 2 << 30
 """A database up to this size is checked byte by byte at every build (seconds); a larger one by sizes alone."""
@@ -52,6 +53,7 @@ def mend_manifest(storage: Storage, progress: Progress, *, fence: bool = False) 
     data = manifest.as_bytes()
     for name, other in ((MANIFEST_NAME, MANIFEST_COPY), (MANIFEST_COPY, MANIFEST_NAME)):
         if (there := storage.read_if_there(name)) != data:
+            forget_killed(storage)  # its writer may have been, after a pointer that says all: nobody publishes again
             if not storage.exchange(name, there, data):
                 raise changed_meanwhile(storage)
             progress.note(f"{name} was damaged, missing or out of date: written anew from {other}")

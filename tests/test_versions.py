@@ -391,6 +391,21 @@ def test_publish_R3_killed_leaves_one_version(database: Path, encoders: list[Pat
     assert not (folder / ".build").exists()
 
 
+def test_publish_R3_what_a_writer_killed_after_its_pointer_left_is_removed(
+    database: Path, encoders: list[Path]
+) -> None:
+    shutil.copy(database / "manifest.json", database / "before.json")
+    refreshed(database, encoders[1])
+    published = manifest_of(database)
+    (database / "before.json").rename(database / "reports/manifest.json")  # killed before the copy was written
+    begun = [database / ".tmp-manifest.json-0", database / "reports/.tmp-manifest.json-0"]
+    for path in begun:
+        path.write_bytes(b"{")
+    refreshed(database, encoders[1])
+    assert [path for path in begun if path.exists()] == []
+    assert manifest_of(database) == published == json.loads((database / "reports/manifest.json").read_bytes())
+
+
 def leftovers_of_first(database: Path) -> list[str]:
     """What the first version still has, and the second names no more."""
     first = json.loads((database / "versions/1/manifest.json").read_text(encoding="utf-8"))
