@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-INTERRUPTED = 130
+from retrodb.errors import INTERRUPTED
 
 
 def _interrupted_at_once(signum: int, frame: FrameType | None) -> None:

@@ -59,6 +59,11 @@ class Deletions:
     def __len__(self) -> int:
         return len(self.document_ids)
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks they have."""
+        return int((self.last - self.first).sum())
+
     @cached_property
     def _intervals(self) -> tuple[Ints, Ints]:
         """First chunk ids and ends of the documents that have chunks, ascending."""

@@ -4,7 +4,10 @@ Every error a user can cause is one of these; the command line prints ``str(erro
 ``error.exit_code``. Anything else that escapes is a defect of retrodb itself.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+INTERRUPTED: Final = 130
+"""The exit code of a program that Ctrl-C, or a request to terminate, has ended."""
 
 
 class RetrodbError(Exception):

@@ -198,10 +198,13 @@ def test_evaluation_V1_a_deleted_document_is_not_here(inputs, tiny_encoder, tmp_
     build_here(inputs[:1], tmp_path / "db", encoder=str(tiny_encoder), dedup="off")
     delete(Storage(str(tmp_path / "db")), Selection(keys=("doc-0", "doc-1", "doc-2")), Progress())
     here = [
-        evaluate_retrieval(one, QuestionSet(str(inputs[1])), (5,), progress=Quiet()).about["questions"]
+        evaluate_retrieval(one, QuestionSet(str(inputs[1])), (5,), progress=Quiet()).about
         for one in (open_database(str(tmp_path / "db"), version=1), open_database(str(tmp_path / "db")))
     ]
-    assert [one["with_a_document_here"] for one in here] == [40, 38], "question 2 names doc-3 as well"
+    assert [one["questions"]["with_a_document_here"] for one in here] == [40, 38], "question 2 names doc-3 as well"
+    db = open_database(str(tmp_path / "db"))
+    assert [one["chunks"] for one in here] == [db.manifest.rows("chunks"), sum(map(len, db.chunks()))]
+    assert here[0]["chunks"] > here[1]["chunks"]
 
 
 def test_evaluation_V1_intervals_are_wilsons():

@@ -80,6 +80,19 @@ def test_a_batch_is_the_queries_with_their_candidates_tokens(first: Path) -> Non
         assert int(batch.bodies.lengths[row * 4]) == int(batch.titles.lengths[row * 4]) == 0
 
 
+def test_every_pass_of_every_seed_has_an_order_of_its_own(first: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    total = sum(len(batch) for batch in package.open(str(first)).queries(batch=4))
+    orders = []
+    for seed in (0, 1, 2):
+        made = trainer(first, tmp_path / str(seed), tiny_encoder, seed=seed)
+        asked = np.empty(0, dtype=np.int64)
+        while len(asked) < 3 * total:
+            asked = np.concatenate([asked, made._next_queries(made._followed.database).query_ids])
+        orders += [tuple(each) for each in asked[: 3 * total].reshape(3, total)]
+    assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(orders[0]))}
+    assert len(set(orders)) == 9
+
+
 def test_texts_without_a_token_are_texts() -> None:
     """Where no document has a title, titles are rows of width 0."""
     found = texts_of(np.zeros((2, 4, 0), np.uint16), np.zeros((2, 4), np.int16))

@@ -17,7 +17,6 @@ from typing import Annotated
 
 import typer
 
-from retrodb.__main__ import INTERRUPTED
 from retrodb._version import __version__
 from retrodb.cli.build import build
 from retrodb.cli.echo import echo, echo_json
@@ -35,7 +34,7 @@ from retrodb.cli.spans import spans
 from retrodb.cli.train import retrofit, train
 from retrodb.cli.verify import verify
 from retrodb.cli.versions import gc, refresh
-from retrodb.errors import RetrodbError, UsageError
+from retrodb.errors import INTERRUPTED, RetrodbError, UsageError
 
 app = typer.Typer(
     name="retrodb",

@@ -158,7 +158,7 @@ def evaluate_retrieval(
         },
         "metric": searcher.metric,
         "index": {"key": state.details["key"], "fingerprint": state.fingerprint},
-        "chunks": database.manifest.rows("chunks"),
+        "chunks": run.chunks,
     }
     return RetrievalResult(about, ks, results, run.agreement(), notes)
 
@@ -243,7 +243,12 @@ class _Run:
     @property
     def most(self) -> int:
         """Chunks looked at for a question: the largest k, as far as there are so many."""
-        return min(self.ks[-1], self.database.manifest.rows("chunks"))
+        return min(self.ks[-1], self.chunks)
+
+    @property
+    def chunks(self) -> int:
+        """All there are, but deleted ones."""
+        return self.database.manifest.rows("chunks") - self.database.deletions.chunks
 
     def is_asked(self, question: Question) -> bool:
         """Whether anything that is retrieved here could be a hit."""

@@ -293,8 +293,9 @@ class RealmTrainer:
         """
         while True:
             if self._queries is None:
-                seed = self.settings.seed + self.run.epoch
-                self._queries = db.queries(batch=self.settings.batch, shuffle=seed)
+                # Mixed, not added: else a seed's second pass would be the next seed's first.
+                mixed = np.random.SeedSequence([self.settings.seed, self.run.epoch]).generate_state(1)
+                self._queries = db.queries(batch=self.settings.batch, shuffle=int(mixed[0]))
                 for _ in range(self.run.batches):
                     next(self._queries, None)
             batch = next(self._queries, None)
