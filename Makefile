@@ -32,7 +32,7 @@ else
 endif
 
 test: $(STAMP)  ## Run all tests.
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP)  ## Run the tests that build no database.
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from support import Running, build_here, command, digests, live, retrodb, strays, write_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flink")]
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "flink" / "cluster.py"
 FLAGS = ["--chunk-tokens", "32", "--sequence-tokens", "256", "--neighbours", "4", "--shard-bytes", "8KiB"]

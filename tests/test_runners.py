@@ -34,8 +34,6 @@ from retrodb.config import RunSettings, make_config, read_config_file
 from retrodb.errors import InputError, UsageError, WorkerError
 from retrodb.storage import Storage
 
-pytestmark = pytest.mark.xdist_group("runners")
-
 SETTINGS = {"chunk_tokens": 32, "sequence_tokens": 256, "neighbours": 4, "shard_bytes": "16KiB"}
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
