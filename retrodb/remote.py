@@ -227,14 +227,8 @@ class ObjectStore:
             UnreachableError: there is no such bucket.
         """
         bucket = path.partition("/")[0]
-        with contextlib.suppress(Exception):
+        with self._naming("look for", bucket), self._bucket_needed(), contextlib.suppress(PermissionError):
             self._filesystem.info(bucket)
-            return
-        with self._naming("look for", bucket), self._bucket_needed():
-            try:
-                self._filesystem.info(bucket)
-            except PermissionError:
-                return
 
     @contextlib.contextmanager
     def _bucket_needed(self) -> Iterator[None]:

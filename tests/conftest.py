@@ -32,7 +32,9 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """A run in the background ignores Ctrl-C, and the builds it starts would inherit that."""
+    """Before anything is imported. gcsfs looks at its variable then, and else asks over gRPC what kind a bucket is, for
+    half a minute where there is no network; a run in the background ignores Ctrl-C, as the builds it starts would."""
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
