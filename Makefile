@@ -31,8 +31,11 @@ else
 	@$(BIN)/retrodb build $(INPUT) --out $(OUT) $(ARGS)
 endif
 
+# One process more than there are cores: some tests wait for others' retries.
+TEST_PROCESSES = $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
+
 test: $(STAMP)  ## Run all tests.
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP)  ## Run the tests that build no database.
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
