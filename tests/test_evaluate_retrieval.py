@@ -205,6 +205,9 @@ def test_evaluation_V1_a_deleted_document_is_not_here(inputs, tiny_encoder, tmp_
     db = open_database(str(tmp_path / "db"))
     assert [one["chunks"] for one in here] == [db.manifest.rows("chunks"), sum(map(len, db.chunks()))]
     assert here[0]["chunks"] > here[1]["chunks"]
+    delete(Storage(str(tmp_path / "db")), Selection(sources=("*",)), Progress())
+    with pytest.raises(InputError, match="has no chunk that could be retrieved"):
+        evaluate_retrieval(open_database(str(tmp_path / "db")), QuestionSet(str(inputs[1])), (5,), progress=Quiet())
 
 
 def test_evaluation_V1_intervals_are_wilsons():

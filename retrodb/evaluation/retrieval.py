@@ -117,8 +117,8 @@ def evaluate_retrieval(
         encoder: where the database's encoder is now, if not where it was.
 
     Raises:
-        InputError: the questions cannot be read, none has a gold answer or a relevant document of this database, or
-            the database has no index yet.
+        InputError: the questions cannot be read, none has a gold answer or a relevant document of this database, the
+            database has no index yet, or nothing is left in it.
         MismatchError: what is found under the encoder's name is another.
         DamagedError: a shard is not what was recorded.
     """
@@ -127,6 +127,10 @@ def evaluate_retrieval(
     asked, notes = _survey(database, questions)
     loaded = database.encoder(encoder)
     run = _Run(database, searcher, loaded.embed_queries, ks, asked.documents_there > 0)
+    if not run.chunks:
+        raise InputError(
+            f"{database.storage.url} has no chunk that could be retrieved: it has none at all, or all are deleted."
+        )
     progress.begin("questions", asked.with_gold, 0, "questions")
     asked_here = (question for question in questions.read() if run.is_asked(question))
     for batch in _batches(asked_here, max(1, _CANDIDATES_AT_ONCE // run.most)):
